@@ -1,0 +1,66 @@
+//! What a device is, to the core.
+
+use core::task::Waker;
+
+use crate::features::Features;
+use crate::memory::GuestMemory;
+use crate::queue::Queue;
+
+/// A device: turns descriptor chains into requests for its backend, and completions into used buffers.
+///
+/// It knows no transport and no hypervisor, and never waits: what a backend has not finished, it finishes in
+/// [`Device::poll`] after waking its [`Waker`].
+pub trait Device<M: GuestMemory>: Send {
+    /// The virtio device type (chapter 5).
+    fn device_type(&self) -> u32;
+
+    /// The device type's own features that it offers; the core adds those of rings and transports.
+    fn features(&self) -> Features;
+
+    /// The most entries of each queue; its length is the number of queues.
+    fn queue_max_sizes(&self) -> &[u16];
+
+    /// The device configuration, as the driver reads it with no byte missing.
+    fn config(&self) -> &[u8];
+
+    /// The driver wrote `data` at `offset` of the configuration, inside it. Read-only fields ignore it.
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let _ = (offset, data);
+    }
+
+    /// The driver is ready (DRIVER_OK), with `features` accepted. Buffers may follow; `waker` asks for
+    /// [`Device::poll`].
+    fn activate(&mut self, features: Features, waker: Waker);
+
+    /// The driver kicked queue `index`, which is one of `queues`.
+    fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>);
+
+    /// The waker fired.
+    fn poll(&mut self, queues: &mut Queues<'_, M>) {
+        let _ = queues;
+    }
+
+    /// Forgets queue `index`: chains of it are dropped, and nothing touches guest memory on its behalf afterwards.
+    fn reset_queue(&mut self, index: u16);
+
+    /// Back to the state before [`Device::activate`], as [`Device::reset_queue`] for all queues.
+    fn reset(&mut self);
+}
+
+/// The running queues of a device, and its line to the driver, while it works.
+pub struct Queues<'a, M: GuestMemory> {
+    pub(crate) queues: &'a mut [Option<Queue<M>>],
+    pub(crate) config_changed: bool,
+}
+
+impl<M: GuestMemory> Queues<'_, M> {
+    /// Queue `index`; none if the driver has not enabled it.
+    pub fn get(&mut self, index: u16) -> Option<&mut Queue<M>> {
+        self.queues.get_mut(usize::from(index))?.as_mut()
+    }
+
+    /// The configuration is not what it was: the generation changes and the driver is interrupted.
+    pub fn config_changed(&mut self) {
+        self.config_changed = true;
+    }
+}

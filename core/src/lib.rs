@@ -1,0 +1,23 @@
+//! The virtio core: rings in both roles, feature negotiation, the device state machine, and the seams to everything else.
+//!
+//! Nothing here knows a hypervisor, a transport or an operating system; the crate is `no_std` (with `alloc`).
+//! The seams are the traits [`memory::GuestMemory`], [`device::Device`], [`transport::Transport`] and
+//! [`hypervisor::Hypervisor`].
+#![no_std]
+#![deny(missing_docs)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod device;
+pub mod features;
+pub mod hypervisor;
+pub mod memory;
+pub mod queue;
+pub mod state;
+pub mod status;
+pub mod transport;
+
+pub use features::Features;
+pub use status::Status;

@@ -1,0 +1,175 @@
+//! A flat map: guest memory as ranges of host memory (KVM's memory slots, lguest's base and offset, a shared file).
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::marker::PhantomData;
+
+use super::{Access, GuestMemory, Lease, MemoryError, Pages, Segment};
+
+/// Guest-physical ranges and the host memory behind each.
+///
+/// Handles to it resolve addresses: `&FlatMemory`, whose segments borrow the map and cost nothing, and
+/// `Arc<FlatMemory>`, whose segments own it and may go to another thread.
+#[derive(Debug)]
+pub struct FlatMemory {
+    regions: Box<[Region]>,
+}
+
+#[derive(Debug)]
+struct Region {
+    base: u64,
+    pages: Pages,
+}
+
+impl FlatMemory {
+    /// Makes a map of `regions`: guest-physical start and host memory of each.
+    ///
+    /// # Panics
+    /// If regions overlap or reach beyond 2^64: that is a mistake of the host.
+    pub fn new(regions: impl IntoIterator<Item = (u64, Pages)>) -> Self {
+        let mut regions: Vec<_> = regions.into_iter().map(|(base, pages)| Region { base, pages }).collect();
+        regions.sort_by_key(|region| region.base);
+        let mut end = 0u128;
+        for region in &regions {
+            assert!(u128::from(region.base) >= end, "regions of guest memory overlap");
+            end = u128::from(region.base) + region.pages.len() as u128;
+        }
+        assert!(end <= 1 << 64, "a region of guest memory reaches beyond 2^64");
+        Self { regions: regions.into() }
+    }
+
+    /// The host memory behind `address .. address + len`, if it lies in one region: for the side that owns it.
+    pub fn pages(&self, address: u64, len: usize) -> Option<Pages> {
+        let region = self.region(address)?;
+        region.pages.slice((address - region.base) as usize, len)
+    }
+
+    #[inline]
+    fn region(&self, address: u64) -> Option<&Region> {
+        let region = match &*self.regions {
+            [only] => only,
+            many => many.get(many.partition_point(|region| region.base <= address).checked_sub(1)?)?,
+        };
+        // One comparison for both ends: below the base the difference wraps to a large number.
+        (address.wrapping_sub(region.base) < region.pages.len() as u64).then_some(region)
+    }
+
+    #[inline]
+    fn resolve<L>(
+        &self,
+        address: u64,
+        len: u64,
+        lease: impl Fn() -> L,
+        mut segments: impl FnMut(Segment<L>),
+    ) -> Result<(), MemoryError> {
+        let (mut at, mut left) = (address, len);
+        while left > 0 {
+            let Some(region) = self.region(at) else {
+                return Err(match address.checked_add(len - 1) {
+                    Some(_) => MemoryError::NotMapped { address, len },
+                    None => MemoryError::Wraps { address, len },
+                });
+            };
+            let offset = (at - region.base) as usize;
+            let here = left.min((region.pages.len() - offset) as u64);
+            // SAFETY: `lease` borrows or owns the map, which owns the pages.
+            let part = unsafe { region.pages.part(offset, here as usize, lease()) };
+            if let Some(part) = part {
+                segments(part);
+            }
+            left -= here;
+            // Can wrap only at the very top of the address space, where no region begins at 0 by chance: checked here.
+            match at.checked_add(here) {
+                Some(next) => at = next,
+                None if left == 0 => {}
+                None => return Err(MemoryError::Wraps { address, len }),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The lease of memory that a borrow keeps alive.
+#[derive(Clone, Copy, Debug)]
+pub struct Borrowed<'m>(PhantomData<&'m FlatMemory>);
+
+impl Lease for Borrowed<'_> {}
+impl Lease for Arc<FlatMemory> {}
+
+impl<'m> GuestMemory for &'m FlatMemory {
+    type Lease = Borrowed<'m>;
+
+    #[inline]
+    fn resolve(
+        &self,
+        address: u64,
+        len: u64,
+        _access: Access,
+        segments: impl FnMut(Segment<Self::Lease>),
+    ) -> Result<(), MemoryError> {
+        FlatMemory::resolve(self, address, len, || Borrowed(PhantomData), segments)
+    }
+}
+
+impl GuestMemory for Arc<FlatMemory> {
+    type Lease = Arc<FlatMemory>;
+
+    fn resolve(
+        &self,
+        address: u64,
+        len: u64,
+        _access: Access,
+        segments: impl FnMut(Segment<Self::Lease>),
+    ) -> Result<(), MemoryError> {
+        FlatMemory::resolve(self, address, len, || Arc::clone(self), segments)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::vec;
+
+    fn resolve(memory: &FlatMemory, address: u64, len: u64) -> Result<Vec<usize>, MemoryError> {
+        let mut lens = vec![];
+        GuestMemory::resolve(&memory, address, len, Access::READ, |segment| lens.push(segment.len()))?;
+        Ok(lens)
+    }
+
+    #[test]
+    fn a_range_may_end_exactly_at_the_end_of_memory_but_not_one_byte_beyond() {
+        let memory = FlatMemory::new([(0x1000, Pages::allocate(0x1000))]);
+        assert_eq!(resolve(&memory, 0x1ff0, 0x10), Ok(vec![0x10]));
+        assert_eq!(resolve(&memory, 0x1000, 0x1000), Ok(vec![0x1000]));
+        assert!(matches!(resolve(&memory, 0x1ff0, 0x11), Err(MemoryError::NotMapped { .. })));
+        assert!(matches!(resolve(&memory, 0xfff, 2), Err(MemoryError::NotMapped { .. })));
+        assert!(matches!(resolve(&memory, 0x2000, 1), Err(MemoryError::NotMapped { .. })));
+    }
+
+    #[test]
+    fn a_range_that_wraps_is_an_error_even_if_memory_begins_at_zero_and_ends_at_the_top() {
+        let top = 0u64.wrapping_sub(0x1000);
+        let memory = FlatMemory::new([(0, Pages::allocate(0x1000)), (top, Pages::allocate(0x1000))]);
+        assert_eq!(resolve(&memory, top, 0x1000), Ok(vec![0x1000]));
+        assert!(matches!(resolve(&memory, top, 0x1001), Err(MemoryError::Wraps { .. })));
+        assert!(matches!(resolve(&memory, top + 1, u64::MAX), Err(MemoryError::Wraps { .. })));
+    }
+
+    #[test]
+    fn neighbours_give_several_segments_and_a_hole_gives_an_error() {
+        let memory = FlatMemory::new([
+            (0x4000, Pages::allocate(0x1000)),
+            (0x1000, Pages::allocate(0x1000)),
+            (0x2000, Pages::allocate(0x1000)),
+        ]);
+        assert_eq!(resolve(&memory, 0x1800, 0x1000), Ok(vec![0x800, 0x800]));
+        assert!(matches!(resolve(&memory, 0x2800, 0x2000), Err(MemoryError::NotMapped { .. })));
+    }
+
+    #[test]
+    fn an_empty_range_needs_no_memory() {
+        let memory = FlatMemory::new([]);
+        assert_eq!(resolve(&memory, 0x1234, 0), Ok(vec![]));
+    }
+}

@@ -1,0 +1,128 @@
+//! Guest memory: the only way to bytes that the other side can change at any time.
+//!
+//! [`GuestMemory::resolve`] turns a device-visible address into [`Segment`]s of host memory, or refuses. A segment is
+//! accessed by copying and by single atomic words; no Rust reference to its bytes is ever made. Its [`Lease`] keeps it
+//! accessible: a borrow for a flat map, a mapped grant on Xen.
+//!
+//! Wrappers compose: [`Watched`] records accesses, [`Faulty`] refuses on demand, [`Translated`] puts a page table in
+//! front.
+#![allow(unsafe_code)]
+
+mod faulty;
+mod flat;
+mod segment;
+mod translated;
+mod watched;
+
+pub use faulty::Faulty;
+pub use flat::{Borrowed, FlatMemory};
+pub use segment::{Lease, Pages, Segment, Word, Words};
+pub use translated::{PAGE_SIZE, Translated};
+pub use watched::{Accessed, Log, Watched, WatchedLease};
+
+bitflags::bitflags! {
+    /// What the device wants to do with a range of guest memory, or may do with it.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+    pub struct Access: u8 {
+        /// The device reads.
+        const READ = 1;
+        /// The device writes.
+        const WRITE = 2;
+    }
+}
+
+/// Why an access to guest memory was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MemoryError {
+    /// The range, or a part of it, is not memory that the device may see.
+    #[error("{address:#x}+{len:#x}: no memory there that the device may see")]
+    NotMapped {
+        /// Device-visible start.
+        address: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// The range is there, but not for this use.
+    #[error("{address:#x}+{len:#x}: {access:?} is not granted")]
+    Forbidden {
+        /// Device-visible start.
+        address: u64,
+        /// Bytes.
+        len: u64,
+        /// What was wanted.
+        access: Access,
+    },
+    /// `address + len` exceeds 2^64.
+    #[error("{address:#x}+{len:#x} wraps around the address space")]
+    Wraps {
+        /// Device-visible start.
+        address: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// A ring area has to be one piece of host memory and is not.
+    #[error("{address:#x}+{len:#x}: a ring area in several pieces")]
+    Scattered {
+        /// Device-visible start.
+        address: u64,
+        /// Bytes.
+        len: u64,
+    },
+    /// A ring area's address is not a multiple of what its layout needs.
+    #[error("{address:#x} is not aligned to {align}")]
+    Misaligned {
+        /// Device-visible or host address.
+        address: u64,
+        /// Required alignment, bytes.
+        align: usize,
+    },
+    /// An offset reaches beyond the end of what was resolved.
+    #[error("offset {offset} + {len} reaches beyond {size} bytes")]
+    OutOfBounds {
+        /// Offset, bytes.
+        offset: usize,
+        /// Bytes.
+        len: usize,
+        /// Size of what was resolved.
+        size: usize,
+    },
+}
+
+/// Guest memory as a device sees it: addresses in descriptors are resolved here and nowhere else.
+///
+/// An implementation is a handle (a reference, an `Arc`), cheap to clone.
+pub trait GuestMemory: Clone {
+    /// What keeps a resolved segment accessible; dropped when the device is done with it.
+    type Lease: Lease;
+
+    /// Hands the host memory behind `address .. address + len` to `segments`, in order, in one or several pieces whose
+    /// lengths add up to `len`.
+    ///
+    /// A `len` of 0 succeeds without a segment. On an error the caller discards what it was handed before.
+    fn resolve(
+        &self,
+        address: u64,
+        len: u64,
+        access: Access,
+        segments: impl FnMut(Segment<Self::Lease>),
+    ) -> Result<(), MemoryError>;
+
+    /// Resolves a ring area: one piece, aligned for words of type `W`.
+    fn resolve_words<W: Word>(
+        &self,
+        address: u64,
+        len: u64,
+        access: Access,
+    ) -> Result<Words<W, Self::Lease>, MemoryError> {
+        let mut only = None;
+        let mut pieces = 0;
+        self.resolve(address, len, access, |segment| {
+            pieces += 1;
+            only = Some(segment);
+        })?;
+        match only {
+            Some(segment) if pieces == 1 => Words::new(segment),
+            _ => Err(MemoryError::Scattered { address, len }),
+        }
+    }
+}

@@ -1,0 +1,171 @@
+//! Virtqueues in both roles.
+//!
+//! [`Queue`] is the device's role: it pops [`Chain`]s and completes them. [`DriverQueue`] is the driver's: the paper's
+//! five operations. Both hide which ring format was negotiated.
+
+mod chain;
+mod device;
+mod driver;
+pub mod split;
+
+pub use chain::{Chain, ChainError};
+pub use device::Queue;
+pub use driver::{AddError, Buffer, DriverQueue};
+
+use crate::memory::MemoryError;
+
+/// The largest queue that the spec allows (2.7: queue size is at most 32768).
+pub const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// Byte order and placement of a ring.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Layout {
+    /// Little-endian, three areas anywhere (VIRTIO 1.0 and later).
+    #[default]
+    Modern,
+    /// Before VIRTIO 1.0: guest-native byte order, one contiguous piece, the used ring at the next multiple of 4096.
+    Legacy(ByteOrder),
+}
+
+/// The byte order of a legacy guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ByteOrder {
+    /// Least significant byte first.
+    Little,
+    /// Most significant byte first.
+    Big,
+}
+
+/// Where a queue is and how it behaves: what a transport's registers amount to when the queue is enabled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueConfig {
+    /// Entries.
+    pub size: u16,
+    /// Device-visible address of the descriptor area (split: descriptor table).
+    pub descriptors: u64,
+    /// Device-visible address of the driver area (split: available ring).
+    pub driver: u64,
+    /// Device-visible address of the device area (split: used ring).
+    pub device: u64,
+    /// Byte order and placement.
+    pub layout: Layout,
+    /// Whether VIRTIO_F_EVENT_IDX was negotiated.
+    pub event_idx: bool,
+    /// Whether VIRTIO_F_INDIRECT_DESC was negotiated.
+    pub indirect: bool,
+}
+
+/// What is wrong with a queue. Any of these, once met in a running queue, latches it: nothing is taken from it or put
+/// into it until it is reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QueueError {
+    /// The size is 0, above the maximum, or not a power of two where the format demands one.
+    #[error("queue size {size} is not allowed (a power of two up to {max})")]
+    Size {
+        /// What the driver chose.
+        size: u32,
+        /// The largest that the device supports.
+        max: u16,
+    },
+    /// A ring area or a buffer cannot be accessed.
+    #[error("guest memory: {0}")]
+    Memory(#[from] MemoryError),
+    /// The available index is further ahead than the queue is long.
+    #[error("available index jumped from {last} to {index}, queue size {size}")]
+    IndexJump {
+        /// The last index that the device saw.
+        last: u16,
+        /// The index now.
+        index: u16,
+        /// Entries.
+        size: u16,
+    },
+    /// A head or a `next` field names a descriptor beyond the table.
+    #[error("descriptor {index} is beyond the table of {size}")]
+    Index {
+        /// What the driver wrote.
+        index: u16,
+        /// Entries of the table.
+        size: u32,
+    },
+    /// A head that the device has not completed yet was made available again.
+    #[error("descriptor {head} was made available again while in flight")]
+    InFlight {
+        /// The head.
+        head: u16,
+    },
+    /// A chain has more descriptors than its table has entries, so it loops or is too long.
+    #[error("the chain at {head} loops or has more than {limit} descriptors")]
+    TooManyDescriptors {
+        /// The head.
+        head: u16,
+        /// The most that are allowed.
+        limit: u32,
+    },
+    /// A chain's buffers add up to more than 2^32 bytes.
+    #[error("the chain at {head} is longer than 2^32 bytes")]
+    TooLong {
+        /// The head.
+        head: u16,
+    },
+    /// A device-readable descriptor follows a device-writable one.
+    #[error("the chain at {head} has a readable descriptor after a writable one")]
+    Order {
+        /// The head.
+        head: u16,
+    },
+    /// An indirect descriptor although the feature was not negotiated.
+    #[error("the chain at {head} is indirect, which was not negotiated")]
+    IndirectNotNegotiated {
+        /// The head.
+        head: u16,
+    },
+    /// An indirect descriptor inside an indirect table.
+    #[error("the chain at {head} has an indirect table inside an indirect table")]
+    IndirectNested {
+        /// The head.
+        head: u16,
+    },
+    /// An indirect descriptor that also has the NEXT flag.
+    #[error("the chain at {head} has a descriptor with both INDIRECT and NEXT")]
+    IndirectWithNext {
+        /// The head.
+        head: u16,
+    },
+    /// An indirect table whose length is 0, not a multiple of 16, or above what the queue allows.
+    #[error("the chain at {head} has an indirect table of {len} bytes")]
+    IndirectLength {
+        /// The head.
+        head: u16,
+        /// Bytes.
+        len: u32,
+    },
+    /// A chain that the device cannot work with: too small for the request, for example.
+    #[error("the chain at {head} is not a request: {reason}")]
+    Request {
+        /// The head.
+        head: u16,
+        /// What is missing.
+        reason: &'static str,
+    },
+    /// (Driver role) the device returned something that is not in flight.
+    #[error("the device returned {id}, which is not in flight")]
+    UsedId {
+        /// What the device wrote.
+        id: u32,
+    },
+    /// (Driver role) the device claims to have written more than the buffer holds.
+    #[error("the device claims {len} bytes of a buffer that has {writable}")]
+    UsedLength {
+        /// What the device wrote.
+        len: u32,
+        /// Device-writable bytes of the buffer.
+        writable: u32,
+    },
+    /// (Device role) a chain of another queue, or of this queue before its reset, was completed on it.
+    #[error("the chain at {head} does not belong to this run of the queue")]
+    Stale {
+        /// The head.
+        head: u16,
+    },
+}

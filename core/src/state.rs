@@ -1,0 +1,407 @@
+//! The device state machine: status, features, queues, configuration, reset (VIRTIO 1.4, chapters 2 and 3).
+//!
+//! Written once; every transport decodes its registers, channel programs or store nodes into it.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::task::Waker;
+
+use crate::device::{Device, Queues};
+use crate::features::Features;
+use crate::hypervisor::{Cause, Interrupt};
+use crate::memory::GuestMemory;
+use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError};
+use crate::status::Status;
+
+/// How the driver talks to the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interface {
+    /// VIRTIO 1.0 and later.
+    Modern,
+    /// Before VIRTIO 1.0: no FEATURES_OK, the legacy ring layout, the guest's byte order.
+    Legacy(ByteOrder),
+}
+
+/// One of the three areas of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Area {
+    /// Descriptor area (split: descriptor table).
+    Descriptors,
+    /// Driver area (split: available ring).
+    Driver,
+    /// Device area (split: used ring).
+    Device,
+}
+
+/// Half of a 64-bit address register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// Bits 0 to 31.
+    Low,
+    /// Bits 32 to 63.
+    High,
+}
+
+/// A device and its state: what a transport's device side drives.
+pub struct VirtioDevice<M: GuestMemory> {
+    device: Box<dyn Device<M>>,
+    memory: M,
+    interrupt: Arc<dyn Interrupt>,
+    interface: Interface,
+    waker: Waker,
+    status: Status,
+    accepted: Features,
+    generation: u32,
+    setups: Vec<QueueSetup>,
+    queues: Vec<Option<Queue<M>>>,
+    reason: Option<QueueError>,
+}
+
+/// What the driver wrote about a queue.
+#[derive(Clone, Copy, Debug, Default)]
+struct QueueSetup {
+    max_size: u16,
+    size: u32,
+    areas: [u64; 3],
+    enabled: bool,
+}
+
+impl<M: GuestMemory> VirtioDevice<M> {
+    /// Puts `device` into its initial state.
+    pub fn new(device: Box<dyn Device<M>>, memory: M, interrupt: Arc<dyn Interrupt>, interface: Interface) -> Self {
+        let setups: Vec<_> = device.queue_max_sizes().iter().map(|&max| QueueSetup::new(max)).collect();
+        let queues = setups.iter().map(|_| None).collect();
+        Self {
+            device,
+            memory,
+            interrupt,
+            interface,
+            waker: Waker::noop().clone(),
+            status: Status::empty(),
+            accepted: Features::empty(),
+            generation: 0,
+            setups,
+            queues,
+            reason: None,
+        }
+    }
+
+    /// What a backend wakes when it has news; the transport's [`poll`](Self::poll) follows. Set before the driver is
+    /// ready.
+    pub fn set_waker(&mut self, waker: Waker) {
+        self.waker = waker;
+    }
+
+    /// The virtio device type (chapter 5).
+    pub fn device_type(&self) -> u32 {
+        self.device.device_type()
+    }
+
+    /// The features offered: the device type's, and those that the core carries out for every device.
+    pub fn device_features(&self) -> Features {
+        let rings = Features::INDIRECT_DESC | Features::EVENT_IDX;
+        self.device.features()
+            | rings
+            | match self.interface {
+                Interface::Modern => Features::VERSION_1 | Features::RING_RESET,
+                Interface::Legacy(_) => Features::ANY_LAYOUT,
+            }
+    }
+
+    /// The features accepted so far.
+    pub fn driver_features(&self) -> Features {
+        self.accepted
+    }
+
+    /// The driver accepts `features`. Ignored once they are settled (FEATURES_OK; on the legacy interface DRIVER_OK).
+    pub fn set_driver_features(&mut self, features: Features) {
+        let settled = match self.interface {
+            Interface::Modern => Status::FEATURES_OK,
+            Interface::Legacy(_) => Status::DRIVER_OK,
+        };
+        if !self.status.intersects(settled | Status::FAILED) {
+            self.accepted = features;
+        }
+    }
+
+    /// The device status.
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// The driver writes the status field. 0 resets.
+    ///
+    /// Where the spec leaves the device's answer to a driver's mistake open, this is ours: bits are only ever added
+    /// (a cleared bit stays set until reset); several bits may come in one write; FEATURES_OK stays away if the
+    /// features are not acceptable, and DRIVER_OK without it; DEVICE_NEEDS_RESET is not the driver's to write; after
+    /// FAILED only a reset counts.
+    pub fn set_status(&mut self, status: Status) {
+        if status.is_empty() {
+            self.reset();
+            return;
+        }
+        if self.status.contains(Status::FAILED) {
+            return;
+        }
+        let mut new = status & !self.status & (WRITTEN_BY_DRIVER | Status::FAILED);
+        if new.contains(Status::FEATURES_OK) && !self.features_acceptable() {
+            new &= !(Status::FEATURES_OK | Status::DRIVER_OK);
+        }
+        if self.interface == Interface::Modern && !(self.status | new).contains(Status::FEATURES_OK) {
+            new &= !Status::DRIVER_OK;
+        }
+        self.status |= new;
+        if new.contains(Status::FAILED) {
+            self.stop();
+        } else if new.contains(Status::DRIVER_OK) {
+            self.start();
+        }
+    }
+
+    /// Whether the driver drives the device: buffers are consumed only then.
+    pub fn is_running(&self) -> bool {
+        self.status & (Status::DRIVER_OK | Status::FAILED | Status::DEVICE_NEEDS_RESET) == Status::DRIVER_OK
+    }
+
+    /// Why the device needs a reset; none while it does not.
+    pub fn needs_reset(&self) -> Option<QueueError> {
+        self.reason
+    }
+
+    /// Back to the initial state. When this returns, the device does not touch guest memory any more.
+    pub fn reset(&mut self) {
+        self.stop();
+        self.status = Status::empty();
+        self.accepted = Features::empty();
+        self.reason = None;
+        for setup in &mut self.setups {
+            *setup = QueueSetup::new(setup.max_size);
+        }
+    }
+
+    /// How many queues there are.
+    pub fn queue_count(&self) -> u16 {
+        self.setups.len() as u16
+    }
+
+    /// The most entries of queue `index`; 0 if there is no such queue.
+    pub fn queue_max_size(&self, index: u16) -> u16 {
+        self.setup(index).map_or(0, |setup| setup.max_size)
+    }
+
+    /// The entries of queue `index` as the driver set them (initially the maximum); 0 if there is no such queue.
+    pub fn queue_size(&self, index: u16) -> u32 {
+        self.setup(index).map_or(0, |setup| setup.size)
+    }
+
+    /// The driver chooses the entries of a queue. Whether they are allowed shows when the queue starts. Ignored while
+    /// the queue is enabled.
+    pub fn set_queue_size(&mut self, index: u16, size: u32) {
+        if let Some(setup) = self.disabled(index) {
+            setup.size = size;
+        }
+    }
+
+    /// The device-visible address of an area of queue `index`.
+    pub fn queue_address(&self, index: u16, area: Area) -> u64 {
+        self.setup(index).map_or(0, |setup| setup.areas[area as usize])
+    }
+
+    /// The driver places an area of a queue. Ignored while the queue is enabled.
+    pub fn set_queue_address(&mut self, index: u16, area: Area, address: u64) {
+        if let Some(setup) = self.disabled(index) {
+            setup.areas[area as usize] = address;
+        }
+    }
+
+    /// The driver writes one half of an area's address.
+    pub fn set_queue_address_half(&mut self, index: u16, area: Area, half: Half, value: u32) {
+        let old = self.queue_address(index, area);
+        let new = match half {
+            Half::Low => (old & !u64::from(u32::MAX)) | u64::from(value),
+            Half::High => (old & u64::from(u32::MAX)) | u64::from(value) << 32,
+        };
+        self.set_queue_address(index, area, new);
+    }
+
+    /// Whether queue `index` is enabled.
+    pub fn queue_enabled(&self, index: u16) -> bool {
+        self.setup(index).is_some_and(|setup| setup.enabled)
+    }
+
+    /// The driver enables a queue: from DRIVER_OK on it runs.
+    pub fn enable_queue(&mut self, index: u16) {
+        let Some(setup) = self.disabled(index) else { return };
+        setup.enabled = true;
+        if self.is_running() {
+            self.start_queue(index);
+            self.settle();
+        }
+    }
+
+    /// Queue `index` back to its initial state, alone (VIRTIO_F_RING_RESET, or QueueReady = 0 on MMIO). When this
+    /// returns, the device does not touch the queue's memory any more.
+    pub fn reset_queue(&mut self, index: u16) {
+        let Some(setup) = self.setups.get_mut(usize::from(index)) else { return };
+        *setup = QueueSetup::new(setup.max_size);
+        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
+            *queue = None;
+        }
+        self.device.reset_queue(index);
+    }
+
+    /// Changes whenever the configuration does.
+    pub fn config_generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// The device configuration.
+    pub fn config(&self) -> &[u8] {
+        self.device.config()
+    }
+
+    /// Reads the configuration from `offset` on; bytes beyond its end read as 0.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let config = self.device.config();
+        let from = usize::try_from(offset).map_or(config.len(), |offset| offset.min(config.len()));
+        let len = data.len().min(config.len() - from);
+        data[..len].copy_from_slice(&config[from..from + len]);
+        data[len..].fill(0);
+    }
+
+    /// Writes the configuration from `offset` on; a write that reaches beyond its end is ignored.
+    pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let size = self.device.config().len();
+        if let Ok(offset) = usize::try_from(offset)
+            && offset.checked_add(data.len()).is_some_and(|end| end <= size)
+        {
+            self.device.write_config(offset, data);
+        }
+    }
+
+    /// The driver kicked queue `index`. True if there is more to do: call again, others in between.
+    pub fn kick(&mut self, index: u16) -> bool {
+        let running = self.is_running();
+        let Some(Some(queue)) = self.queues.get_mut(usize::from(index)).filter(|_| running) else { return false };
+        queue.begin_burst();
+        self.serve(|device, queues| device.kick(index, queues));
+        let again = self.queues.get_mut(usize::from(index)).and_then(Option::as_mut).is_some_and(Queue::end_burst);
+        self.settle();
+        again && self.is_running()
+    }
+
+    /// A backend has news. True as in [`kick`](Self::kick).
+    pub fn poll(&mut self) -> bool {
+        if !self.is_running() {
+            return false;
+        }
+        self.queues.iter_mut().flatten().for_each(Queue::begin_burst);
+        self.serve(|device, queues| device.poll(queues));
+        let again = self.queues.iter_mut().flatten().fold(false, |again, queue| queue.end_burst() | again);
+        self.settle();
+        again && self.is_running()
+    }
+
+    fn setup(&self, index: u16) -> Option<&QueueSetup> {
+        self.setups.get(usize::from(index))
+    }
+
+    fn disabled(&mut self, index: u16) -> Option<&mut QueueSetup> {
+        self.setups.get_mut(usize::from(index)).filter(|setup| !setup.enabled)
+    }
+
+    fn features_acceptable(&self) -> bool {
+        let accepted = self.accepted;
+        self.device_features().contains(accepted)
+            && (self.interface != Interface::Modern || accepted.contains(Features::VERSION_1))
+    }
+
+    fn start(&mut self) {
+        // A legacy driver has no FEATURES_OK to see a refusal by: what was not offered does not count.
+        self.accepted &= self.device_features();
+        for index in 0..self.queue_count() {
+            if self.queue_enabled(index) {
+                self.start_queue(index);
+            }
+        }
+        self.device.activate(self.accepted, self.waker.clone());
+        self.settle();
+        // Drivers that filled their queues before DRIVER_OK may not kick again: look once.
+        for index in 0..self.queue_count() {
+            if self.kick(index) {
+                self.waker.wake_by_ref();
+            }
+        }
+    }
+
+    fn start_queue(&mut self, index: u16) {
+        let Some(&QueueSetup { max_size, size, areas, .. }) = self.setup(index) else { return };
+        let layout = match self.interface {
+            Interface::Modern => Layout::Modern,
+            Interface::Legacy(order) => Layout::Legacy(order),
+        };
+        let queue = match u16::try_from(size) {
+            Ok(size) if size <= max_size.min(MAX_QUEUE_SIZE) => Queue::new(
+                self.memory.clone(),
+                QueueConfig {
+                    size,
+                    descriptors: areas[Area::Descriptors as usize],
+                    driver: areas[Area::Driver as usize],
+                    device: areas[Area::Device as usize],
+                    layout,
+                    event_idx: self.accepted.contains(Features::EVENT_IDX),
+                    indirect: self.accepted.contains(Features::INDIRECT_DESC),
+                },
+            ),
+            _ => Err(QueueError::Size { size, max: max_size }),
+        };
+        match queue {
+            Ok(queue) => self.queues[usize::from(index)] = Some(queue),
+            Err(reason) => self.reason = self.reason.or(Some(reason)),
+        }
+    }
+
+    fn serve(&mut self, work: impl FnOnce(&mut dyn Device<M>, &mut Queues<'_, M>)) {
+        let mut queues = Queues { queues: &mut self.queues, config_changed: false };
+        work(&mut *self.device, &mut queues);
+        if queues.config_changed {
+            self.generation = self.generation.wrapping_add(1);
+            self.interrupt.raise(Cause::Config);
+        }
+    }
+
+    /// After any work: interrupts for what was used, and NEEDS_RESET if the driver broke a queue.
+    fn settle(&mut self) {
+        for (index, queue) in self.queues.iter_mut().enumerate() {
+            let Some(queue) = queue else { continue };
+            if queue.needs_interrupt() {
+                self.interrupt.raise(Cause::Queue(index as u16));
+            }
+            self.reason = self.reason.or(queue.broken());
+        }
+        if let Some(reason) = self.reason
+            && !self.status.contains(Status::DEVICE_NEEDS_RESET)
+        {
+            tracing::warn!(%reason, "the device needs a reset");
+            self.status |= Status::DEVICE_NEEDS_RESET;
+            if self.status.contains(Status::DRIVER_OK) {
+                self.interrupt.raise(Cause::Config);
+            }
+        }
+    }
+
+    fn stop(&mut self) {
+        self.device.reset();
+        self.queues.iter_mut().for_each(|queue| *queue = None);
+    }
+}
+
+impl QueueSetup {
+    fn new(max_size: u16) -> Self {
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false }
+    }
+}
+
+const WRITTEN_BY_DRIVER: Status =
+    Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK).union(Status::DRIVER_OK);

@@ -1,0 +1,188 @@
+//! The driver's view of a transport: the paper's `virtio_config_ops` and `find_vq` (section 3).
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::time::Duration;
+
+use crate::features::Features;
+use crate::hypervisor::{HypervisorError, Share};
+use crate::memory::Pages;
+use crate::queue::{QueueConfig, QueueError};
+use crate::status::Status;
+
+/// How many times a configuration that keeps changing is read before the driver gives up.
+pub const CONFIG_READ_ATTEMPTS: u32 = 64;
+
+/// The driver side of a transport, connected to one device.
+pub trait Transport: Send {
+    /// The virtio device type (chapter 5).
+    fn device_type(&self) -> u32;
+
+    /// Whether the device is used through the legacy interface: no FEATURES_OK, legacy ring layout.
+    fn is_legacy(&self) -> bool {
+        false
+    }
+
+    /// The features that the device offers.
+    fn device_features(&mut self) -> Result<Features, TransportError>;
+
+    /// Accepts `features`.
+    fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError>;
+
+    /// The device status.
+    fn status(&mut self) -> Result<Status, TransportError>;
+
+    /// Writes the device status; not 0, which is [`Transport::reset`].
+    fn set_status(&mut self, status: Status) -> Result<(), TransportError>;
+
+    /// Resets the device and waits until it says so. Buffers are the driver's again afterwards.
+    fn reset(&mut self) -> Result<(), TransportError>;
+
+    /// Changes whenever the configuration does; 0 for ever on transports without one (legacy).
+    fn config_generation(&mut self) -> Result<u32, TransportError>;
+
+    /// Reads the device configuration from `offset` on.
+    fn read_config(&mut self, offset: u32, data: &mut [u8]) -> Result<(), TransportError>;
+
+    /// Writes the device configuration from `offset` on.
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), TransportError>;
+
+    /// The most entries that queue `index` may have; 0 if there is no such queue.
+    fn queue_max_size(&mut self, index: u16) -> Result<u16, TransportError>;
+
+    /// Sets up queue `index` with `size` entries (its maximum if none) and enables it, with the ring format of the
+    /// features accepted before. Where the host allocates rings, `size` must be none or the host's.
+    fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError>;
+
+    /// Resets queue `index` alone (VIRTIO_F_RING_RESET); [`Transport::find_vq`] enables it again.
+    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError>;
+
+    /// Waits for an interrupt of the device and acknowledges it; [`TransportError::Watchdog`] if none comes.
+    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError>;
+
+    /// Where rings and buffers are allocated and shared.
+    fn share(&self) -> Arc<dyn Share>;
+}
+
+/// What [`Transport::find_vq`] returns: a ring in memory and a doorbell.
+pub struct Virtqueue {
+    /// Size, addresses and format.
+    pub config: QueueConfig,
+    /// The memory of the descriptor area.
+    pub descriptors: Pages,
+    /// The memory of the driver area.
+    pub driver: Pages,
+    /// The memory of the device area.
+    pub device: Pages,
+    /// The queue's doorbell.
+    pub notify: Box<dyn Notify>,
+}
+
+/// A queue's doorbell.
+pub trait Notify: Send {
+    /// Kicks the device.
+    fn notify(&mut self) -> Result<(), TransportError>;
+}
+
+/// What an interrupt was about.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Interrupts {
+    /// Buffers were used in some queue.
+    pub queues: bool,
+    /// The configuration changed, or the device needs a reset.
+    pub config: bool,
+}
+
+/// Why the driver side of a transport gave up.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TransportError {
+    /// The guest's hypervisor calls failed.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// There is no such queue.
+    #[error("the device has no queue {0}")]
+    NoQueue(u16),
+    /// A queue cannot be set up as asked.
+    #[error("queue {index}: {reason}")]
+    Queue {
+        /// The queue.
+        index: u16,
+        /// What is wrong.
+        reason: QueueError,
+    },
+    /// What answers is not the device that was expected.
+    #[error("expected {expected}, found {found:#x}")]
+    NotADevice {
+        /// What was expected.
+        expected: &'static str,
+        /// What came.
+        found: u64,
+    },
+    /// The device did not accept the features.
+    #[error("the device refused the features {0:?}")]
+    FeaturesRefused(Features),
+    /// The device does not offer what the driver cannot do without.
+    #[error("the device lacks {0:?}")]
+    FeaturesMissing(Features),
+    /// The configuration changed at every attempt to read it.
+    #[error("the configuration kept changing for {CONFIG_READ_ATTEMPTS} reads")]
+    ConfigUnstable,
+    /// Nothing happened within the watchdog's time.
+    #[error("nothing happened in {0:?} while waiting for {1}")]
+    Watchdog(Duration, &'static str),
+    /// The transport cannot do this.
+    #[error("this transport has no {0}")]
+    Unsupported(&'static str),
+}
+
+/// Initializes the device up to the point where queues are set up (3.1.1, steps 1 to 6): reset, ACKNOWLEDGE, DRIVER,
+/// features, FEATURES_OK. Returns what was accepted: `wanted` where the device offers it, and VERSION_1 always on a
+/// modern interface. The caller sets up queues and then calls [`driver_ok`].
+pub fn initialize(transport: &mut (impl Transport + ?Sized), wanted: Features) -> Result<Features, TransportError> {
+    transport.reset()?;
+    transport.set_status(Status::ACKNOWLEDGE)?;
+    transport.set_status(Status::ACKNOWLEDGE | Status::DRIVER)?;
+    let offered = transport.device_features()?;
+    let mut accepted = offered & wanted;
+    if transport.is_legacy() {
+        transport.set_driver_features(accepted)?;
+        return Ok(accepted);
+    }
+    if !offered.contains(Features::VERSION_1) {
+        return Err(TransportError::FeaturesMissing(Features::VERSION_1));
+    }
+    accepted |= Features::VERSION_1;
+    transport.set_driver_features(accepted)?;
+    let status = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
+    transport.set_status(status)?;
+    if !transport.status()?.contains(Status::FEATURES_OK) {
+        transport.set_status(status | Status::FAILED)?;
+        return Err(TransportError::FeaturesRefused(accepted));
+    }
+    Ok(accepted)
+}
+
+/// Tells the device that the driver is ready (3.1.1, step 8).
+pub fn driver_ok(transport: &mut (impl Transport + ?Sized)) -> Result<(), TransportError> {
+    let status = transport.status()?;
+    transport.set_status(status | Status::DRIVER_OK)
+}
+
+/// Reads configuration that the device may change meanwhile (2.5.1): reads again until the generation stays the same,
+/// at most [`CONFIG_READ_ATTEMPTS`] times.
+pub fn read_config(
+    transport: &mut (impl Transport + ?Sized),
+    offset: u32,
+    data: &mut [u8],
+) -> Result<(), TransportError> {
+    let mut before = transport.config_generation()?;
+    for _ in 0..CONFIG_READ_ATTEMPTS {
+        transport.read_config(offset, data)?;
+        let after = transport.config_generation()?;
+        if before == after {
+            return Ok(());
+        }
+        before = after;
+    }
+    Err(TransportError::ConfigUnstable)
+}
