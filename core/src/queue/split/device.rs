@@ -65,7 +65,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.size
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
         if self.next_available == self.available && !self.look()? {
             return Ok(None);
@@ -85,7 +85,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// Reads the available index; whether there is more than before.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<bool, QueueError> {
         // Acquire: entries and descriptors are read after the index that covers them.
         let index = O::u16(self.driver.load(INDEX, Ordering::Acquire));
@@ -96,13 +96,13 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Ok(index != self.next_available)
     }
 
-    #[inline]
+    #[inline(always)]
     fn descriptor(&self, index: u16) -> Descriptor {
         let at = 2 * usize::from(index);
         O::descriptor([self.descriptors.load(at, Ordering::Relaxed), self.descriptors.load(at + 1, Ordering::Relaxed)])
     }
 
-    #[inline]
+    #[inline(always)]
     fn walk(&mut self, assembly: &mut Assembly<M::Lease>) -> Result<(), QueueError> {
         let head = assembly.head();
         let mut descriptor = self.descriptor(head);
@@ -123,6 +123,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// The rest of the chain is in the table that `descriptor` names (2.7.5.3).
+    #[inline(never)]
     fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, descriptor: Descriptor) -> Result<(), QueueError> {
         let (head, len) = (assembly.head(), descriptor.len);
         if !self.indirect {
@@ -158,9 +159,9 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Err(QueueError::TooManyDescriptors { head, limit: self.size.into() })
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        let (head, written) = (chain.head, chain.written);
+        let (head, written) = (chain.0.head, chain.0.written);
         self.chains.give_back(chain)?;
         let entry = layout::used_entry(self.next_used & (self.size - 1));
         self.device.store(entry, O::u32(u32::from(head)), Ordering::Relaxed);
@@ -171,7 +172,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
         if self.next_used == self.signalled {
             return false;
