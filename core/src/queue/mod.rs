@@ -3,6 +3,7 @@
 //! [`Queue`] is the device's role: it pops [`Chain`]s and completes them. [`DriverQueue`] is the driver's: the paper's
 //! five operations. Both hide which ring format was negotiated.
 
+mod assembly;
 mod chain;
 mod device;
 mod driver;
@@ -53,6 +54,18 @@ pub struct QueueConfig {
     pub event_idx: bool,
     /// Whether VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
+}
+
+impl QueueConfig {
+    /// Whether the areas start at multiples of what the format demands.
+    fn check_alignment(&self, descriptors: usize, driver: usize, device: usize) -> Result<(), MemoryError> {
+        for (address, align) in [(self.descriptors, descriptors), (self.driver, driver), (self.device, device)] {
+            if !address.is_multiple_of(align as u64) {
+                return Err(MemoryError::Misaligned { address, align });
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What is wrong with a queue. Any of these, once met in a running queue, latches it: nothing is taken from it or put
