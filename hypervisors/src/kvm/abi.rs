@@ -1,7 +1,5 @@
-//! What both sides agree on: the guest-physical address space, and how a line becomes an interrupt.
+//! What both sides agree on: the guest-physical address space and the interrupt lines.
 
-use kvm_bindings::{KVM_IRQ_ROUTING_MSI, kvm_irq_routing_entry};
-use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_transports::mmio::Place;
 
 /// RAM is from 0 up to here at most.
@@ -25,32 +23,10 @@ pub(super) const DEVICE_LEN: u64 = 0x1000;
 /// The register to which a kick goes: QueueNotify (VIRTIO 1.4, 4.2.2).
 pub(super) const QUEUE_NOTIFY: u64 = 0x50;
 
-/// The registers of the local APIC.
-pub(super) const APIC: u64 = 0xfee0_0000;
-
-/// Three pages that KVM wants for itself on some Intel processors (`KVM_SET_TSS_ADDR`).
-pub(super) const KVM_TSS: usize = 0xfffb_d000;
-
 /// Interrupt lines, as many as [`Guest::wait`](polyvirt_core::hypervisor::Guest::wait) has bits.
 pub(super) const LINES: u32 = 64;
-
-/// The vector of line 0; the others follow.
-pub(super) const FIRST_VECTOR: u32 = 0x40;
 
 /// Where the device on `line` is.
 pub(super) fn place(line: u32) -> Place {
     Place { base: DEVICES + u64::from(line) * DEVICE_LEN, line }
-}
-
-/// How `line`, which is also its number among KVM's GSIs, reaches the processor: as a message to its local APIC.
-pub(super) fn route(line: u32) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi: line, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
-    entry.u.msi.address_lo = APIC as u32;
-    entry.u.msi.data = FIRST_VECTOR + line;
-    entry
-}
-
-/// The error of an ioctl.
-pub(super) fn refused(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> HypervisorError {
-    move |error| HypervisorError::Refused { call, reason: error.to_string() }
 }

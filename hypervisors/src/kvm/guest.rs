@@ -1,16 +1,15 @@
 //! The guest's side: one vCPU, whose hands do what the driver side asks for.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use kvm_bindings::CpuId;
-use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
+use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::errno::Errno;
 use polyvirt_core::hypervisor::{self, HypervisorError, Share};
 use polyvirt_core::memory::{Access, MemoryError, Pages};
 use polyvirt_transports::mmio::{Place, Registers};
 
-use super::abi::{self, refused};
+use super::abi;
 use super::hands::{Command, Hands};
 use super::host::Bus;
 use crate::flat_share::FlatShare;
@@ -26,23 +25,24 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub(super) fn new(vcpu: Vcpu, bus: Arc<Bus>, ram: Pages) -> Self {
+    pub(super) fn new(fd: VcpuFd, hands: Hands, bus: Arc<Bus>, ram: Pages) -> Self {
         // Page 0 is never handed out: to many a driver, address 0 means none.
         let share = ram.slice(0x1000, ram.len() - 0x1000).expect("RAM has at least a page");
-        Self { vcpu: Mutex::new(vcpu), bus, share: FlatShare::new(0x1000, share) }
+        Self { vcpu: Mutex::new(Vcpu { fd, hands, stopped: None }), bus, share: FlatShare::new(0x1000, share) }
     }
 
     /// Runs `work` on the vCPU, unless it stopped before. If `work` fails, it has.
     fn with_vcpu<T>(&self, work: impl FnOnce(&mut Vcpu) -> Result<T, String>) -> Result<T, HypervisorError> {
-        let mut vcpu = self.vcpu.lock().unwrap_or_else(PoisonError::into_inner);
-        let result = match &vcpu.stopped {
-            Some(reason) => Err(reason.clone()),
-            None => work(&mut vcpu),
+        let Ok(mut vcpu) = self.vcpu.lock() else {
+            return Err(HypervisorError::GuestStopped("a device panicked while the vCPU waited for it".into()));
         };
-        if let Err(reason) = &result {
-            vcpu.stopped = Some(reason.clone());
+        if vcpu.stopped.is_none() {
+            match work(&mut vcpu) {
+                Ok(result) => return Ok(result),
+                Err(reason) => vcpu.stopped = Some(reason),
+            }
         }
-        result.map_err(HypervisorError::GuestStopped)
+        Err(HypervisorError::GuestStopped(vcpu.stopped.clone().unwrap_or_default()))
     }
 
     /// One load or store of `len` bytes; the result is the value loaded.
@@ -113,7 +113,7 @@ impl Registers for Guest {
 }
 
 /// The processor, with the hands on it.
-pub(super) struct Vcpu {
+struct Vcpu {
     fd: VcpuFd,
     hands: Hands,
     /// Why it does not run any more.
@@ -121,23 +121,6 @@ pub(super) struct Vcpu {
 }
 
 impl Vcpu {
-    /// Creates the virtual machine's processor; `hands` is the slot's memory.
-    pub(super) fn new(vm: &VmFd, cpuid: &CpuId, hands: Pages) -> Result<Self, HypervisorError> {
-        let hands = Hands::new(hands).map_err(|error| HypervisorError::GuestStopped(error.to_string()))?;
-        let fd = vm.create_vcpu(0).map_err(refused("KVM_CREATE_VCPU"))?;
-        fd.set_cpuid2(cpuid).map_err(refused("KVM_SET_CPUID2"))?;
-        let mut sregs = fd.get_sregs().map_err(refused("KVM_GET_SREGS"))?;
-        let regs = Hands::enter(&mut sregs);
-        fd.set_sregs(&sregs).map_err(refused("KVM_SET_SREGS"))?;
-        fd.set_regs(&regs).map_err(refused("KVM_SET_REGS"))?;
-        let mut apic = fd.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
-        // The spurious-interrupt register: APIC enabled (bit 8), vector 255.
-        apic.regs[0xf0] = -1;
-        apic.regs[0xf1] |= 1;
-        fd.set_lapic(&apic).map_err(refused("KVM_SET_LAPIC"))?;
-        Ok(Self { fd, hands, stopped: None })
-    }
-
     /// Lets the hands carry out `command`, and the devices on `bus` answer. Returns the hands' value, or why the
     /// guest cannot go on.
     fn run(&mut self, bus: &Bus, command: Command, address: u64, value: u64) -> Result<u64, String> {
@@ -172,4 +155,25 @@ impl Vcpu {
 
 fn text(error: MemoryError) -> String {
     error.to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::machine::Machine;
+    use super::*;
+
+    #[test]
+    fn the_hands_are_at_cpl_3_before_and_after_what_they_do() {
+        if let Err(reason) = super::super::available() {
+            println!("skipped: {reason}");
+            return;
+        }
+        let Machine { vm: _vm, vcpu, hands, ram: _ram } = Machine::new(0x2000).unwrap();
+        let mut vcpu = Vcpu { fd: vcpu, hands, stopped: None };
+        for command in [Command::Store(3), Command::Load(3), Command::Wait] {
+            assert_eq!(vcpu.fd.get_sregs().unwrap().cs.dpl, 3);
+            assert_eq!(vcpu.run(&Bus::default(), command, 0x1008, 7), Ok(7), "{command:?}");
+        }
+        assert_eq!(vcpu.fd.get_sregs().unwrap().cs.dpl, 3);
+    }
 }

@@ -2,20 +2,21 @@
 //!
 //! It is flat long-mode code at CPL 3 with identity page tables: the one kind of guest code that also runs natively
 //! on a KVM that shadows page tables in software. Only interrupts enter CPL 0, for three instructions.
+#![allow(unsafe_code)]
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 use polyvirt_core::memory::{MemoryError, Pages};
 
-use super::abi::{APIC, DONE, FIRST_VECTOR, HANDS, LINES};
+use super::abi::{DONE, HANDS, LINES};
+use super::machine::FIRST_VECTOR;
 
 // The layout of the hands' memory, relative to its start.
-const CODE: u64 = 0;
-const MAILBOX: u64 = 0x1000;
+pub(super) const CODE: u64 = 0;
+pub(super) const MAILBOX: u64 = 0x1000;
 /// The top-level page table; then come one of the second level and four of the third, for 1 GiB each.
-const PAGE_TABLES: u64 = 0x2000;
-const GDT: u64 = 0x8000;
-const TSS: u64 = 0x8100;
-const IDT: u64 = 0x9000;
+pub(super) const PAGE_TABLES: u64 = 0x2000;
+pub(super) const GDT: u64 = 0x8000;
+pub(super) const TSS: u64 = 0x8100;
+pub(super) const IDT: u64 = 0x9000;
 /// The stack on which interrupts arrive grows down from here.
 const STACK_TOP: u64 = 0xb000;
 
@@ -32,9 +33,14 @@ const PENDING: usize = 3;
 const STRIDE: u64 = 16;
 
 const CODE_CPL0: u16 = 0x08;
-const DATA_CPL3: u16 = 0x10 | 3;
-const CODE_CPL3: u16 = 0x18 | 3;
-const TSS_SELECTOR: u16 = 0x28;
+pub(super) const DATA_CPL3: u16 = 0x10 | 3;
+pub(super) const CODE_CPL3: u16 = 0x18 | 3;
+/// Not in the GDT: the task register is loaded from outside.
+pub(super) const TSS_SELECTOR: u16 = 0x20;
+
+pub(super) const GDT_LIMIT: u16 = 4 * 8 - 1;
+pub(super) const IDT_LIMIT: u16 = 256 * 16 - 1;
+pub(super) const TSS_LIMIT: u32 = 104 - 1;
 
 // r14 is the mailbox and r15 the EOI register of the local APIC, always.
 core::arch::global_asm!(
@@ -171,7 +177,7 @@ impl Hands {
         }
         // RSP0, and an I/O bitmap beyond the limit: no ports.
         memory.write(TSS as usize + 4, &(HANDS + STACK_TOP).to_le_bytes())?;
-        memory.write(TSS as usize + 102, &104u16.to_le_bytes())?;
+        memory.write(TSS as usize + 102, &(TSS_LIMIT as u16 + 1).to_le_bytes())?;
         for line in 0..LINES {
             let handler = HANDS + CODE + offset(&raw const HANDLERS) + u64::from(line) * STRIDE;
             // A 64-bit interrupt gate for CPL 0 (the handler's address is below 4 GiB).
@@ -179,29 +185,6 @@ impl Hands {
             put(&memory, IDT, 2 * (FIRST_VECTOR + line) as usize, gate)?;
         }
         Ok(Self(memory))
-    }
-
-    /// The state in which the vCPU starts: long mode, CPL 3, interrupts enabled, at the payload's first instruction.
-    pub(super) fn enter(sregs: &mut kvm_sregs) -> kvm_regs {
-        let flat = kvm_segment { limit: u32::MAX, present: 1, dpl: 3, s: 1, g: 1, ..Default::default() };
-        let data = kvm_segment { selector: DATA_CPL3, type_: 3, db: 1, ..flat };
-        sregs.cs = kvm_segment { selector: CODE_CPL3, type_: 11, l: 1, ..flat };
-        (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-        let (base, limit) = (HANDS + TSS, 103);
-        sregs.tr = kvm_segment { base, limit, selector: TSS_SELECTOR, type_: 11, present: 1, ..Default::default() };
-        (sregs.gdt.base, sregs.gdt.limit) = (HANDS + GDT, 4 * 8 - 1);
-        (sregs.idt.base, sregs.idt.limit) = (HANDS + IDT, 0xfff);
-        sregs.cr3 = HANDS + PAGE_TABLES;
-        sregs.cr4 = 1 << 5; // PAE
-        sregs.efer = 1 << 8 | 1 << 10; // long mode enabled and active
-        sregs.cr0 = 1 << 31 | 1 << 4 | 1 << 1 | 1; // paging, ET, MP, protection
-        kvm_regs {
-            rip: HANDS + CODE,
-            r14: HANDS + MAILBOX,
-            r15: APIC + 0xb0,   // EOI
-            rflags: 1 << 9 | 2, // interrupts enabled: at CPL 3 the payload cannot
-            ..Default::default()
-        }
     }
 
     /// Tells the hands what to do when they run next.
@@ -243,4 +226,18 @@ fn get(memory: &Pages, table: u64, index: usize) -> Result<u64, MemoryError> {
     let mut bytes = [0; 8];
     memory.read(table as usize + 8 * index, &mut bytes)?;
     Ok(u64::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_payload_keeps_to_its_page_and_its_strides() {
+        let (routines, handlers) = (offset(&raw const ROUTINES), offset(&raw const HANDLERS));
+        assert!(offset(&raw const HANDS_STOP) <= MAILBOX - CODE);
+        assert!(routines + 8 * STRIDE < handlers);
+        let last = offset(&raw const HANDS_STOP) - handlers - u64::from(LINES - 1) * STRIDE;
+        assert!(last <= STRIDE, "a handler of {last} bytes");
+    }
 }

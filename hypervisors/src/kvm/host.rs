@@ -8,7 +8,8 @@ use polyvirt_core::memory::FlatMemory;
 use polyvirt_transports::mmio::Place;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::abi::{self, refused};
+use super::abi;
+use super::machine::refused;
 use crate::event_loop::{EventLoop, SharedDevice, event_fd, lock};
 
 /// The host half.
