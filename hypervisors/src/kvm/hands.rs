@@ -46,6 +46,8 @@ pub(super) const TSS_LIMIT: u32 = 104 - 1;
 core::arch::global_asm!(
     r#"
     .pushsection .rodata.polyvirt_kvm_hands, "a"
+    .globl polyvirt_kvm_hands, polyvirt_kvm_routines, polyvirt_kvm_handlers, polyvirt_kvm_hands_end
+    .hidden polyvirt_kvm_hands, polyvirt_kvm_routines, polyvirt_kvm_handlers, polyvirt_kvm_hands_end
     .balign {stride}
 polyvirt_kvm_hands:
 .Lpolyvirt_next:
