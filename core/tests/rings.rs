@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polyvirt_core::memory::{FlatMemory, Pages};
-use polyvirt_core::queue::split::layout;
 use polyvirt_core::queue::{AddError, Buffer, ByteOrder, DriverQueue, Layout, Queue, QueueConfig};
+use polyvirt_core::queue::{packed, split};
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 use proptest::prelude::*;
 
@@ -41,15 +41,26 @@ struct Shape {
     layout: Layout,
 }
 
+/// Offsets of the driver and the device area, and the end of the ring.
+fn areas(shape: Shape) -> (u64, u64, u64) {
+    match shape.layout {
+        Layout::Packed => {
+            let driver = packed::layout::DESCRIPTOR_LEN * u64::from(shape.size);
+            (driver, driver + packed::layout::EVENT_LEN, driver + 2 * packed::layout::EVENT_LEN)
+        }
+        Layout::Modern | Layout::Legacy(_) => split::layout::legacy(shape.size),
+    }
+}
+
 fn rig(shape: Shape) -> Rig {
-    let ring = Pages::allocate(layout::legacy(shape.size).2 as usize);
+    let (available, used, end) = areas(shape);
+    let ring = Pages::allocate(end as usize);
     let tables = Pages::allocate(0x10000);
     let memory = Arc::new(FlatMemory::new([
         (RING, ring.clone()),
         (BUFFERS, Pages::allocate(0x10000)),
         (TABLES, tables.clone()),
     ]));
-    let (available, used, _) = layout::legacy(shape.size);
     let config = QueueConfig {
         size: shape.size,
         descriptors: RING,
@@ -63,9 +74,9 @@ fn rig(shape: Shape) -> Rig {
     let kicks = Doorbell::default();
     let driver = DriverQueue::new(Virtqueue {
         config,
-        descriptors: part(0, layout::descriptors_len(shape.size)),
-        driver: part(available, layout::driver_len(shape.size)),
-        device: part(used, layout::device_len(shape.size)),
+        descriptors: part(0, available),
+        driver: part(available, used - available),
+        device: part(used, end - used),
         notify: kicks.clone(),
     })
     .unwrap();
@@ -75,13 +86,15 @@ fn rig(shape: Shape) -> Rig {
 }
 
 fn shapes() -> impl Strategy<Value = Shape> {
-    let layouts = prop_oneof![
+    let split = prop_oneof![
         Just(Layout::Modern),
         Just(Layout::Legacy(ByteOrder::Little)),
         Just(Layout::Legacy(ByteOrder::Big)),
     ];
-    (0u32..5, any::<bool>(), any::<bool>(), layouts).prop_map(|(log, event_idx, indirect, layout)| Shape {
-        size: 1 << log,
+    let split = (0u32..5, split).prop_map(|(log, layout)| (1 << log, layout));
+    let packed = (1u16..=16).prop_map(|size| (size, Layout::Packed));
+    (prop_oneof![split, packed], any::<bool>(), any::<bool>()).prop_map(|((size, layout), event_idx, indirect)| Shape {
+        size,
         event_idx,
         indirect,
         layout,
@@ -95,7 +108,9 @@ enum Step {
     Get,
     Disable,
     Enable,
-    Burst { take: usize },
+    Begin,
+    Pop,
+    End,
     Complete { which: usize },
     Interrupt,
 }
@@ -108,7 +123,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             3 => Just(Step::Get),
             1 => Just(Step::Disable),
             1 => Just(Step::Enable),
-            3 => (1usize..20).prop_map(|take| Step::Burst { take }),
+            3 => Just(Step::Begin),
+            6 => Just(Step::Pop),
+            3 => Just(Step::End),
             4 => any::<usize>().prop_map(|which| Step::Complete { which }),
             3 => Just(Step::Interrupt),
         ],
@@ -130,6 +147,8 @@ proptest! {
         let (mut published_count, mut seen) = (0usize, 0usize);
         let (mut completed, mut got) = (0usize, 0usize);
         let mut callbacks = true;
+        // While the device serves: whether it found the queue empty.
+        let mut burst = None;
         for step in steps {
             match step {
                 Step::Add { readable, writable } => {
@@ -167,30 +186,40 @@ proptest! {
                     device_awake |= kicked;
                     published_count = added.len() + got;
                 }
-                Step::Burst { take } => {
+                Step::Begin if burst.is_none() => {
                     // The device sleeps unless it was kicked; a kick is owed whenever it sleeps on published buffers.
                     if !device_awake {
                         prop_assert_eq!(seen, published_count, "the device sleeps through published buffers");
                         continue;
                     }
+                    // A kick that comes from here on is for the next burst.
+                    device_awake = false;
                     rig.device.begin_burst();
-                    let mut drained = false;
-                    for _ in 0..take {
-                        let Some(chain) = rig.device.pop().unwrap() else { drained = true; break };
-                        let (token, readable, writable) = published.pop_front().unwrap();
-                        prop_assert_eq!(chain.readable_len(), readable as u32 * PIECE);
-                        prop_assert_eq!(chain.writable_len(), writable as u32 * PIECE);
-                        if readable > 0 {
-                            let mut stamp = [0; 8];
-                            chain.read(PIECE * (readable as u32 - 1), &mut stamp).unwrap();
-                            prop_assert_eq!(u64::from_le_bytes(stamp), token);
-                        }
-                        seen += 1;
-                        held.push((chain, token));
-                    }
-                    let again = rig.device.end_burst();
-                    device_awake = again || !drained;
+                    burst = Some(false);
                 }
+                Step::Pop => {
+                    let Some(drained) = &mut burst else { continue };
+                    let Some(chain) = rig.device.pop().unwrap() else {
+                        *drained = true;
+                        continue;
+                    };
+                    let (token, readable, writable) = published.pop_front().unwrap();
+                    prop_assert_eq!(chain.readable_len(), readable as u32 * PIECE);
+                    prop_assert_eq!(chain.writable_len(), writable as u32 * PIECE);
+                    if readable > 0 {
+                        let mut stamp = [0; 8];
+                        chain.read(PIECE * (readable as u32 - 1), &mut stamp).unwrap();
+                        prop_assert_eq!(u64::from_le_bytes(stamp), token);
+                    }
+                    seen += 1;
+                    held.push((chain, token));
+                }
+                Step::End => {
+                    let Some(drained) = burst.take() else { continue };
+                    // A device that stopped by itself knows that there is more.
+                    device_awake |= rig.device.end_burst() || !drained;
+                }
+                Step::Begin => {}
                 Step::Complete { which } => {
                     if held.is_empty() {
                         continue;

@@ -30,7 +30,7 @@ impl<L> Chains<L> {
         }
     }
 
-    /// Marks `head` as in flight; false if it is already.
+    /// Marks `head` (or a buffer id) as in flight; false if it is already.
     #[inline(always)]
     pub(super) fn take(&mut self, head: u16) -> bool {
         let bit = 1 << (head % 64);
@@ -116,11 +116,13 @@ impl<L: Lease> Assembly<L> {
         Ok(())
     }
 
+    /// The chain, known to the driver as `head` (or buffer id), which takes `entries` descriptors of the ring.
     #[inline(always)]
-    pub(super) fn finish(self) -> Chain<L> {
+    pub(super) fn finish(self, head: u16, entries: u16) -> Chain<L> {
         Chain {
-            head: self.head,
+            head,
             run: self.run,
+            entries,
             writable_from: self.writable_from.unwrap_or(self.segments.len()),
             // `add` keeps the sum below 2^32.
             readable_len: self.readable as u32,

@@ -1,5 +1,6 @@
 //! The device's role, whatever the ring format.
 
+use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
 use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError};
@@ -20,6 +21,7 @@ pub struct Queue<M: GuestMemory> {
 enum Ring<M: GuestMemory> {
     Split(Split<M, Little>),
     SplitBig(Split<M, Big>),
+    Packed(Packed<M>),
 }
 
 /// Calls the same method of whichever ring it is.
@@ -28,6 +30,7 @@ macro_rules! ring {
         match $ring {
             Ring::Split($name) => $call,
             Ring::SplitBig($name) => $call,
+            Ring::Packed($name) => $call,
         }
     };
 }
@@ -38,6 +41,7 @@ impl<M: GuestMemory> Queue<M> {
         let ring = match config.layout {
             Layout::Modern | Layout::Legacy(ByteOrder::Little) => Ring::Split(Split::new(memory, &config)?),
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
+            Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
         Ok(Self { ring, broken: None, budget: config.size, drained: false, quiet: false })
     }

@@ -4,6 +4,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::mem;
 
+use super::packed::driver::Ring as Packed;
 use super::split::driver::Ring as Split;
 use super::split::layout::{Big, Little};
 use super::{ByteOrder, Layout, QueueError};
@@ -93,6 +94,7 @@ impl Tables {
 pub(super) enum Ring {
     Split(Split<Little>),
     SplitBig(Split<Big>),
+    Packed(Packed),
 }
 
 macro_rules! ring {
@@ -100,6 +102,7 @@ macro_rules! ring {
         match $ring {
             Ring::Split($name) => $call,
             Ring::SplitBig($name) => $call,
+            Ring::Packed($name) => $call,
         }
     };
 }
@@ -112,6 +115,7 @@ impl Ring {
                 Self::Split(Split::new(&config, descriptors, driver, device)?)
             }
             Layout::Legacy(ByteOrder::Big) => Self::SplitBig(Split::new(&config, descriptors, driver, device)?),
+            Layout::Packed => Self::Packed(Packed::new(&config, descriptors, driver, device)?),
         };
         Ok((ring, notify))
     }

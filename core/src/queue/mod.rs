@@ -7,6 +7,7 @@ mod assembly;
 mod chain;
 mod device;
 mod driver;
+pub mod packed;
 pub mod split;
 
 pub use chain::{Chain, ChainError};
@@ -26,6 +27,8 @@ pub enum Layout {
     Modern,
     /// Before VIRTIO 1.0: guest-native byte order, one contiguous piece, the used ring at the next multiple of 4096.
     Legacy(ByteOrder),
+    /// Little-endian, one ring of descriptors and two event structures (VIRTIO_F_RING_PACKED).
+    Packed,
 }
 
 /// The byte order of a legacy guest.
@@ -93,6 +96,12 @@ pub enum QueueError {
         /// Entries.
         size: u16,
     },
+    /// More descriptors are in flight than the queue has entries.
+    #[error("more descriptors are in flight than the queue's {size}")]
+    Overrun {
+        /// Entries.
+        size: u16,
+    },
     /// A head or a `next` field names a descriptor beyond the table.
     #[error("descriptor {index} is beyond the table of {size}")]
     Index {
@@ -101,8 +110,8 @@ pub enum QueueError {
         /// Entries of the table.
         size: u32,
     },
-    /// A head that the device has not completed yet was made available again.
-    #[error("descriptor {head} was made available again while in flight")]
+    /// A head or buffer id that the device has not completed yet was made available again.
+    #[error("{head} was made available again while in flight")]
     InFlight {
         /// The head.
         head: u16,

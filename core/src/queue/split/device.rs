@@ -81,7 +81,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         let mut assembly = self.chains.assemble(head);
         self.walk(&mut assembly)?;
         self.next_available = self.next_available.wrapping_add(1);
-        Ok(Some(assembly.finish()))
+        Ok(Some(assembly.finish(head, 1)))
     }
 
     /// Reads the available index; whether there is more than before.

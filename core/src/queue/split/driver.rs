@@ -5,11 +5,9 @@ use core::marker::PhantomData;
 use core::sync::atomic::{Ordering, fence};
 
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
-use crate::memory::{Pages, Words};
+use crate::memory::{Owner, Pages, Words};
 use crate::queue::driver::Tables;
 use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
-
-type Owner = alloc::sync::Arc<dyn core::any::Any + Send + Sync>;
 
 /// The ring in the driver's memory, and where the driver is in it.
 pub(in crate::queue) struct Ring<O> {
