@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use polyvirt_core::hypervisor::{BusDevice, Cause, Guest as _, Host as _, HypervisorError, Interrupt, Share as _};
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_hypervisors::kvm::{self, Guest, Host};
+use polyvirt_transports::mmio::registers::QUEUE_NOTIFY;
 use polyvirt_transports::mmio::{Place, Registers as _};
 
 const WATCHDOG: Duration = Duration::from_secs(20);
 const RAM: usize = 1 << 20;
-const QUEUE_NOTIFY: u64 = 0x50;
 
 /// What reached the toy.
 #[derive(Debug, PartialEq)]
