@@ -236,6 +236,20 @@ fn an_interrupt_from_another_thread_ends_the_wait() {
 }
 
 #[test]
+fn a_wait_lets_other_threads_use_the_guest() {
+    let Some((mut host, guest)) = start() else { return };
+    let device = plug(&mut host, 0);
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| guest.wait(1, WATCHDOG));
+        for _ in 0..200 {
+            assert_eq!(load(&guest, device.place.base), Ok([0]));
+        }
+        device.interrupt.raise(Cause::Queue(0));
+        assert_eq!(waiter.join().unwrap(), Ok(1));
+    });
+}
+
+#[test]
 fn as_many_devices_as_lines_are_found_and_answer_each_for_itself() {
     let Some((mut host, guest)) = start() else { return };
     let devices: Vec<_> = (0..64).map(|_| plug(&mut host, 1)).collect();
