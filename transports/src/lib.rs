@@ -6,4 +6,5 @@
 
 extern crate alloc;
 
+mod areas;
 pub mod mmio;

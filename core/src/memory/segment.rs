@@ -12,7 +12,7 @@ use super::MemoryError;
 ///
 /// The hooks are for memory that is not simply there: a log of accesses, a mirror that is filled by DMA. For plain
 /// memory they are empty and cost nothing. Offsets are relative to the segment.
-pub trait Lease {
+pub trait Lease: Send {
     /// `len` bytes at `offset` are about to be read.
     #[inline(always)]
     fn before_load(&self, offset: usize, len: usize) {
