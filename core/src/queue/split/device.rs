@@ -16,6 +16,8 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     driver: Words<u16, M::Lease>,
     device: Words<u32, M::Lease>,
     size: u16,
+    /// `size - 1`, in a word of its own: read together with an index that was just written, it would stall.
+    mask: usize,
     event_idx: bool,
     indirect: bool,
     /// The next available entry to take.
@@ -49,6 +51,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             device: memory.resolve_words(config.device, device_len, both)?,
             memory,
             size,
+            mask: usize::from(size) - 1,
             event_idx: config.event_idx,
             indirect: config.indirect,
             next_available: 0,
@@ -70,7 +73,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         if self.next_available == self.available && !self.look()? {
             return Ok(None);
         }
-        let slot = self.next_available & (self.size - 1);
+        let slot = usize::from(self.next_available) & self.mask;
         let head = O::u16(self.driver.load(layout::available_entry(slot), Ordering::Relaxed));
         if head >= self.size {
             return Err(QueueError::Index { index: head, size: self.size.into() });
@@ -163,7 +166,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
         let (head, written) = (chain.0.head, chain.0.written);
         self.chains.give_back(chain)?;
-        let entry = layout::used_entry(self.next_used & (self.size - 1));
+        let entry = layout::used_entry(usize::from(self.next_used) & self.mask);
         self.device.store(entry, O::u32(u32::from(head)), Ordering::Relaxed);
         self.device.store(entry + 1, O::u32(written), Ordering::Relaxed);
         self.next_used = self.next_used.wrapping_add(1);
