@@ -6,4 +6,5 @@
 
 extern crate alloc;
 
+pub mod lguest;
 pub mod mmio;
