@@ -1,1 +1,12 @@
 //! polyvirt-hypervisors.
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod flat_share;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod mapping;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod lguest;
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+#[path = "lguest/absent.rs"]
+pub mod lguest;

@@ -15,6 +15,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 
 use polyvirt_core::memory::{MemoryError, Pages};
+use polyvirt_core::queue::split::layout::{driver_len, legacy};
 
 /// Bytes of a page.
 pub const PAGE: usize = 4096;
@@ -161,14 +162,11 @@ impl QueueEntry {
     }
 }
 
-/// The areas of a legacy ring with `size` entries, as offsets from its start: descriptor table, available ring, used
-/// ring (2.7.2; the two event words included).
-pub fn ring_areas(size: u16) -> [Range<usize>; 3] {
-    let size = usize::from(size);
-    let available = 16 * size;
-    let available_end = available + 6 + 2 * size;
-    let used = available_end.next_multiple_of(PAGE);
-    [0..available, available..available_end, used..used + 6 + 8 * size]
+/// The areas of a ring with `size` entries, as offsets from its start: descriptor table, available ring, used ring
+/// (the legacy layout, 2.7.2; both event words included).
+pub const fn ring_areas(size: u16) -> [Range<usize>; 3] {
+    let (driver, device, end) = legacy(size);
+    [0..driver as usize, driver as usize..(driver + driver_len(size)) as usize, device as usize..end as usize]
 }
 
 /// The descriptors on a device page: where each starts.
