@@ -1,4 +1,7 @@
-//! polyvirt-hypervisors.
+//! The four mechanisms of each hypervisor: memory, kick, interrupt, discovery.
+//!
+//! Every port has a guest half and a host half over the numbers that both agree on; what only its own kind of guest
+//! needs (a vCPU, a trapped process, a model of the hypervisor) stands below the shim, in the same folder.
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod event_loop;
@@ -12,3 +15,9 @@ pub mod kvm;
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 #[path = "kvm/absent.rs"]
 pub mod kvm;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod lguest;
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+#[path = "lguest/absent.rs"]
+pub mod lguest;
