@@ -67,7 +67,7 @@ pub(super) fn split_memory(shape: Shape) -> FlatMemory {
     for slot in 0..shape.size {
         // The ring may be longer than the chains last: the slots follow the chains round and round.
         available.store(
-            layout::available_entry(slot),
+            layout::available_entry(usize::from(slot)),
             (slot % shape.chains() * shape.chain).to_le(),
             Ordering::Relaxed,
         );
@@ -188,7 +188,7 @@ impl Echo {
     /// Completes the next `count` chains with `len` bytes written.
     pub(super) fn complete(&mut self, count: u16, len: u32) {
         for _ in 0..count {
-            let slot = self.index & (self.size - 1);
+            let slot = usize::from(self.index & (self.size - 1));
             let head = self.available.load::<u16>(layout::available_entry(slot), Ordering::Acquire);
             let entry = layout::used_entry(slot);
             self.used.store(entry, u32::from(u16::from_le(head)).to_le(), Ordering::Relaxed);
