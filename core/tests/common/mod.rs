@@ -149,20 +149,23 @@ impl Rig {
 
     /// The device takes and completes, in order, all that is available; how many.
     pub fn serve(&mut self) -> usize {
-        self.device.begin_burst();
         let mut served = 0;
-        while let Some(chain) = self.device.pop().unwrap() {
-            self.device.complete(chain).unwrap();
-            served += 1;
+        loop {
+            self.device.begin_burst();
+            while let Some(chain) = self.device.pop().unwrap() {
+                self.device.complete(chain).unwrap();
+                served += 1;
+            }
+            if !self.device.end_burst() {
+                return served;
+            }
         }
-        assert!(!self.device.end_burst());
-        served
     }
 }
 
-/// `len` bytes of memory for buffers, number `number` of such.
+/// Piece `number` of the memory for buffers, in pieces of `len` bytes; from the start again after the last.
 pub fn buffer(number: u64, len: u32) -> Buffer {
-    Buffer { address: BUFFERS + number * u64::from(len), len }
+    Buffer { address: BUFFERS + number * u64::from(len) % SPACE, len }
 }
 
 /// A hand that writes a split ring as it likes, by the offsets of the spec (2.7).
