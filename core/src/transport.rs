@@ -65,7 +65,7 @@ pub trait Transport: Send {
 }
 
 /// What [`Transport::find_vq`] returns: a ring in memory and a doorbell.
-pub struct Virtqueue {
+pub struct Virtqueue<N = Box<dyn Notify>> {
     /// Size, addresses and format.
     pub config: QueueConfig,
     /// The memory of the descriptor area.
@@ -75,13 +75,19 @@ pub struct Virtqueue {
     /// The memory of the device area.
     pub device: Pages,
     /// The queue's doorbell.
-    pub notify: Box<dyn Notify>,
+    pub notify: N,
 }
 
 /// A queue's doorbell.
 pub trait Notify: Send {
     /// Kicks the device.
     fn notify(&mut self) -> Result<(), TransportError>;
+}
+
+impl Notify for Box<dyn Notify> {
+    fn notify(&mut self) -> Result<(), TransportError> {
+        (**self).notify()
+    }
 }
 
 /// What an interrupt was about.

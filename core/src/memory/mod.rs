@@ -16,7 +16,7 @@ mod watched;
 
 pub use faulty::Faulty;
 pub use flat::{Borrowed, FlatMemory};
-pub use segment::{Lease, Pages, Segment, Word, Words};
+pub use segment::{Lease, Owner, Pages, Segment, Word, Words};
 pub use translated::{PAGE_SIZE, Translated};
 pub use watched::{Accessed, Log, Watched, WatchedLease};
 

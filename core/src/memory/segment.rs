@@ -12,7 +12,7 @@ use super::MemoryError;
 ///
 /// The hooks are for memory that is not simply there: a log of accesses, a mirror that is filled by DMA. For plain
 /// memory they are empty and cost nothing. Offsets are relative to the segment.
-pub trait Lease {
+pub trait Lease: Send {
     /// `len` bytes at `offset` are about to be read.
     #[inline(always)]
     fn before_load(&self, offset: usize, len: usize) {
@@ -27,7 +27,10 @@ pub trait Lease {
 }
 
 impl Lease for () {}
-impl Lease for Arc<dyn Any + Send + Sync> {}
+/// Whoever owns memory and frees it when the last handle is dropped.
+pub type Owner = Arc<dyn Any + Send + Sync>;
+
+impl Lease for Owner {}
 
 /// A piece of host memory that the other side can read and write at any time.
 ///
@@ -40,7 +43,7 @@ pub struct Segment<L> {
 }
 
 /// Host memory with its owner: what a driver allocates for rings and buffers, what a memory map is made of.
-pub type Pages = Segment<Arc<dyn Any + Send + Sync>>;
+pub type Pages = Segment<Owner>;
 
 // SAFETY: a segment is accessed only by atomics and by copies that tolerate concurrent change; the memory itself lives
 // as long as the lease, which has to be `Send` itself.

@@ -13,6 +13,7 @@ use crate::memory::{Lease, Segment};
 pub struct Chain<L> {
     pub(super) head: u16,
     pub(super) run: u32,
+    pub(super) entries: u16,
     pub(super) writable_from: usize,
     pub(super) readable_len: u32,
     pub(super) writable_len: u32,
@@ -33,7 +34,7 @@ pub struct ChainError {
 }
 
 impl<L: Lease> Chain<L> {
-    /// The index of the first descriptor: the chain's identity in the rings.
+    /// The chain's identity in the ring: the index of its first descriptor (split), its buffer id (packed).
     pub const fn head(&self) -> u16 {
         self.head
     }

@@ -3,9 +3,11 @@
 //! [`Queue`] is the device's role: it pops [`Chain`]s and completes them. [`DriverQueue`] is the driver's: the paper's
 //! five operations. Both hide which ring format was negotiated.
 
+mod assembly;
 mod chain;
 mod device;
 mod driver;
+pub mod packed;
 pub mod split;
 
 pub use chain::{Chain, ChainError};
@@ -25,6 +27,8 @@ pub enum Layout {
     Modern,
     /// Before VIRTIO 1.0: guest-native byte order, one contiguous piece, the used ring at the next multiple of 4096.
     Legacy(ByteOrder),
+    /// Little-endian, one ring of descriptors and two event structures (VIRTIO_F_RING_PACKED).
+    Packed,
 }
 
 /// The byte order of a legacy guest.
@@ -55,6 +59,18 @@ pub struct QueueConfig {
     pub indirect: bool,
 }
 
+impl QueueConfig {
+    /// Whether the areas start at multiples of what the format demands.
+    fn check_alignment(&self, descriptors: usize, driver: usize, device: usize) -> Result<(), MemoryError> {
+        for (address, align) in [(self.descriptors, descriptors), (self.driver, driver), (self.device, device)] {
+            if !address.is_multiple_of(align as u64) {
+                return Err(MemoryError::Misaligned { address, align });
+            }
+        }
+        Ok(())
+    }
+}
+
 /// What is wrong with a queue. Any of these, once met in a running queue, latches it: nothing is taken from it or put
 /// into it until it is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -80,6 +96,12 @@ pub enum QueueError {
         /// Entries.
         size: u16,
     },
+    /// More descriptors are in flight than the queue has entries.
+    #[error("more descriptors are in flight than the queue's {size}")]
+    Overrun {
+        /// Entries.
+        size: u16,
+    },
     /// A head or a `next` field names a descriptor beyond the table.
     #[error("descriptor {index} is beyond the table of {size}")]
     Index {
@@ -88,8 +110,8 @@ pub enum QueueError {
         /// Entries of the table.
         size: u32,
     },
-    /// A head that the device has not completed yet was made available again.
-    #[error("descriptor {head} was made available again while in flight")]
+    /// A head or buffer id that the device has not completed yet was made available again.
+    #[error("{head} was made available again while in flight")]
     InFlight {
         /// The head.
         head: u16,

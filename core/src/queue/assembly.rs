@@ -1,0 +1,156 @@
+//! What device roles share: putting chains together, and the book of those in flight.
+
+use alloc::boxed::Box;
+use alloc::vec;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use super::{Chain, QueueError};
+use crate::memory::{Access, GuestMemory, Lease, Segment};
+
+/// Distinguishes the runs of all queues, so that a chain cannot be completed on a queue that it does not come from.
+static RUNS: AtomicU32 = AtomicU32::new(0);
+
+/// The chains of a running queue: which are in flight, and the memory of those that came back.
+pub(super) struct Chains<L> {
+    run: u32,
+    in_flight: Box<[u64]>,
+    /// Segment lists of completed chains, so that the steady state allocates nothing. At most one for each chain that
+    /// was in flight at once.
+    spare: Vec<Vec<Segment<L>>>,
+}
+
+impl<L> Chains<L> {
+    /// `identities`: how many values a head or buffer id can have.
+    pub(super) fn new(identities: usize) -> Self {
+        Self {
+            run: RUNS.fetch_add(1, Ordering::Relaxed),
+            in_flight: vec![0; identities.div_ceil(64)].into(),
+            spare: Vec::new(),
+        }
+    }
+
+    /// Marks `head` (or a buffer id) as in flight; false if it is already.
+    #[inline(always)]
+    pub(super) fn take(&mut self, head: u16) -> bool {
+        let bit = 1 << (head % 64);
+        let word = &mut self.in_flight[usize::from(head / 64)];
+        let free = *word & bit == 0;
+        *word |= bit;
+        free
+    }
+
+    #[inline(always)]
+    pub(super) fn assemble(&mut self, head: u16) -> Assembly<L> {
+        let mut segments = self.spare.pop().unwrap_or_default();
+        segments.clear();
+        Assembly { head, run: self.run, segments, pieces: 0, writable_from: None, readable: 0, writable: 0 }
+    }
+
+    /// Takes `chain` out of flight and keeps its memory for another.
+    #[inline(always)]
+    pub(super) fn give_back(&mut self, mut chain: Chain<L>) -> Result<(), QueueError> {
+        let bit = 1 << (chain.head % 64);
+        match self.in_flight.get_mut(usize::from(chain.head / 64)) {
+            Some(word) if chain.run == self.run && *word & bit != 0 => *word &= !bit,
+            _ => return Err(QueueError::Stale { head: chain.head }),
+        }
+        // The leases end here, not when the memory is used again.
+        chain.segments.clear();
+        self.spare.push(chain.segments);
+        Ok(())
+    }
+}
+
+/// A chain that is being put together.
+pub(super) struct Assembly<L> {
+    head: u16,
+    run: u32,
+    segments: Vec<Segment<L>>,
+    pieces: u32,
+    writable_from: Option<usize>,
+    readable: u64,
+    writable: u64,
+}
+
+impl<L: Lease> Assembly<L> {
+    #[inline(always)]
+    pub(super) const fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Descriptors so far.
+    #[inline(always)]
+    pub(super) const fn pieces(&self) -> u32 {
+        self.pieces
+    }
+
+    /// Adds what one descriptor describes.
+    #[inline(always)]
+    pub(super) fn add<M: GuestMemory<Lease = L>>(
+        &mut self,
+        memory: &M,
+        address: u64,
+        len: u32,
+        writable: bool,
+    ) -> Result<(), QueueError> {
+        self.pieces += 1;
+        let access = if writable {
+            if self.writable_from.is_none() {
+                self.writable_from = Some(self.segments.len());
+            }
+            self.writable += u64::from(len);
+            Access::WRITE
+        } else {
+            if self.writable_from.is_some() {
+                return Err(QueueError::Order { head: self.head });
+            }
+            self.readable += u64::from(len);
+            Access::READ
+        };
+        if self.readable + self.writable > u64::from(u32::MAX) {
+            return Err(QueueError::TooLong { head: self.head });
+        }
+        let segments = &mut self.segments;
+        memory.resolve(address, len.into(), access, |segment| segments.push(segment))?;
+        Ok(())
+    }
+
+    /// The chain, known to the driver as `head` (or buffer id), which takes `entries` descriptors of the ring.
+    #[inline(always)]
+    pub(super) fn finish(self, head: u16, entries: u16) -> Chain<L> {
+        Chain {
+            head,
+            run: self.run,
+            entries,
+            writable_from: self.writable_from.unwrap_or(self.segments.len()),
+            // `add` keeps the sum below 2^32.
+            readable_len: self.readable as u32,
+            writable_len: self.writable as u32,
+            written: 0,
+            segments: self.segments,
+        }
+    }
+}
+
+/// Reads entry `index` of an indirect table, which may lie across segments; the caller has checked that it is inside.
+pub(super) fn read_table<L: Lease>(table: &[Segment<L>], index: u16) -> Result<[u64; 2], QueueError> {
+    let mut bytes = [0; 16];
+    let (mut skip, mut done) = (16 * usize::from(index), 0);
+    for segment in table {
+        if skip >= segment.len() {
+            skip -= segment.len();
+            continue;
+        }
+        let here = (segment.len() - skip).min(16 - done);
+        segment.read(skip, &mut bytes[done..done + here])?;
+        done += here;
+        skip = 0;
+        if done == 16 {
+            break;
+        }
+    }
+    let (first, second) = bytes.split_at(8);
+    let word = |half: &[u8]| half.try_into().map_or(0, u64::from_ne_bytes);
+    Ok([word(first), word(second)])
+}

@@ -1,0 +1,196 @@
+//! The device's role on a packed ring.
+
+use alloc::vec::Vec;
+use core::sync::atomic::{Ordering, fence};
+
+use super::layout::{
+    DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
+};
+use crate::memory::{Access, GuestMemory, Segment, Words};
+use crate::queue::assembly::{Assembly, Chains, read_table};
+use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+
+/// The ring, resolved, and where the device is in it.
+pub(in crate::queue) struct Ring<M: GuestMemory> {
+    memory: M,
+    descriptors: Words<u64, M::Lease>,
+    driver: Words<u32, M::Lease>,
+    device: Words<u32, M::Lease>,
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+    next_available: Position,
+    next_used: Position,
+    /// `next_used` when the driver was last considered for an interrupt.
+    signalled: Position,
+    /// Descriptors that were taken and not given back.
+    taken: u16,
+    chains: Chains<M::Lease>,
+    table: Vec<Segment<M::Lease>>,
+}
+
+impl<M: GuestMemory> Ring<M> {
+    pub(in crate::queue) fn new(memory: M, config: &QueueConfig) -> Result<Self, QueueError> {
+        let size = config.size;
+        if size == 0 || size > MAX_QUEUE_SIZE {
+            return Err(QueueError::Size { size: size.into(), max: MAX_QUEUE_SIZE });
+        }
+        let both = Access::READ | Access::WRITE;
+        config.check_alignment(16, 4, 4)?;
+        Ok(Self {
+            descriptors: memory.resolve_words(config.descriptors, DESCRIPTOR_LEN * u64::from(size), both)?,
+            driver: memory.resolve_words(config.driver, EVENT_LEN, Access::READ)?,
+            device: memory.resolve_words(config.device, EVENT_LEN, Access::WRITE)?,
+            memory,
+            size,
+            event_idx: config.event_idx,
+            indirect: config.indirect,
+            next_available: Position::START,
+            next_used: Position::START,
+            signalled: Position::START,
+            taken: 0,
+            // Any 16-bit value is a legal buffer id (2.8.4).
+            chains: Chains::new(1 << 16),
+            table: Vec::new(),
+        })
+    }
+
+    pub(in crate::queue) const fn size(&self) -> u16 {
+        self.size
+    }
+
+    #[inline(always)]
+    fn tail(&self, at: Position, order: Ordering) -> Tail {
+        Tail::from_word(self.descriptors.load(2 * usize::from(at.index) + 1, order))
+    }
+
+    #[inline(always)]
+    fn address(&self, at: Position) -> u64 {
+        u64::from_le(self.descriptors.load(2 * usize::from(at.index), Ordering::Relaxed))
+    }
+
+    #[inline]
+    fn available(&self) -> bool {
+        self.next_available.is_available(self.tail(self.next_available, Ordering::Relaxed).flags)
+    }
+
+    #[inline]
+    pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
+        let size = self.size;
+        let mut at = self.next_available;
+        // Acquire: the rest of the chain is read after the flags that make it available.
+        let mut tail = self.tail(at, Ordering::Acquire);
+        if !at.is_available(tail.flags) {
+            return Ok(None);
+        }
+        let first = at;
+        let mut assembly = self.chains.assemble(0);
+        let mut count = 0;
+        loop {
+            count += 1;
+            if self.taken + count > size {
+                return Err(if count > size {
+                    QueueError::TooManyDescriptors { head: first.index, limit: size.into() }
+                } else {
+                    QueueError::Overrun { size }
+                });
+            }
+            let address = self.address(at);
+            at = at.advanced(1, size);
+            if tail.flags & INDIRECT != 0 {
+                if tail.flags & NEXT != 0 || count > 1 {
+                    return Err(QueueError::IndirectWithNext { head: tail.id });
+                }
+                self.walk_table(&mut assembly, address, tail)?;
+                break;
+            }
+            assembly.add(&self.memory, address, tail.len, tail.flags & WRITE != 0)?;
+            if tail.flags & NEXT == 0 {
+                break;
+            }
+            // The driver makes the first descriptor available last: the others are there.
+            tail = self.tail(at, Ordering::Relaxed);
+        }
+        // The id is that of the last descriptor (2.8.6).
+        if !self.chains.take(tail.id) {
+            return Err(QueueError::InFlight { head: tail.id });
+        }
+        self.taken += count;
+        self.next_available = at;
+        Ok(Some(assembly.finish(tail.id, count)))
+    }
+
+    /// The chain is the table at `address` (2.8.7): every entry of it, in order.
+    fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, address: u64, tail: Tail) -> Result<(), QueueError> {
+        let (head, len) = (tail.id, tail.len);
+        if !self.indirect {
+            return Err(QueueError::IndirectNotNegotiated { head });
+        }
+        let entries = u64::from(len) / DESCRIPTOR_LEN;
+        if len == 0 || !u64::from(len).is_multiple_of(DESCRIPTOR_LEN) {
+            return Err(QueueError::IndirectLength { head, len });
+        }
+        if entries > self.size.into() {
+            return Err(QueueError::TooManyDescriptors { head, limit: self.size.into() });
+        }
+        self.table.clear();
+        let table = &mut self.table;
+        self.memory.resolve(address, len.into(), Access::READ, |segment| table.push(segment))?;
+        for index in 0..entries as u16 {
+            let [address, rest] = read_table(&self.table, index)?;
+            // Only WRITE has a meaning here; the other flags are ignored (2.8.7), except that a table in a table is
+            // told apart from a buffer by one of them.
+            let entry = Tail::from_word(rest);
+            if entry.flags & INDIRECT != 0 {
+                return Err(QueueError::IndirectNested { head });
+            }
+            assembly.add(&self.memory, u64::from_le(address), entry.len, entry.flags & WRITE != 0)?;
+        }
+        self.table.clear();
+        Ok(())
+    }
+
+    #[inline]
+    pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+        let (id, written, count) = (chain.head, chain.written, chain.entries);
+        self.chains.give_back(chain)?;
+        let at = self.next_used;
+        let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
+        let word = Tail { len: written, id, flags }.to_word();
+        // Release: the buffer's bytes are visible before the flags that make it used.
+        self.descriptors.store(2 * usize::from(at.index) + 1, word, Ordering::Release);
+        self.next_used = at.advanced(count, self.size);
+        self.taken -= count;
+        Ok(())
+    }
+
+    #[inline]
+    pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
+        if self.next_used == self.signalled {
+            return false;
+        }
+        // The driver writes its wish, then looks for used descriptors; we do the reverse. One of us must see the other.
+        fence(Ordering::SeqCst);
+        let old = core::mem::replace(&mut self.signalled, self.next_used);
+        Events::from_word(self.driver.load(0, Ordering::Relaxed)).wanted(self.event_idx, old, self.next_used, self.size)
+    }
+
+    fn wish(&self, flags: u16) {
+        self.device.store(0, Events { at: self.next_available, flags }.to_word(), Ordering::Relaxed);
+    }
+
+    /// Asks for no kicks. With EVENT_IDX the place where one was wanted lies behind.
+    pub(in crate::queue) fn disable_kicks(&mut self) {
+        if !self.event_idx {
+            self.wish(EVENTS_OFF);
+        }
+    }
+
+    /// Asks for kicks. True if chains are available already, for which no kick will come.
+    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+        self.wish(if self.event_idx { EVENTS_AT } else { EVENTS_ON });
+        // We write our wish, then look for available descriptors; the driver does the reverse.
+        fence(Ordering::SeqCst);
+        Ok(self.available())
+    }
+}

@@ -1,0 +1,207 @@
+//! The driver's role on a packed ring.
+
+use alloc::boxed::Box;
+use core::sync::atomic::{Ordering, fence};
+
+use super::layout::{
+    DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
+};
+use crate::memory::{Owner, Pages, Words};
+use crate::queue::driver::Tables;
+use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+
+/// The ring in the driver's memory, and where the driver is in it.
+pub(in crate::queue) struct Ring {
+    descriptors: Words<u64, Owner>,
+    driver: Words<u32, Owner>,
+    device: Words<u32, Owner>,
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+    /// Links free buffer ids.
+    next: Box<[u16]>,
+    /// How many descriptors the buffer with an id takes.
+    counts: Box<[u16]>,
+    first_free: u16,
+    free: u16,
+    next_available: Position,
+    /// The first descriptor of what is not published, and its second word: written last.
+    unpublished: Option<(Position, u64)>,
+    published: Position,
+    next_used: Position,
+    interrupts: bool,
+}
+
+impl Ring {
+    pub(in crate::queue) fn new(
+        config: &QueueConfig,
+        descriptors: Pages,
+        driver: Pages,
+        device: Pages,
+    ) -> Result<Self, QueueError> {
+        let size = config.size;
+        if size == 0 || size > MAX_QUEUE_SIZE {
+            return Err(QueueError::Size { size: size.into(), max: MAX_QUEUE_SIZE });
+        }
+        // What an earlier run left must not look like news to either side.
+        descriptors.fill(0, (DESCRIPTOR_LEN * u64::from(size)) as usize, 0)?;
+        driver.fill(0, EVENT_LEN as usize, 0)?;
+        device.fill(0, EVENT_LEN as usize, 0)?;
+        Ok(Self {
+            descriptors: Words::new(descriptors)?,
+            driver: Words::new(driver)?,
+            device: Words::new(device)?,
+            size,
+            event_idx: config.event_idx,
+            indirect: config.indirect,
+            next: (1..=size).collect(),
+            counts: (0..size).map(|_| 0).collect(),
+            first_free: 0,
+            free: size,
+            next_available: Position::START,
+            unpublished: None,
+            published: Position::START,
+            next_used: Position::START,
+            interrupts: true,
+        })
+    }
+
+    pub(in crate::queue) const fn is_indirect(&self) -> bool {
+        self.indirect
+    }
+
+    pub(in crate::queue) const fn free(&self) -> u16 {
+        self.free
+    }
+
+    /// Writes a chain, or a table and the descriptor that names it. None if there is no room.
+    #[inline]
+    pub(in crate::queue) fn add(
+        &mut self,
+        readable: &[Buffer],
+        writable: &[Buffer],
+        tables: Option<&Tables>,
+    ) -> Option<u16> {
+        let pieces = readable.len() + writable.len();
+        let needed = if tables.is_some() { 1 } else { pieces };
+        if needed > usize::from(self.free) {
+            return None;
+        }
+        let needed = needed as u16;
+        // There is an id for each free descriptor at least.
+        let id = self.first_free;
+        self.first_free = self.next[usize::from(id)];
+        self.counts[usize::from(id)] = needed;
+        self.free -= needed;
+        match tables {
+            Some(tables) => {
+                let (pages, offset, address) = tables.table(id);
+                for (number, (piece, write)) in flagged(readable, writable).enumerate() {
+                    let at = offset + DESCRIPTOR_LEN as usize * number;
+                    // The table has room: the caller compared its entries with the pieces.
+                    let _ = pages.write(at, &piece.address.to_le_bytes());
+                    let word = Tail { len: piece.len, id: 0, flags: write }.to_word();
+                    let _ = pages.write(at + 8, &word.to_ne_bytes());
+                }
+                self.write(id, Buffer { address, len: 16 * pieces as u32 }, INDIRECT);
+            }
+            None => {
+                for (number, (piece, write)) in flagged(readable, writable).enumerate() {
+                    let next = if number + 1 == pieces { 0 } else { NEXT };
+                    self.write(id, piece, write | next);
+                }
+            }
+        }
+        Some(id)
+    }
+
+    /// Writes the next descriptor; the very first of what is not published is only remembered, so that nothing can be
+    /// seen before all of it is there.
+    #[inline(always)]
+    fn write(&mut self, id: u16, piece: Buffer, flags: u16) {
+        let at = self.next_available;
+        let word = Tail { len: piece.len, id, flags: flags | at.available_flags() }.to_word();
+        let index = 2 * usize::from(at.index);
+        self.descriptors.store(index, piece.address.to_le(), Ordering::Relaxed);
+        if self.unpublished.is_none() {
+            self.unpublished = Some((at, word));
+        } else {
+            self.descriptors.store(index + 1, word, Ordering::Relaxed);
+        }
+        self.next_available = at.advanced(1, self.size);
+    }
+
+    /// Publishes what was added; whether the device wants to be notified of it.
+    #[inline]
+    pub(in crate::queue) fn publish(&mut self) -> bool {
+        let Some((first, word)) = self.unpublished.take() else { return false };
+        // Release: everything that was added is visible before the descriptor that comes first.
+        self.descriptors.store(2 * usize::from(first.index) + 1, word, Ordering::Release);
+        let old = core::mem::replace(&mut self.published, self.next_available);
+        // We write descriptors, then read the device's wish; the device does the reverse. One of us must see the other.
+        fence(Ordering::SeqCst);
+        Events::from_word(self.device.load(0, Ordering::Relaxed)).wanted(
+            self.event_idx,
+            old,
+            self.next_available,
+            self.size,
+        )
+    }
+
+    /// The next used descriptor: buffer id and length, unchecked.
+    #[inline]
+    pub(in crate::queue) fn used(&mut self) -> Option<(u32, u32)> {
+        let mut tail = self.look();
+        if !self.next_used.is_used(tail.flags) {
+            // Only here, where the driver may go to sleep, does it have to say from where on it wants an interrupt.
+            if !(self.interrupts && self.event_idx) {
+                return None;
+            }
+            self.wish(EVENTS_AT);
+            tail = self.look();
+            if !self.next_used.is_used(tail.flags) {
+                return None;
+            }
+        }
+        Some((tail.id.into(), tail.len))
+    }
+
+    /// Reads what stands where the next used descriptor is expected.
+    #[inline]
+    fn look(&self) -> Tail {
+        // Acquire: the buffer is read after the flags that make it used.
+        Tail::from_word(self.descriptors.load(2 * usize::from(self.next_used.index) + 1, Ordering::Acquire))
+    }
+
+    /// Frees the descriptors of the buffer `id`, which was in flight, and moves past them.
+    #[inline]
+    pub(in crate::queue) fn release(&mut self, id: u16) {
+        let count = self.counts[usize::from(id)];
+        self.next[usize::from(id)] = self.first_free;
+        self.first_free = id;
+        self.free += count;
+        self.next_used = self.next_used.advanced(count, self.size);
+    }
+
+    fn wish(&mut self, flags: u16) {
+        self.driver.store(0, Events { at: self.next_used, flags }.to_word(), Ordering::Relaxed);
+        // We write our wish, then look for used descriptors; the device does the reverse.
+        fence(Ordering::SeqCst);
+    }
+
+    pub(in crate::queue) fn disable_interrupts(&mut self) {
+        self.interrupts = false;
+        self.wish(EVENTS_OFF);
+    }
+
+    /// Whether nothing was used meanwhile.
+    pub(in crate::queue) fn enable_interrupts(&mut self) -> bool {
+        self.interrupts = true;
+        self.wish(if self.event_idx { EVENTS_AT } else { EVENTS_ON });
+        !self.next_used.is_used(self.look().flags)
+    }
+}
+
+fn flagged<'b>(readable: &'b [Buffer], writable: &'b [Buffer]) -> impl Iterator<Item = (Buffer, u16)> + 'b {
+    readable.iter().map(|piece| (*piece, 0)).chain(writable.iter().map(|piece| (*piece, WRITE)))
+}

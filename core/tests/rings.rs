@@ -1,0 +1,271 @@
+//! Both roles over one ring: every buffer arrives once, with its bytes, and nobody sleeps through a wake-up.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use polyvirt_core::memory::{FlatMemory, Pages};
+use polyvirt_core::queue::{AddError, Buffer, ByteOrder, DriverQueue, Layout, Queue, QueueConfig};
+use polyvirt_core::queue::{packed, split};
+use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
+use proptest::prelude::*;
+
+const RING: u64 = 0x10000;
+const BUFFERS: u64 = 0x100_0000;
+const TABLES: u64 = 0x200_0000;
+/// Bytes of each buffer piece.
+const PIECE: u32 = 16;
+
+#[derive(Clone, Default)]
+struct Doorbell(Arc<AtomicUsize>);
+
+impl Notify for Doorbell {
+    fn notify(&mut self) -> Result<(), TransportError> {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+struct Rig {
+    driver: DriverQueue<u64, Doorbell>,
+    device: Queue<Arc<FlatMemory>>,
+    memory: Arc<FlatMemory>,
+    kicks: Doorbell,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    size: u16,
+    event_idx: bool,
+    indirect: bool,
+    layout: Layout,
+}
+
+/// Offsets of the driver and the device area, and the end of the ring.
+fn areas(shape: Shape) -> (u64, u64, u64) {
+    match shape.layout {
+        Layout::Packed => {
+            let driver = packed::layout::DESCRIPTOR_LEN * u64::from(shape.size);
+            (driver, driver + packed::layout::EVENT_LEN, driver + 2 * packed::layout::EVENT_LEN)
+        }
+        Layout::Modern | Layout::Legacy(_) => split::layout::legacy(shape.size),
+    }
+}
+
+fn rig(shape: Shape) -> Rig {
+    let (available, used, end) = areas(shape);
+    let ring = Pages::allocate(end as usize);
+    let tables = Pages::allocate(0x10000);
+    let memory = Arc::new(FlatMemory::new([
+        (RING, ring.clone()),
+        (BUFFERS, Pages::allocate(0x10000)),
+        (TABLES, tables.clone()),
+    ]));
+    let config = QueueConfig {
+        size: shape.size,
+        descriptors: RING,
+        driver: RING + available,
+        device: RING + used,
+        layout: shape.layout,
+        event_idx: shape.event_idx,
+        indirect: shape.indirect,
+    };
+    let part = |from: u64, len: u64| ring.slice(from as usize, len as usize).unwrap();
+    let kicks = Doorbell::default();
+    let driver = DriverQueue::new(Virtqueue {
+        config,
+        descriptors: part(0, available),
+        driver: part(available, used - available),
+        device: part(used, end - used),
+        notify: kicks.clone(),
+    })
+    .unwrap();
+    let driver = driver.with_indirect(tables, TABLES);
+    let device = Queue::new(memory.clone(), config).unwrap();
+    Rig { driver, device, memory, kicks }
+}
+
+fn shapes() -> impl Strategy<Value = Shape> {
+    let split = prop_oneof![
+        Just(Layout::Modern),
+        Just(Layout::Legacy(ByteOrder::Little)),
+        Just(Layout::Legacy(ByteOrder::Big)),
+    ];
+    let split = (0u32..5, split).prop_map(|(log, layout)| (1 << log, layout));
+    let packed = (1u16..=16).prop_map(|size| (size, Layout::Packed));
+    (prop_oneof![split, packed], any::<bool>(), any::<bool>()).prop_map(|((size, layout), event_idx, indirect)| Shape {
+        size,
+        event_idx,
+        indirect,
+        layout,
+    })
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Add { readable: usize, writable: usize },
+    Kick,
+    Get,
+    Disable,
+    Enable,
+    Begin,
+    Pop,
+    End,
+    Complete { which: usize },
+    Interrupt,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    prop::collection::vec(
+        prop_oneof![
+            4 => (0usize..3, 0usize..3).prop_map(|(readable, writable)| Step::Add { readable, writable }),
+            3 => Just(Step::Kick),
+            3 => Just(Step::Get),
+            1 => Just(Step::Disable),
+            1 => Just(Step::Enable),
+            3 => Just(Step::Begin),
+            6 => Just(Step::Pop),
+            3 => Just(Step::End),
+            4 => any::<usize>().prop_map(|which| Step::Complete { which }),
+            3 => Just(Step::Interrupt),
+        ],
+        1..200,
+    )
+}
+
+proptest! {
+    #[test]
+    fn every_buffer_is_delivered_once_with_its_bytes(shape in shapes(), steps in steps()) {
+        let mut rig = rig(shape);
+        let mut next = 0u64;
+        // What the driver added and has not got back, by token: writable bytes.
+        let mut added = std::collections::BTreeMap::new();
+        let mut published = VecDeque::new();
+        let mut held = Vec::new();
+        // Whether the device was told of what is published, and the driver of what was used.
+        let (mut device_awake, mut driver_awake) = (false, false);
+        let (mut published_count, mut seen) = (0usize, 0usize);
+        let (mut completed, mut got) = (0usize, 0usize);
+        let mut callbacks = true;
+        // While the device serves: whether it found the queue empty.
+        let mut burst = None;
+        for step in steps {
+            match step {
+                Step::Add { readable, writable } => {
+                    let slot = BUFFERS + (next % 64) * 0x100;
+                    let pieces: Vec<_> = (0..readable + writable)
+                        .map(|i| Buffer { address: slot + u64::from(PIECE) * i as u64, len: PIECE })
+                        .collect();
+                    let stamp = next.to_le_bytes();
+                    // 16 buffers at most are in flight, so a slot is free again when it comes round.
+                    for i in 0..readable {
+                        let page = rig.memory.pages(slot + u64::from(PIECE) * i as u64, 16).unwrap();
+                        page.write(0, &stamp).unwrap();
+                    }
+                    let kicks = rig.kicks.0.load(Ordering::SeqCst);
+                    match rig.driver.add_buf(&pieces[..readable], &pieces[readable..], next) {
+                        Ok(()) => {
+                            added.insert(next, writable as u32 * PIECE);
+                            published.push_back((next, readable, writable));
+                            next += 1;
+                        }
+                        Err(AddError::Full(token)) => {
+                            prop_assert_eq!(token, next);
+                            prop_assert_eq!(rig.kicks.0.load(Ordering::SeqCst), kicks + 1, "a full ring kicks");
+                            published_count = added.len() + got;
+                            device_awake = true;
+                        }
+                        Err(AddError::Pieces { pieces, .. }) => {
+                            prop_assert!(pieces == 0 || pieces > usize::from(shape.size));
+                        }
+                        Err(other) => prop_assert!(false, "{other}"),
+                    }
+                }
+                Step::Kick => {
+                    let kicked = rig.driver.kick().unwrap();
+                    device_awake |= kicked;
+                    published_count = added.len() + got;
+                }
+                Step::Begin if burst.is_none() => {
+                    // The device sleeps unless it was kicked; a kick is owed whenever it sleeps on published buffers.
+                    if !device_awake {
+                        prop_assert_eq!(seen, published_count, "the device sleeps through published buffers");
+                        continue;
+                    }
+                    // A kick that comes from here on is for the next burst.
+                    device_awake = false;
+                    rig.device.begin_burst();
+                    burst = Some(false);
+                }
+                Step::Pop => {
+                    let Some(drained) = &mut burst else { continue };
+                    let Some(chain) = rig.device.pop().unwrap() else {
+                        *drained = true;
+                        continue;
+                    };
+                    let (token, readable, writable) = published.pop_front().unwrap();
+                    prop_assert_eq!(chain.readable_len(), readable as u32 * PIECE);
+                    prop_assert_eq!(chain.writable_len(), writable as u32 * PIECE);
+                    if readable > 0 {
+                        let mut stamp = [0; 8];
+                        chain.read(PIECE * (readable as u32 - 1), &mut stamp).unwrap();
+                        prop_assert_eq!(u64::from_le_bytes(stamp), token);
+                    }
+                    seen += 1;
+                    held.push((chain, token));
+                }
+                Step::End => {
+                    let Some(drained) = burst.take() else { continue };
+                    // A device that stopped by itself knows that there is more.
+                    device_awake |= rig.device.end_burst() || !drained;
+                }
+                Step::Begin => {}
+                Step::Complete { which } => {
+                    if held.is_empty() {
+                        continue;
+                    }
+                    let (mut chain, token) = held.swap_remove(which % held.len());
+                    if chain.writable_len() >= 8 {
+                        chain.write(0, &token.to_le_bytes()).unwrap();
+                    }
+                    rig.device.complete(chain).unwrap();
+                    completed += 1;
+                }
+                Step::Interrupt => {
+                    let owed = completed;
+                    if rig.device.needs_interrupt() {
+                        driver_awake = true;
+                    } else if callbacks && !driver_awake {
+                        prop_assert!(owed == got, "the driver sleeps through used buffers");
+                    }
+                }
+                Step::Disable => {
+                    rig.driver.disable_cb();
+                    callbacks = false;
+                }
+                Step::Enable => {
+                    callbacks = true;
+                    let nothing = rig.driver.enable_cb();
+                    prop_assert_eq!(nothing, completed == got);
+                    // Told otherwise, the driver knows that it has to look.
+                    driver_awake |= !nothing;
+                }
+                Step::Get => match rig.driver.get_buf().unwrap() {
+                    Some((token, len)) => {
+                        got += 1;
+                        let writable = added.remove(&token).expect("returned twice, or never added");
+                        prop_assert_eq!(len, writable.min(8));
+                        if !callbacks {
+                            driver_awake = true;
+                        }
+                    }
+                    None => {
+                        prop_assert_eq!(completed, got);
+                        driver_awake = false;
+                    }
+                },
+            }
+        }
+        prop_assert_eq!(added.len(), rig.driver.in_flight());
+    }
+}
