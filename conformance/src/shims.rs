@@ -44,7 +44,10 @@ macro_rules! shim {
 
 /// Every port: a line for each.
 pub(crate) const SHIMS: &[Shim] = &[
-    shim!("kvm": "mod" "abi" "host" "guest"; "machine": "machine"; "hands": "hands"; "where it is absent": "absent"),];
+    shim!("kvm": "mod" "abi" "host" "guest"; "machine": "machine"; "hands": "hands"; "elsewhere": "absent"),
+    shim!("lguest": "mod" "abi" "host" "guest"; "kernel": "kernel"; "hands": "hands"; "elsewhere": "absent"),
+    shim!("loopback": "mod" "host" "guest"),
+];
 
 /// What ports share: no port's own, and counted apart.
 const SHARED: &[Source] = &[

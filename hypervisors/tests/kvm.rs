@@ -6,14 +6,18 @@ use std::sync::{Arc, Mutex};
 use std::task::Waker;
 use std::time::{Duration, Instant};
 
+use polyvirt_core::device;
+use polyvirt_core::features::Features;
 use polyvirt_core::hypervisor::{BusDevice, Cause, Guest as _, Host as _, HypervisorError, Interrupt, Share as _};
 use polyvirt_core::memory::{Access, GuestMemory};
+use polyvirt_core::queue::{Buffer, DriverQueue};
+use polyvirt_core::transport::{self, Transport as _};
 use polyvirt_hypervisors::kvm::{self, Guest, Host};
-use polyvirt_transports::mmio::{Place, Registers as _};
+use polyvirt_transports::mmio::registers::QUEUE_NOTIFY;
+use polyvirt_transports::mmio::{self, Place, Registers as _};
 
 const WATCHDOG: Duration = Duration::from_secs(20);
 const RAM: usize = 1 << 20;
-const QUEUE_NOTIFY: u64 = 0x50;
 
 /// What reached the toy.
 #[derive(Debug, PartialEq)]
@@ -236,6 +240,20 @@ fn an_interrupt_from_another_thread_ends_the_wait() {
 }
 
 #[test]
+fn a_wait_lets_other_threads_use_the_guest() {
+    let Some((mut host, guest)) = start() else { return };
+    let device = plug(&mut host, 0);
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| guest.wait(1, WATCHDOG));
+        for _ in 0..200 {
+            assert_eq!(load(&guest, device.place.base), Ok([0]));
+        }
+        device.interrupt.raise(Cause::Queue(0));
+        assert_eq!(waiter.join().unwrap(), Ok(1));
+    });
+}
+
+#[test]
 fn as_many_devices_as_lines_are_found_and_answer_each_for_itself() {
     let Some((mut host, guest)) = start() else { return };
     let devices: Vec<_> = (0..64).map(|_| plug(&mut host, 1)).collect();
@@ -350,4 +368,76 @@ fn cost() {
         guest.notify(base + QUEUE_NOTIFY, 0).unwrap();
         assert_eq!(guest.wait(line, WATCHDOG), Ok(line));
     });
+}
+
+/// A virtio device of one queue: writes what it reads, in capitals.
+struct Capitals;
+
+impl<M: GuestMemory> device::Device<M> for Capitals {
+    fn device_type(&self) -> u32 {
+        0x3f
+    }
+    fn features(&self) -> Features {
+        Features::empty()
+    }
+    fn queue_max_sizes(&self) -> &[u16] {
+        &[8]
+    }
+    fn config(&self) -> &[u8] {
+        b"capitals"
+    }
+    fn activate(&mut self, _: Features, _: Waker) {}
+    fn kick(&mut self, index: u16, queues: &mut device::Queues<'_, M>) {
+        let Some(queue) = queues.get(index) else { return };
+        while let Ok(Some(mut chain)) = queue.pop() {
+            let mut text = [0; 8];
+            chain.read(0, &mut text).unwrap();
+            chain.write(0, &text.to_ascii_uppercase()).unwrap();
+            queue.complete(chain).unwrap();
+        }
+    }
+    fn reset_queue(&mut self, _: u16) {}
+    fn reset(&mut self) {}
+}
+
+#[test]
+fn a_driver_and_a_device_that_know_no_kvm_work_over_mmio() {
+    let Some((mut host, guest)) = start() else { return };
+    let memory = host.memory();
+    mmio::attach(&mut host, memory, Box::new(Capitals)).unwrap();
+    let guest = Arc::new(guest);
+    let place = guest.enumerate().unwrap()[0];
+    let mut driver = mmio::Driver::connect(Arc::clone(&guest), place).unwrap();
+    assert_eq!(driver.device_type(), 0x3f);
+    transport::initialize(&mut driver, Features::EVENT_IDX).unwrap();
+    let mut config = [0; 8];
+    transport::read_config(&mut driver, 0, &mut config).unwrap();
+    assert_eq!(&config, b"capitals");
+    let mut queue = DriverQueue::new(driver.find_vq(0, None).unwrap()).unwrap();
+    transport::driver_ok(&mut driver).unwrap();
+
+    let pages = guest.allocate(4096).unwrap();
+    let address = guest.share(&pages, Access::READ | Access::WRITE).unwrap();
+    for round in 0..100u32 {
+        let text = format!("round {:02}", round % 100);
+        pages.write(0, text.as_bytes()).unwrap();
+        let (readable, writable) = (Buffer { address, len: 8 }, Buffer { address: address + 8, len: 8 });
+        queue.add_buf(&[readable], &[writable], round).unwrap();
+        queue.kick().unwrap();
+        let used = loop {
+            if let Some(used) = queue.get_buf().unwrap() {
+                break used;
+            }
+            if queue.enable_cb() {
+                driver.wait(WATCHDOG).unwrap();
+            }
+        };
+        assert_eq!(used, (round, 8));
+        let mut answer = [0; 8];
+        pages.read(8, &mut answer).unwrap();
+        assert_eq!(answer, text.to_ascii_uppercase().as_bytes());
+    }
+    driver.reset().unwrap();
+    drop(queue);
+    guest.unshare(address).unwrap();
 }

@@ -1,6 +1,6 @@
 //! The guest's side: one vCPU, whose hands do what the driver side asks for.
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -20,6 +20,8 @@ const SPIN_ROUNDS: u64 = 20_000;
 /// The guest half.
 pub struct Guest {
     vcpu: Mutex<Vcpu>,
+    /// Held while queueing for the vCPU, so that who waits in rounds does not overtake the others.
+    turn: Mutex<()>,
     bus: Arc<Bus>,
     share: FlatShare,
 }
@@ -28,14 +30,21 @@ impl Guest {
     pub(super) fn new(fd: VcpuFd, hands: Hands, bus: Arc<Bus>, ram: Pages) -> Self {
         // Page 0 is never handed out: to many a driver, address 0 means none.
         let share = ram.slice(0x1000, ram.len() - 0x1000).expect("RAM has at least a page");
-        Self { vcpu: Mutex::new(Vcpu { fd, hands, stopped: None }), bus, share: FlatShare::new(0x1000, share) }
+        Self {
+            vcpu: Mutex::new(Vcpu { fd, hands, stopped: None }),
+            turn: Mutex::new(()),
+            bus,
+            share: FlatShare::new(0x1000, share),
+        }
     }
 
     /// Runs `work` on the vCPU, unless it stopped before. If `work` fails, it has.
     fn with_vcpu<T>(&self, work: impl FnOnce(&mut Vcpu) -> Result<T, String>) -> Result<T, HypervisorError> {
+        let turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         let Ok(mut vcpu) = self.vcpu.lock() else {
             return Err(HypervisorError::GuestStopped("a device panicked while the vCPU waited for it".into()));
         };
+        drop(turn);
         if vcpu.stopped.is_none() {
             match work(&mut vcpu) {
                 Ok(result) => return Ok(result),

@@ -6,6 +6,7 @@ use kvm_ioctls::{IoEventAddress, VmFd};
 use polyvirt_core::hypervisor::{self, BusDevice, Cause, HypervisorError, Interrupt};
 use polyvirt_core::memory::FlatMemory;
 use polyvirt_transports::mmio::Place;
+use polyvirt_transports::mmio::registers::{BLOCK_SIZE, QUEUE_NOTIFY};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::abi;
@@ -65,7 +66,7 @@ impl hypervisor::Host for Host {
             let reason = format!("expected a place that is reserved and free, got {place:x?}");
             return Err(HypervisorError::Refused { call: "plug", reason });
         };
-        let doorbell = IoEventAddress::Mmio(place.base + abi::QUEUE_NOTIFY);
+        let doorbell = IoEventAddress::Mmio(place.base + QUEUE_NOTIFY);
         let mut kicks = Vec::new();
         for queue in 0..reserved.queues {
             let kick = event_fd().map_err(failed("eventfd"))?;
@@ -115,7 +116,7 @@ impl Bus {
     /// Lets the device at `address` do `access`, which gets it and the offset. False if no device is there.
     pub(super) fn access(&self, address: u64, access: impl FnOnce(&mut dyn BusDevice, u64)) -> bool {
         let devices = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let in_it = |&&(place, _): &&(Place, _)| address.wrapping_sub(place.base) < abi::DEVICE_LEN;
+        let in_it = |&&(place, _): &&(Place, _)| address.wrapping_sub(place.base) < BLOCK_SIZE;
         let Some((place, device)) = devices.iter().find(in_it) else { return false };
         access(&mut **lock(device), address - place.base);
         true

@@ -42,8 +42,10 @@ impl<M: GuestMemory> Device<M> {
     /// Puts `device` behind a register block; `interrupt` is its line.
     pub fn new(device: Box<dyn device::Device<M>>, memory: M, interrupt: Arc<dyn Interrupt>) -> Self {
         let interrupts = Arc::new(InterruptStatus { bits: AtomicU32::new(0), line: interrupt });
+        let state = VirtioDevice::new(device, memory, interrupts.clone(), Interface::Modern)
+            .with_features(Features::RING_RESET | Features::RING_PACKED);
         Self {
-            state: VirtioDevice::new(device, memory, interrupts.clone(), Interface::Modern),
+            state,
             interrupts,
             waker: Waker::noop().clone(),
             device_features_sel: 0,
@@ -95,6 +97,7 @@ impl<M: GuestMemory> Device<M> {
                 if let Ok(index) = u16::try_from(value)
                     && self.state.kick(index)
                 {
+                    // The write has to return: the rest is served when the host polls.
                     self.waker.wake_by_ref();
                 }
             }

@@ -5,8 +5,10 @@
 
 #[cfg(feature = "std")]
 mod device;
+mod driver;
 pub mod registers;
 
 #[cfg(feature = "std")]
 pub use device::{Device, attach};
+pub use driver::Driver;
 pub use registers::{Place, Registers};
