@@ -6,6 +6,7 @@ mod check;
 mod ledger;
 mod list;
 mod output;
+mod progress;
 mod select;
 
 use std::path::PathBuf;

@@ -3,6 +3,7 @@
 //!
 //! What is served is always a private copy: the given file is opened for reading only.
 
+mod block;
 mod carry;
 mod pattern;
 
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
-pub(crate) use carry::{CarryError, Disk, carry};
+pub(crate) use block::through;
 
 use crate::report::ImageSource;
 

@@ -151,12 +151,14 @@ fn failures(out: &mut String, report: &Report) {
         _ = write!(
             out,
             "<div class=\"failure{class}\"><h3><span class=\"{word}\">{word}</span> <code>{}</code></h3>\
-             <p class=\"soft\"><a href=\"#{}\">{}</a>, judges {}</p><p>{}</p>",
+             <p class=\"soft\"><a href=\"#{}\">{}</a>, judges {}</p>\
+             <dl class=\"facts\"><dt>expected</dt><dd>{}</dd><dt>observed</dt><dd>{}</dd></dl>",
             Escaped(&failure.case),
             Escaped(anchor(cell)),
             Escaped(cell.name()),
             Escaped(failure.statements.join(", ")),
-            Escaped(&failure.reason),
+            Escaped(&failure.expected),
+            Escaped(&failure.observed),
             word = failure.outcome.word(),
         );
         if !failure.reproduction.is_empty() {
@@ -230,7 +232,7 @@ fn cells(out: &mut String, report: &Report) {
 }
 
 fn case_row(out: &mut String, cell: &Cell, case: &Case) {
-    _ = write!(out, "<tr><td><code>{}</code>", Escaped(&case.case));
+    _ = write!(out, "<tr><td><code>{}</code><br><span class=\"soft\">{}</span>", Escaped(&case.case), Escaped(&case.about));
     // What a whole cell shares is said once, above its table.
     if cell.unavailable().is_none()
         && let Some(skipped) = cell.skipped.iter().find(|skipped| skipped.case == case.case)
@@ -313,7 +315,7 @@ mod tests {
         let page = page();
         for text in [
             "rng/&lt;len&gt;",
-            "expected 1 &amp; got &lt;2&gt;",
+            "1 &amp; one</dd>", "<dd>&lt;2&gt;",
             "no &lt;xen&gt; here",
             "a&amp;b.img",
             "&lt;Linux&gt; &amp; co",

@@ -59,13 +59,16 @@ fn suite(out: &mut String, cell: &Cell) {
             Outcome::Failed | Outcome::Wedged => {
                 let element = if case.outcome == Outcome::Failed { "failure" } else { "error" };
                 let failure = cell.failures.iter().find(|failure| failure.case == case.case);
+                let (message, steps) = failure.map_or((String::new(), ""), |failure| {
+                    (format!("expected {}; observed {}", failure.expected, failure.observed), &failure.reproduction)
+                });
                 _ = write!(
                     out,
                     "<{element} type=\"{}\" message=\"{}\">judges {}\n{}</{element}>",
                     case.outcome.word(),
-                    Escaped(failure.map_or("", |failure| &failure.reason)),
+                    Escaped(message),
                     Escaped(case.statements.join(", ")),
-                    Escaped(failure.map_or("", |failure| &failure.reproduction)),
+                    Escaped(steps),
                 );
             }
         }
@@ -98,7 +101,7 @@ mod tests {
         assert_eq!(xml.matches("<testcase ").count(), 8);
         assert_eq!(xml.matches("</testcase>").count(), 8);
         assert!(xml.contains("<skipped message=\"no &lt;xen&gt; here\"/>"));
-        assert!(xml.contains("<failure type=\"failed\" message=\"expected 1 &amp; got &lt;2&gt;\">judges N0001"));
+        assert!(xml.contains("<failure type=\"failed\" message=\"expected 1 &amp; one; observed &lt;2&gt;\">judges N0001"));
         assert!(xml.contains("read &quot;0x70&quot;</error>"));
         assert!(xml.contains("name=\"image\" time=\"0.500\"></testcase>"));
     }

@@ -2,6 +2,7 @@
 
 mod escape;
 mod facts;
+mod from_suite;
 mod html;
 mod junit;
 mod text;
@@ -66,9 +67,11 @@ pub(crate) struct Failure {
     pub(crate) outcome: Outcome,
     /// Ids of the spec's statements that the case judges.
     pub(crate) statements: Vec<String>,
-    /// What was expected and what came.
-    pub(crate) reason: String,
-    /// The shortest way to see it again.
+    /// What should have happened.
+    pub(crate) expected: String,
+    /// What did.
+    pub(crate) observed: String,
+    /// The steps that lead there, one a line; empty if nothing is known.
     pub(crate) reproduction: String,
 }
 
@@ -76,6 +79,8 @@ pub(crate) struct Failure {
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Case {
     pub(crate) case: String,
+    /// What it checks, in a sentence.
+    pub(crate) about: String,
     pub(crate) outcome: Outcome,
     pub(crate) statements: Vec<String>,
     #[serde(serialize_with = "milliseconds")]
@@ -295,7 +300,8 @@ pub(crate) mod tests {
                 case: case.into(),
                 outcome,
                 statements: vec!["N0001".into()],
-                reason: "expected 1 & got <2>".into(),
+                expected: "1 & one".into(),
+                observed: "<2>".into(),
                 reproduction: "reset\nread \"0x70\"".into(),
             })
             .collect();
@@ -308,7 +314,7 @@ pub(crate) mod tests {
     }
 
     fn case(name: &str, outcome: Outcome) -> Case {
-        Case { case: name.into(), outcome, statements: vec!["N0001".into(), "N0002".into()], seconds: 0.01 }
+        Case { case: name.into(), about: format!("{name} holds"), outcome, statements: vec!["N0001".into(), "N0002".into()], seconds: 0.01 }
     }
 
     #[test]

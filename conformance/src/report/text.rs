@@ -171,12 +171,13 @@ pub(crate) fn failures(report: &Report, style: Style) -> String {
         for failure in &cell.failures {
             _ = writeln!(
                 out,
-                "{} {} on {} (judges {})\n  {}",
+                "{} {} on {} (judges {})\n  expected: {}\n  observed: {}",
                 style.paint(failure.outcome, &failure.outcome.word().to_uppercase(), 0),
                 failure.case,
                 cell.name(),
                 failure.statements.join(", "),
-                failure.reason.replace('\n', "\n  "),
+                failure.expected.replace('\n', "\n    "),
+                failure.observed.replace('\n', "\n    "),
             );
             if !failure.reproduction.is_empty() {
                 _ = writeln!(out, "  reproduction:\n    {}", failure.reproduction.trim_end().replace('\n', "\n    "));
@@ -240,7 +241,7 @@ skipped:
     fn a_failure_comes_with_its_reproduction() {
         let text = failures(&example(), Style::Plain);
         assert!(text.starts_with(
-            "FAILED rng/<len> on kvm/mmio × rng (judges N0001)\n  expected 1 & got <2>\n  reproduction:\n    reset\n    read \"0x70\"\n"
+            "FAILED rng/<len> on kvm/mmio × rng (judges N0001)\n  expected: 1 & one\n  observed: <2>\n  reproduction:\n    reset\n    read \"0x70\"\n"
         ), "{text}");
         assert!(text.contains("WEDGED rng/stuck"));
     }
