@@ -1,1 +1,2 @@
 //! polyvirt-conformance.
+pub mod bench;

@@ -35,7 +35,7 @@ pub trait Device<M: GuestMemory>: Send {
     /// The driver kicked queue `index`, which is one of `queues`.
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>);
 
-    /// The waker fired.
+    /// The waker fired, or queues were started.
     fn poll(&mut self, queues: &mut Queues<'_, M>) {
         let _ = queues;
     }

@@ -5,6 +5,7 @@
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::mem;
 use core::task::Waker;
 
 use crate::device::{Device, Queues};
@@ -49,12 +50,15 @@ pub struct VirtioDevice<M: GuestMemory> {
     memory: M,
     interrupt: Arc<dyn Interrupt>,
     interface: Interface,
+    transport_features: Features,
     waker: Waker,
     status: Status,
     accepted: Features,
     generation: u32,
     setups: Vec<QueueSetup>,
     queues: Vec<Option<Queue<M>>>,
+    /// For each queue, whether it is to be served without a kick: the last burst did not finish it.
+    unserved: Vec<bool>,
     reason: Option<QueueError>,
 }
 
@@ -70,21 +74,33 @@ struct QueueSetup {
 impl<M: GuestMemory> VirtioDevice<M> {
     /// Puts `device` into its initial state.
     pub fn new(device: Box<dyn Device<M>>, memory: M, interrupt: Arc<dyn Interrupt>, interface: Interface) -> Self {
-        let setups: Vec<_> = device.queue_max_sizes().iter().map(|&max| QueueSetup::new(max)).collect();
+        let setups: Vec<_> =
+            device.queue_max_sizes().iter().map(|&max| QueueSetup::new(max.min(MAX_QUEUE_SIZE))).collect();
         let queues = setups.iter().map(|_| None).collect();
+        let unserved = setups.iter().map(|_| false).collect();
         Self {
             device,
             memory,
             interrupt,
             interface,
+            transport_features: Features::empty(),
             waker: Waker::noop().clone(),
             status: Status::empty(),
             accepted: Features::empty(),
             generation: 0,
             setups,
             queues,
+            unserved,
             reason: None,
         }
+    }
+
+    /// Offers `features` too: those that the transport carries out or leaves to the core, such as
+    /// VIRTIO_F_RING_RESET and VIRTIO_F_RING_PACKED.
+    #[must_use]
+    pub fn with_features(mut self, features: Features) -> Self {
+        self.transport_features = features;
+        self
     }
 
     /// What a backend wakes when it has news; the transport's [`poll`](Self::poll) follows. Set before the driver is
@@ -98,13 +114,14 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.device.device_type()
     }
 
-    /// The features offered: the device type's, and those that the core carries out for every device.
+    /// The features offered: the device type's, the transport's, and those that the core carries out for every device.
     pub fn device_features(&self) -> Features {
         let rings = Features::INDIRECT_DESC | Features::EVENT_IDX;
         self.device.features()
+            | self.transport_features
             | rings
             | match self.interface {
-                Interface::Modern => Features::VERSION_1 | Features::RING_RESET,
+                Interface::Modern => Features::VERSION_1,
                 Interface::Legacy(_) => Features::ANY_LAYOUT,
             }
     }
@@ -134,8 +151,8 @@ impl<M: GuestMemory> VirtioDevice<M> {
     ///
     /// Where the spec leaves the device's answer to a driver's mistake open, this is ours: bits are only ever added
     /// (a cleared bit stays set until reset); several bits may come in one write; FEATURES_OK stays away if the
-    /// features are not acceptable, and DRIVER_OK without it; DEVICE_NEEDS_RESET is not the driver's to write; after
-    /// FAILED only a reset counts.
+    /// features are not acceptable, and DRIVER_OK without it; DEVICE_NEEDS_RESET is not the driver's to write, nor is a
+    /// bit that there is no feature for; after FAILED only a reset counts.
     pub fn set_status(&mut self, status: Status) {
         if status.is_empty() {
             self.reset();
@@ -144,12 +161,17 @@ impl<M: GuestMemory> VirtioDevice<M> {
         if self.status.contains(Status::FAILED) {
             return;
         }
-        let mut new = status & !self.status & (WRITTEN_BY_DRIVER | Status::FAILED);
-        if new.contains(Status::FEATURES_OK) && !self.features_acceptable() {
-            new &= !(Status::FEATURES_OK | Status::DRIVER_OK);
-        }
-        if self.interface == Interface::Modern && !(self.status | new).contains(Status::FEATURES_OK) {
-            new &= !Status::DRIVER_OK;
+        let mut new = status & !self.status & WRITTEN_BY_DRIVER;
+        match self.interface {
+            Interface::Modern => {
+                if !self.features_acceptable() {
+                    new &= !Status::FEATURES_OK;
+                }
+                if !(self.status | new).contains(Status::FEATURES_OK) {
+                    new &= !Status::DRIVER_OK;
+                }
+            }
+            Interface::Legacy(_) => new &= !Status::FEATURES_OK,
         }
         self.status |= new;
         if new.contains(Status::FAILED) {
@@ -236,19 +258,18 @@ impl<M: GuestMemory> VirtioDevice<M> {
         setup.enabled = true;
         if self.is_running() {
             self.start_queue(index);
-            self.settle();
+            self.begin();
         }
     }
 
-    /// Queue `index` back to its initial state, alone (VIRTIO_F_RING_RESET, or QueueReady = 0 on MMIO). When this
+    /// Queue `index` back to its initial state, alone (2.6.1: VIRTIO_F_RING_RESET, or QueueReady = 0 on MMIO). When this
     /// returns, the device does not touch the queue's memory any more.
     pub fn reset_queue(&mut self, index: u16) {
         let Some(setup) = self.setups.get_mut(usize::from(index)) else { return };
         *setup = QueueSetup::new(setup.max_size);
-        if let Some(queue) = self.queues.get_mut(usize::from(index)) {
-            *queue = None;
-        }
         self.device.reset_queue(index);
+        self.queues[usize::from(index)] = None;
+        self.unserved[usize::from(index)] = false;
     }
 
     /// Changes whenever the configuration does.
@@ -272,35 +293,27 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
     /// Writes the configuration from `offset` on; a write that reaches beyond its end is ignored.
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
-        let size = self.device.config().len();
+        let before = self.device.config().to_vec();
         if let Ok(offset) = usize::try_from(offset)
-            && offset.checked_add(data.len()).is_some_and(|end| end <= size)
+            && !data.is_empty()
+            && offset.checked_add(data.len()).is_some_and(|end| end <= before.len())
         {
             self.device.write_config(offset, data);
+            if self.device.config() != before {
+                self.generation = self.generation.wrapping_add(1);
+            }
         }
     }
 
-    /// The driver kicked queue `index`. True if there is more to do: call again, others in between.
+    /// The driver kicked queue `index`. True if there is more to do: call this or [`poll`](Self::poll), others in
+    /// between.
     pub fn kick(&mut self, index: u16) -> bool {
-        let running = self.is_running();
-        let Some(Some(queue)) = self.queues.get_mut(usize::from(index)).filter(|_| running) else { return false };
-        queue.begin_burst();
-        self.serve(|device, queues| device.kick(index, queues));
-        let again = self.queues.get_mut(usize::from(index)).and_then(Option::as_mut).is_some_and(Queue::end_burst);
-        self.settle();
-        again && self.is_running()
+        self.work(Some(index))
     }
 
-    /// A backend has news. True as in [`kick`](Self::kick).
+    /// A backend has news, or an earlier call said that there is more to do. True as in [`kick`](Self::kick).
     pub fn poll(&mut self) -> bool {
-        if !self.is_running() {
-            return false;
-        }
-        self.queues.iter_mut().flatten().for_each(Queue::begin_burst);
-        self.serve(|device, queues| device.poll(queues));
-        let again = self.queues.iter_mut().flatten().fold(false, |again, queue| queue.end_burst() | again);
-        self.settle();
-        again && self.is_running()
+        self.work(None)
     }
 
     fn setup(&self, index: u16) -> Option<&QueueSetup> {
@@ -326,23 +339,27 @@ impl<M: GuestMemory> VirtioDevice<M> {
             }
         }
         self.device.activate(self.accepted, self.waker.clone());
+        self.begin();
+    }
+
+    /// The first turn after queues were started: whoever filled them before may not kick again, and what the device
+    /// had for the driver until now waited for it.
+    fn begin(&mut self) {
         self.settle();
-        // Drivers that filled their queues before DRIVER_OK may not kick again: look once.
-        for index in 0..self.queue_count() {
-            if self.kick(index) {
-                self.waker.wake_by_ref();
-            }
+        if self.work(None) {
+            self.waker.wake_by_ref();
         }
     }
 
     fn start_queue(&mut self, index: u16) {
         let Some(&QueueSetup { max_size, size, areas, .. }) = self.setup(index) else { return };
         let layout = match self.interface {
+            Interface::Modern if self.accepted.contains(Features::RING_PACKED) => Layout::Packed,
             Interface::Modern => Layout::Modern,
             Interface::Legacy(order) => Layout::Legacy(order),
         };
         let queue = match u16::try_from(size) {
-            Ok(size) if size <= max_size.min(MAX_QUEUE_SIZE) => Queue::new(
+            Ok(size) if size <= max_size => Queue::new(
                 self.memory.clone(),
                 QueueConfig {
                     size,
@@ -357,18 +374,44 @@ impl<M: GuestMemory> VirtioDevice<M> {
             _ => Err(QueueError::Size { size, max: max_size }),
         };
         match queue {
-            Ok(queue) => self.queues[usize::from(index)] = Some(queue),
+            Ok(queue) => {
+                self.queues[usize::from(index)] = Some(queue);
+                self.unserved[usize::from(index)] = true;
+            }
             Err(reason) => self.reason = self.reason.or(Some(reason)),
         }
     }
 
-    fn serve(&mut self, work: impl FnOnce(&mut dyn Device<M>, &mut Queues<'_, M>)) {
-        let mut queues = Queues { queues: &mut self.queues, config_changed: false };
-        work(&mut *self.device, &mut queues);
-        if queues.config_changed {
-            self.generation = self.generation.wrapping_add(1);
-            self.interrupt.raise(Cause::Config);
+    /// Gives the device a turn, for as long as each queue's burst lasts: for the queue that was kicked and those that
+    /// an earlier turn did not finish, or, if none was, for its own news too.
+    fn work(&mut self, kicked: Option<u16>) -> bool {
+        if let Some(index) = kicked {
+            let Some(Some(_)) = self.queues.get(usize::from(index)) else { return false };
+            self.unserved[usize::from(index)] = true;
         }
+        if self.is_running() {
+            // A device may take from any queue, whichever was kicked.
+            self.queues.iter_mut().flatten().for_each(Queue::begin_burst);
+            let mut queues = Queues { queues: &mut self.queues, config_changed: false };
+            if kicked.is_none() {
+                self.device.poll(&mut queues);
+            }
+            for (index, unserved) in self.unserved.iter_mut().enumerate() {
+                if mem::take(unserved) {
+                    self.device.kick(index as u16, &mut queues);
+                }
+            }
+            let config_changed = queues.config_changed;
+            for (queue, unserved) in self.queues.iter_mut().zip(&mut self.unserved) {
+                *unserved = queue.as_mut().is_some_and(Queue::end_burst);
+            }
+            if config_changed {
+                self.generation = self.generation.wrapping_add(1);
+                self.interrupt.raise(Cause::Config);
+            }
+        }
+        self.settle();
+        self.is_running() && self.unserved.contains(&true)
     }
 
     /// After any work: interrupts for what was used, and NEEDS_RESET if the driver broke a queue.
@@ -383,7 +426,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         if let Some(reason) = self.reason
             && !self.status.contains(Status::DEVICE_NEEDS_RESET)
         {
-            tracing::warn!(%reason, "the device needs a reset");
+            tracing::debug!(%reason, "the device needs a reset");
             self.status |= Status::DEVICE_NEEDS_RESET;
             if self.status.contains(Status::DRIVER_OK) {
                 self.interrupt.raise(Cause::Config);
@@ -394,6 +437,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
     fn stop(&mut self) {
         self.device.reset();
         self.queues.iter_mut().for_each(|queue| *queue = None);
+        self.unserved.fill(false);
     }
 }
 
@@ -404,4 +448,7 @@ impl QueueSetup {
 }
 
 const WRITTEN_BY_DRIVER: Status =
-    Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK).union(Status::DRIVER_OK);
+    Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK).union(Status::DRIVER_OK).union(Status::FAILED);
+
+#[cfg(test)]
+mod tests;

@@ -6,5 +6,6 @@
 
 extern crate alloc;
 
+mod areas;
 pub mod lguest;
 pub mod mmio;

@@ -12,7 +12,7 @@ use super::MemoryError;
 ///
 /// The hooks are for memory that is not simply there: a log of accesses, a mirror that is filled by DMA. For plain
 /// memory they are empty and cost nothing. Offsets are relative to the segment.
-pub trait Lease {
+pub trait Lease: Send {
     /// `len` bytes at `offset` are about to be read.
     #[inline(always)]
     fn before_load(&self, offset: usize, len: usize) {
@@ -87,6 +87,7 @@ impl<L> Segment<L> {
     ///
     /// # Safety
     /// `lease` must keep this segment's memory mapped.
+    #[inline(always)]
     pub(super) unsafe fn part<N>(&self, offset: usize, len: usize, lease: N) -> Option<Segment<N>> {
         if offset > self.len || len > self.len - offset {
             return None;

@@ -49,45 +49,127 @@ pub enum AddError<T> {
 /// What the device may rewrite is never read back: descriptors and their lengths are kept in private copies.
 pub struct DriverQueue<T, N = Box<dyn Notify>> {
     ring: Ring,
+    shadow: Shadow,
     /// By head or buffer id.
     in_flight: Box<[InFlight<T>]>,
     count: usize,
     /// Counts what was added, to keep the order across a restart.
     sequence: u64,
     broken: Option<QueueError>,
-    indirect: Option<Tables>,
     notify: N,
 }
 
-/// A buffer in the device's hands, and what it takes to add it again.
+/// A buffer in the device's hands.
 struct InFlight<T> {
     token: Option<T>,
     sequence: u64,
     writable: u32,
-    readable_pieces: usize,
-    /// Readable pieces, then writable ones. Its memory is kept for the next buffer.
-    pieces: Vec<Buffer>,
+    /// Entries of the shadow that it takes, and the last of them; the first is its head.
+    entries: u16,
+    last: u16,
 }
 
-impl<T> InFlight<T> {
-    const fn empty() -> Self {
-        Self { token: None, sequence: 0, writable: 0, readable_pieces: 0, pieces: Vec::new() }
-    }
+/// The driver's own copy of what it gave to the device: an entry for each descriptor, linked into chains and into a list
+/// of free ones.
+pub(super) struct Shadow {
+    entries: Box<[Entry]>,
+    first_free: u16,
+    free: u16,
+    tables: Option<Tables>,
+}
+
+#[derive(Clone, Copy)]
+struct Entry {
+    piece: Buffer,
+    next: u16,
+    writable: bool,
 }
 
 /// Memory for indirect tables, one for each entry of the queue.
-pub(super) struct Tables {
+struct Tables {
     pages: Pages,
     address: u64,
     /// Entries of each table.
     entries: usize,
+    /// The pieces in each table, and whether the device may write them.
+    shadow: Box<[(Buffer, bool)]>,
+    /// How many pieces there are in each.
+    used: Box<[u16]>,
+}
+
+/// Where a piece goes.
+pub(super) struct Place {
+    /// The entry of the shadow: on a split ring the descriptor's index.
+    pub(super) index: u16,
+    /// The next entry.
+    pub(super) next: u16,
+    pub(super) writable: bool,
+    pub(super) last: bool,
+}
+
+impl Shadow {
+    fn new(size: u16) -> Self {
+        let nowhere = Buffer { address: 0, len: 0 };
+        Self {
+            entries: (1..=size).map(|next| Entry { piece: nowhere, next, writable: false }).collect(),
+            first_free: 0,
+            free: size,
+            tables: None,
+        }
+    }
+
+    /// Takes entries for a chain; `write` puts each piece into the ring. The caller has checked that they are there, and
+    /// that there is a piece. Returns the last entry; the first was the first free one.
+    #[inline(always)]
+    fn take(&mut self, readable: &[Buffer], writable: &[Buffer], mut write: impl FnMut(Buffer, Place)) -> u16 {
+        let mut left = readable.len() + writable.len();
+        self.free -= left as u16;
+        let (mut index, mut last) = (self.first_free, self.first_free);
+        for (pieces, writable) in [(readable, false), (writable, true)] {
+            for &piece in pieces {
+                left -= 1;
+                let entry = &mut self.entries[usize::from(index)];
+                entry.piece = piece;
+                entry.writable = writable;
+                write(piece, Place { index, next: entry.next, writable, last: left == 0 });
+                last = index;
+                index = entry.next;
+            }
+        }
+        self.first_free = index;
+        last
+    }
+
+    /// Gives back a chain of `count` entries from `head` to `last`.
+    #[inline(always)]
+    fn release(&mut self, head: u16, last: u16, count: u16) {
+        self.entries[usize::from(last)].next = self.first_free;
+        self.first_free = head;
+        self.free += count;
+    }
 }
 
 impl Tables {
-    /// The memory and device-visible address of table `index`.
-    pub(super) fn table(&self, index: u16) -> (&Pages, usize, u64) {
-        let offset = usize::from(index) * self.entries * 16;
-        (&self.pages, offset, self.address + offset as u64)
+    /// Writes the table of entry `index`; its address and length.
+    fn write(
+        &mut self,
+        index: u16,
+        readable: &[Buffer],
+        writable: &[Buffer],
+        words: impl Fn(Buffer, u16, bool, bool) -> [u64; 2],
+    ) -> Buffer {
+        let first = usize::from(index) * self.entries;
+        let (offset, pieces) = (first * 16, readable.len() + writable.len());
+        let all = readable.iter().map(|piece| (*piece, false)).chain(writable.iter().map(|piece| (*piece, true)));
+        for (number, (piece, writable)) in all.enumerate() {
+            self.shadow[first + number] = (piece, writable);
+            let [low, high] = words(piece, number as u16 + 1, writable, number + 1 == pieces);
+            // The table has room: the caller compared its entries with the pieces.
+            let _ = self.pages.write(offset + 16 * number, &low.to_ne_bytes());
+            let _ = self.pages.write(offset + 16 * number + 8, &high.to_ne_bytes());
+        }
+        self.used[usize::from(index)] = pieces as u16;
+        Buffer { address: self.address + offset as u64, len: 16 * pieces as u32 }
     }
 }
 
@@ -126,13 +208,14 @@ impl<T, N: Notify> DriverQueue<T, N> {
     pub fn new(virtqueue: Virtqueue<N>) -> Result<Self, QueueError> {
         let size = virtqueue.config.size;
         let (ring, notify) = Ring::new(virtqueue)?;
+        let nothing = |_| InFlight { token: None, sequence: 0, writable: 0, entries: 0, last: 0 };
         Ok(Self {
             ring,
-            in_flight: (0..size).map(|_| InFlight::empty()).collect(),
+            shadow: Shadow::new(size),
+            in_flight: (0..size).map(nothing).collect(),
             count: 0,
             sequence: 0,
             broken: None,
-            indirect: None,
             notify,
         })
     }
@@ -141,9 +224,12 @@ impl<T, N: Notify> DriverQueue<T, N> {
     /// evenly among the entries of the queue. Buffers of several pieces that fit a table take one entry then.
     #[must_use]
     pub fn with_indirect(mut self, tables: Pages, address: u64) -> Self {
-        let entries = tables.len() / 16 / self.in_flight.len();
+        let size = self.in_flight.len();
+        let entries = (tables.len() / 16 / size).min(u16::MAX.into());
         if entries > 1 && ring!(&self.ring, ring => ring.is_indirect()) {
-            self.indirect = Some(Tables { pages: tables, address, entries });
+            let shadow = (0..entries * size).map(|_| (Buffer { address: 0, len: 0 }, false)).collect();
+            let used = (0..size).map(|_| 0).collect();
+            self.shadow.tables = Some(Tables { pages: tables, address, entries, shadow, used });
         }
         self
     }
@@ -157,25 +243,45 @@ impl<T, N: Notify> DriverQueue<T, N> {
             return Err(AddError::Broken(reason));
         }
         let (pieces, size) = (readable.len() + writable.len(), self.in_flight.len());
-        let tables = self.indirect.as_ref().filter(|tables| pieces > 1 && pieces <= tables.entries);
         if pieces == 0 || pieces > size {
             return Err(AddError::Pieces { token, pieces, size: size as u16 });
         }
-        let Some(head) = ring!(&mut self.ring, ring => ring.add(readable, writable, tables)) else {
-            ring!(&mut self.ring, ring => ring.publish());
-            return Err(self.notify.notify().map_or_else(AddError::Notify, |()| AddError::Full(token)));
+        let indirect = pieces > 1 && self.shadow.tables.as_ref().is_some_and(|tables| pieces <= tables.entries);
+        let entries = if indirect { 1 } else { pieces as u16 };
+        if entries > self.shadow.free {
+            return Err(self.full(token));
+        }
+        let head = self.shadow.first_free;
+        let shadow = &mut self.shadow;
+        let last = ring!(&mut self.ring, ring => {
+            let last = match &mut shadow.tables {
+                Some(tables) if indirect => {
+                    let table = tables.write(head, readable, writable, ring.table_words());
+                    let last = shadow.take(&[table], &[], |_, _| {});
+                    ring.write_table(head, table);
+                    last
+                }
+                _ => shadow.take(readable, writable, |piece, place| ring.write(head, piece, place)),
+            };
+            ring.enter(head);
+            last
+        });
+        self.in_flight[usize::from(head)] = InFlight {
+            token: Some(token),
+            sequence: self.sequence,
+            writable: writable.iter().fold(0, |sum, piece| piece.len.saturating_add(sum)),
+            entries,
+            last,
         };
-        let entry = &mut self.in_flight[usize::from(head)];
-        entry.token = Some(token);
-        entry.sequence = self.sequence;
-        entry.writable = writable.iter().fold(0, |sum, piece| piece.len.saturating_add(sum));
-        entry.readable_pieces = readable.len();
-        entry.pieces.clear();
-        entry.pieces.extend_from_slice(readable);
-        entry.pieces.extend_from_slice(writable);
         self.sequence += 1;
         self.count += 1;
         Ok(())
+    }
+
+    #[cold]
+    fn full(&mut self, token: T) -> AddError<T> {
+        ring!(&mut self.ring, ring => ring.publish());
+        self.notify.notify().map_or_else(AddError::Notify, |()| AddError::Full(token))
     }
 
     /// Publishes what was added, and notifies the device unless it asked not to. True if it was notified.
@@ -196,25 +302,23 @@ impl<T, N: Notify> DriverQueue<T, N> {
             return Err(reason);
         }
         let Some((id, len)) = ring!(&mut self.ring, ring => ring.used()) else { return Ok(None) };
-        let used = match self.in_flight.get_mut(id as usize) {
-            Some(entry) if len > entry.writable && entry.token.is_some() => {
-                Err(QueueError::UsedLength { len, writable: entry.writable })
-            }
-            Some(entry) => entry.token.take().ok_or(QueueError::UsedId { id }),
-            None => Err(QueueError::UsedId { id }),
+        let Some((entry, token)) =
+            self.in_flight.get_mut(id as usize).and_then(|entry| entry.token.take().map(|token| (entry, token)))
+        else {
+            self.broken = Some(QueueError::UsedId { id });
+            return Err(QueueError::UsedId { id });
         };
-        match used {
-            Ok(token) => {
-                // The id is an index of `in_flight`, so it fits.
-                ring!(&mut self.ring, ring => ring.release(id as u16));
-                self.count -= 1;
-                Ok(Some((token, len)))
-            }
-            Err(reason) => {
-                self.broken = Some(reason);
-                Err(reason)
-            }
+        if len > entry.writable {
+            let reason = QueueError::UsedLength { len, writable: entry.writable };
+            entry.token = Some(token);
+            self.broken = Some(reason);
+            return Err(reason);
         }
+        // The id is an index of `in_flight`, so it fits.
+        self.shadow.release(id as u16, entry.last, entry.entries);
+        ring!(&mut self.ring, ring => ring.advance(entry.entries));
+        self.count -= 1;
+        Ok(Some((token, len)))
     }
 
     /// Hints that no interrupts are wanted; one may come all the same.
@@ -233,8 +337,8 @@ impl<T, N: Notify> DriverQueue<T, N> {
     }
 
     /// Free entries.
-    pub fn free(&self) -> u16 {
-        ring!(&self.ring, ring => ring.free())
+    pub const fn free(&self) -> u16 {
+        self.shadow.free
     }
 
     /// Starts over on `virtqueue` (after a reset, or a reconnect to a new device side) and adds again, in their old
@@ -249,11 +353,9 @@ impl<T, N: Notify> DriverQueue<T, N> {
         let (ring, notify) = Ring::new(virtqueue)?;
         self.ring = ring;
         self.notify = notify;
-        for old in self.take_all() {
-            let InFlight { token: Some(token), readable_pieces, pieces, .. } = old else { continue };
-            let (readable, writable) = pieces.split_at(readable_pieces);
+        for (token, readable, writable) in self.take_all() {
             // What fitted an empty ring of this size before fits again.
-            if self.add_buf(readable, writable, token).is_err() {
+            if self.add_buf(&readable, &writable, token).is_err() {
                 return Err(QueueError::Size { size: size.into(), max: size });
             }
         }
@@ -263,15 +365,39 @@ impl<T, N: Notify> DriverQueue<T, N> {
     /// Takes all tokens out after a reset, in the order in which they were added: their buffers belong to the driver
     /// again.
     pub fn drain(&mut self) -> Vec<T> {
-        self.take_all().into_iter().filter_map(|entry| entry.token).collect()
+        self.take_all().into_iter().map(|(token, _, _)| token).collect()
     }
 
-    fn take_all(&mut self) -> Vec<InFlight<T>> {
-        let all = self.in_flight.iter_mut().filter(|entry| entry.token.is_some());
-        let mut all: Vec<_> = all.map(|entry| mem::replace(entry, InFlight::empty())).collect();
-        all.sort_by_key(|entry| entry.sequence);
+    /// Empties the queue: tokens with their readable and writable pieces, oldest first.
+    fn take_all(&mut self) -> Vec<(T, Vec<Buffer>, Vec<Buffer>)> {
+        let mut all = Vec::new();
+        for head in 0..self.in_flight.len() {
+            let Some(token) = self.in_flight[head].token.take() else { continue };
+            let (mut readable, mut writable) = (Vec::new(), Vec::new());
+            let mut sort = |piece, write: bool| if write { writable.push(piece) } else { readable.push(piece) };
+            let InFlight { entries, sequence, .. } = self.in_flight[head];
+            match &mut self.shadow.tables {
+                Some(tables) if tables.used[head] > 0 => {
+                    let first = head * tables.entries;
+                    let pieces = mem::take(&mut tables.used[head]);
+                    tables.shadow[first..first + usize::from(pieces)].iter().for_each(|&(piece, w)| sort(piece, w));
+                }
+                _ => {
+                    let mut at = head;
+                    for _ in 0..entries {
+                        let entry = self.shadow.entries[at];
+                        sort(entry.piece, entry.writable);
+                        at = usize::from(entry.next);
+                    }
+                }
+            }
+            all.push((sequence, (token, readable, writable)));
+        }
+        all.sort_by_key(|(sequence, _)| *sequence);
+        let tables = self.shadow.tables.take();
+        self.shadow = Shadow { tables, ..Shadow::new(self.in_flight.len() as u16) };
         self.count = 0;
         self.broken = None;
-        all
+        all.into_iter().map(|(_, buffer)| buffer).collect()
     }
 }

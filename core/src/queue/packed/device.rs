@@ -69,12 +69,12 @@ impl<M: GuestMemory> Ring<M> {
         u64::from_le(self.descriptors.load(2 * usize::from(at.index), Ordering::Relaxed))
     }
 
-    #[inline]
+    #[inline(always)]
     fn available(&self) -> bool {
         self.next_available.is_available(self.tail(self.next_available, Ordering::Relaxed).flags)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
         let size = self.size;
         let mut at = self.next_available;
@@ -121,6 +121,7 @@ impl<M: GuestMemory> Ring<M> {
     }
 
     /// The chain is the table at `address` (2.8.7): every entry of it, in order.
+    #[inline(never)]
     fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, address: u64, tail: Tail) -> Result<(), QueueError> {
         let (head, len) = (tail.id, tail.len);
         if !self.indirect {
@@ -150,9 +151,9 @@ impl<M: GuestMemory> Ring<M> {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        let (id, written, count) = (chain.head, chain.written, chain.entries);
+        let (id, written, count) = (chain.0.head, chain.0.written, chain.0.entries);
         self.chains.give_back(chain)?;
         let at = self.next_used;
         let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
@@ -164,7 +165,7 @@ impl<M: GuestMemory> Ring<M> {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
         if self.next_used == self.signalled {
             return false;

@@ -1,13 +1,12 @@
 //! The driver's role on a packed ring.
 
-use alloc::boxed::Box;
 use core::sync::atomic::{Ordering, fence};
 
 use super::layout::{
     DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
 };
 use crate::memory::{Owner, Pages, Words};
-use crate::queue::driver::Tables;
+use crate::queue::driver::Place;
 use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
 
 /// The ring in the driver's memory, and where the driver is in it.
@@ -18,12 +17,6 @@ pub(in crate::queue) struct Ring {
     size: u16,
     event_idx: bool,
     indirect: bool,
-    /// Links free buffer ids.
-    next: Box<[u16]>,
-    /// How many descriptors the buffer with an id takes.
-    counts: Box<[u16]>,
-    first_free: u16,
-    free: u16,
     next_available: Position,
     /// The first descriptor of what is not published, and its second word: written last.
     unpublished: Option<(Position, u64)>,
@@ -54,10 +47,6 @@ impl Ring {
             size,
             event_idx: config.event_idx,
             indirect: config.indirect,
-            next: (1..=size).collect(),
-            counts: (0..size).map(|_| 0).collect(),
-            first_free: 0,
-            free: size,
             next_available: Position::START,
             unpublished: None,
             published: Position::START,
@@ -70,55 +59,34 @@ impl Ring {
         self.indirect
     }
 
-    pub(in crate::queue) const fn free(&self) -> u16 {
-        self.free
+    /// Writes one piece of the buffer `id`.
+    #[inline(always)]
+    pub(in crate::queue) fn write(&mut self, id: u16, piece: Buffer, place: Place) {
+        let write = if place.writable { WRITE } else { 0 };
+        self.write_descriptor(id, piece, write | if place.last { 0 } else { NEXT });
     }
 
-    /// Writes a chain, or a table and the descriptor that names it. None if there is no room.
-    #[inline]
-    pub(in crate::queue) fn add(
-        &mut self,
-        readable: &[Buffer],
-        writable: &[Buffer],
-        tables: Option<&Tables>,
-    ) -> Option<u16> {
-        let pieces = readable.len() + writable.len();
-        let needed = if tables.is_some() { 1 } else { pieces };
-        if needed > usize::from(self.free) {
-            return None;
+    /// Makes the entry of an indirect table: piece, number of the next, writable, last. Entries follow one another.
+    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> [u64; 2] + use<> {
+        |piece, _, writable, _| {
+            let tail = Tail { len: piece.len, id: 0, flags: if writable { WRITE } else { 0 } };
+            [piece.address.to_le(), tail.to_word()]
         }
-        let needed = needed as u16;
-        // There is an id for each free descriptor at least.
-        let id = self.first_free;
-        self.first_free = self.next[usize::from(id)];
-        self.counts[usize::from(id)] = needed;
-        self.free -= needed;
-        match tables {
-            Some(tables) => {
-                let (pages, offset, address) = tables.table(id);
-                for (number, (piece, write)) in flagged(readable, writable).enumerate() {
-                    let at = offset + DESCRIPTOR_LEN as usize * number;
-                    // The table has room: the caller compared its entries with the pieces.
-                    let _ = pages.write(at, &piece.address.to_le_bytes());
-                    let word = Tail { len: piece.len, id: 0, flags: write }.to_word();
-                    let _ = pages.write(at + 8, &word.to_ne_bytes());
-                }
-                self.write(id, Buffer { address, len: 16 * pieces as u32 }, INDIRECT);
-            }
-            None => {
-                for (number, (piece, write)) in flagged(readable, writable).enumerate() {
-                    let next = if number + 1 == pieces { 0 } else { NEXT };
-                    self.write(id, piece, write | next);
-                }
-            }
-        }
-        Some(id)
     }
+
+    /// Writes the descriptor that names the indirect table of buffer `id`.
+    pub(in crate::queue) fn write_table(&mut self, id: u16, table: Buffer) {
+        self.write_descriptor(id, table, INDIRECT);
+    }
+
+    /// On a packed ring the descriptors themselves are the entry.
+    #[inline(always)]
+    pub(in crate::queue) fn enter(&mut self, _id: u16) {}
 
     /// Writes the next descriptor; the very first of what is not published is only remembered, so that nothing can be
     /// seen before all of it is there.
     #[inline(always)]
-    fn write(&mut self, id: u16, piece: Buffer, flags: u16) {
+    fn write_descriptor(&mut self, id: u16, piece: Buffer, flags: u16) {
         let at = self.next_available;
         let word = Tail { len: piece.len, id, flags: flags | at.available_flags() }.to_word();
         let index = 2 * usize::from(at.index);
@@ -173,14 +141,10 @@ impl Ring {
         Tail::from_word(self.descriptors.load(2 * usize::from(self.next_used.index) + 1, Ordering::Acquire))
     }
 
-    /// Frees the descriptors of the buffer `id`, which was in flight, and moves past them.
-    #[inline]
-    pub(in crate::queue) fn release(&mut self, id: u16) {
-        let count = self.counts[usize::from(id)];
-        self.next[usize::from(id)] = self.first_free;
-        self.first_free = id;
-        self.free += count;
-        self.next_used = self.next_used.advanced(count, self.size);
+    /// A buffer of `entries` descriptors was taken back: the next used one is behind them.
+    #[inline(always)]
+    pub(in crate::queue) fn advance(&mut self, entries: u16) {
+        self.next_used = self.next_used.advanced(entries, self.size);
     }
 
     fn wish(&mut self, flags: u16) {
@@ -200,8 +164,4 @@ impl Ring {
         self.wish(if self.event_idx { EVENTS_AT } else { EVENTS_ON });
         !self.next_used.is_used(self.look().flags)
     }
-}
-
-fn flagged<'b>(readable: &'b [Buffer], writable: &'b [Buffer]) -> impl Iterator<Item = (Buffer, u16)> + 'b {
-    readable.iter().map(|piece| (*piece, 0)).chain(writable.iter().map(|piece| (*piece, WRITE)))
 }

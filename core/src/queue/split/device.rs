@@ -16,6 +16,8 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     driver: Words<u16, M::Lease>,
     device: Words<u32, M::Lease>,
     size: u16,
+    /// `size - 1`, in a word of its own: read together with an index that was just written, it would stall.
+    mask: usize,
     event_idx: bool,
     indirect: bool,
     /// The next available entry to take.
@@ -49,6 +51,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             device: memory.resolve_words(config.device, device_len, both)?,
             memory,
             size,
+            mask: usize::from(size) - 1,
             event_idx: config.event_idx,
             indirect: config.indirect,
             next_available: 0,
@@ -65,12 +68,12 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.size
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
         if self.next_available == self.available && !self.look()? {
             return Ok(None);
         }
-        let slot = self.next_available & (self.size - 1);
+        let slot = usize::from(self.next_available) & self.mask;
         let head = O::u16(self.driver.load(layout::available_entry(slot), Ordering::Relaxed));
         if head >= self.size {
             return Err(QueueError::Index { index: head, size: self.size.into() });
@@ -85,7 +88,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// Reads the available index; whether there is more than before.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<bool, QueueError> {
         // Acquire: entries and descriptors are read after the index that covers them.
         let index = O::u16(self.driver.load(INDEX, Ordering::Acquire));
@@ -96,13 +99,13 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Ok(index != self.next_available)
     }
 
-    #[inline]
+    #[inline(always)]
     fn descriptor(&self, index: u16) -> Descriptor {
         let at = 2 * usize::from(index);
         O::descriptor([self.descriptors.load(at, Ordering::Relaxed), self.descriptors.load(at + 1, Ordering::Relaxed)])
     }
 
-    #[inline]
+    #[inline(always)]
     fn walk(&mut self, assembly: &mut Assembly<M::Lease>) -> Result<(), QueueError> {
         let head = assembly.head();
         let mut descriptor = self.descriptor(head);
@@ -123,6 +126,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// The rest of the chain is in the table that `descriptor` names (2.7.5.3).
+    #[inline(never)]
     fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, descriptor: Descriptor) -> Result<(), QueueError> {
         let (head, len) = (assembly.head(), descriptor.len);
         if !self.indirect {
@@ -158,11 +162,11 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Err(QueueError::TooManyDescriptors { head, limit: self.size.into() })
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        let (head, written) = (chain.head, chain.written);
+        let (head, written) = (chain.0.head, chain.0.written);
         self.chains.give_back(chain)?;
-        let entry = layout::used_entry(self.next_used & (self.size - 1));
+        let entry = layout::used_entry(usize::from(self.next_used) & self.mask);
         self.device.store(entry, O::u32(u32::from(head)), Ordering::Relaxed);
         self.device.store(entry + 1, O::u32(written), Ordering::Relaxed);
         self.next_used = self.next_used.wrapping_add(1);
@@ -171,7 +175,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
         if self.next_used == self.signalled {
             return false;

@@ -1,12 +1,11 @@
 //! The driver's role on a split ring.
 
-use alloc::boxed::Box;
 use core::marker::PhantomData;
 use core::sync::atomic::{Ordering, fence};
 
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Owner, Pages, Words};
-use crate::queue::driver::Tables;
+use crate::queue::driver::Place;
 use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
 
 /// The ring in the driver's memory, and where the driver is in it.
@@ -15,14 +14,10 @@ pub(in crate::queue) struct Ring<O> {
     driver: Words<u16, Owner>,
     device: Words<u32, Owner>,
     size: u16,
+    /// `size - 1`, in a word of its own: read together with an index that was just written, it would stall.
+    mask: usize,
     event_idx: bool,
     indirect: bool,
-    /// Links free descriptors, and the descriptors of each chain: the ring's own links belong to the device as well.
-    next: Box<[u16]>,
-    /// How many descriptors the chain at a head takes, and its last one.
-    chains: Box<[(u16, u16)]>,
-    first_free: u16,
-    free: u16,
     next_available: u16,
     published: u16,
     next_used: u16,
@@ -52,12 +47,9 @@ impl<O: Order> Ring<O> {
             driver: Words::new(driver)?,
             device: Words::new(device)?,
             size,
+            mask: usize::from(size) - 1,
             event_idx: config.event_idx,
             indirect: config.indirect,
-            next: (1..=size).collect(),
-            chains: (0..size).map(|_| (0, 0)).collect(),
-            first_free: 0,
-            free: size,
             next_available: 0,
             published: 0,
             next_used: 0,
@@ -71,79 +63,43 @@ impl<O: Order> Ring<O> {
         self.indirect
     }
 
-    pub(in crate::queue) const fn free(&self) -> u16 {
-        self.free
+    /// Writes one piece of the chain at `head`.
+    #[inline(always)]
+    pub(in crate::queue) fn write(&mut self, _head: u16, piece: Buffer, place: Place) {
+        let next = if place.last { 0 } else { NEXT };
+        let write = if place.writable { WRITE } else { 0 };
+        let Buffer { address, len } = piece;
+        self.write_descriptor(place.index, Descriptor { address, len, flags: write | next, next: place.next });
     }
 
-    /// Writes a chain, or a table and the descriptor that names it, and enters it into the available ring. None if there
-    /// is no room.
-    #[inline]
-    pub(in crate::queue) fn add(
-        &mut self,
-        readable: &[Buffer],
-        writable: &[Buffer],
-        tables: Option<&Tables>,
-    ) -> Option<u16> {
-        let pieces = readable.len() + writable.len();
-        let needed = if tables.is_some() { 1 } else { pieces };
-        if needed > usize::from(self.free) {
-            return None;
+    /// Makes the entry of an indirect table: piece, number of the next, writable, last.
+    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> [u64; 2] + use<O> {
+        |piece, next, writable, last| {
+            let flags = if writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
+            O::words(Descriptor { address: piece.address, len: piece.len, flags, next: if last { 0 } else { next } })
         }
-        let head = self.first_free;
-        let last = match tables {
-            Some(tables) => {
-                self.add_table(head, readable, writable, tables);
-                head
-            }
-            None => self.add_chain(head, readable, writable),
-        };
-        self.first_free = self.next[usize::from(last)];
-        self.free -= needed as u16;
-        self.chains[usize::from(head)] = (needed as u16, last);
-        let slot = self.next_available & (self.size - 1);
-        self.driver.store(layout::available_entry(slot), O::u16(head), Ordering::Relaxed);
-        self.next_available = self.next_available.wrapping_add(1);
-        Some(head)
     }
 
-    #[inline]
-    fn add_chain(&mut self, head: u16, readable: &[Buffer], writable: &[Buffer]) -> u16 {
-        let (mut index, mut last) = (head, head);
-        let mut left = readable.len() + writable.len();
-        for (number, piece) in readable.iter().chain(writable).enumerate() {
-            left -= 1;
-            let write = if number < readable.len() { 0 } else { WRITE };
-            let next = self.next[usize::from(index)];
-            let (flags, link) = if left == 0 { (write, 0) } else { (write | NEXT, next) };
-            self.write(index, Descriptor { address: piece.address, len: piece.len, flags, next: link });
-            last = index;
-            index = next;
-        }
-        last
-    }
-
-    fn add_table(&mut self, head: u16, readable: &[Buffer], writable: &[Buffer], tables: &Tables) {
-        let (pages, offset, address) = tables.table(head);
-        let pieces = readable.len() + writable.len();
-        for (number, piece) in readable.iter().chain(writable).enumerate() {
-            let write = if number < readable.len() { 0 } else { WRITE };
-            let (flags, next) = if number + 1 == pieces { (write, 0) } else { (write | NEXT, number as u16 + 1) };
-            let [first, second] = O::words(Descriptor { address: piece.address, len: piece.len, flags, next });
-            let at = offset + 16 * number;
-            // The table has room: the caller compared its entries with the pieces.
-            let _ = pages.write(at, &first.to_ne_bytes());
-            let _ = pages.write(at + 8, &second.to_ne_bytes());
-        }
-        let len = 16 * pieces as u32;
-        self.write(head, Descriptor { address, len, flags: INDIRECT, next: 0 });
+    /// Writes the descriptor at `head` that names an indirect table.
+    pub(in crate::queue) fn write_table(&mut self, head: u16, table: Buffer) {
+        let Buffer { address, len } = table;
+        self.write_descriptor(head, Descriptor { address, len, flags: INDIRECT, next: 0 });
     }
 
     #[inline(always)]
-    fn write(&self, index: u16, descriptor: Descriptor) {
+    fn write_descriptor(&self, index: u16, descriptor: Descriptor) {
         let [first, second] = O::words(descriptor);
         let at = 2 * usize::from(index);
         self.descriptors.store(at, first, Ordering::Relaxed);
         self.descriptors.store(at + 1, second, Ordering::Relaxed);
+    }
+
+    /// Enters the chain at `head` into the available ring.
+    #[inline(always)]
+    pub(in crate::queue) fn enter(&mut self, head: u16) {
+        let slot = usize::from(self.next_available) & self.mask;
+        self.driver.store(layout::available_entry(slot), O::u16(head), Ordering::Relaxed);
+        self.next_available = self.next_available.wrapping_add(1);
     }
 
     /// Publishes what was added; whether the device wants to be notified of it.
@@ -171,11 +127,11 @@ impl<O: Order> Ring<O> {
     pub(in crate::queue) fn used(&mut self) -> Option<(u32, u32)> {
         if self.next_used == self.used && !self.look() {
             // Only here, where the driver may go to sleep, does it have to say from where on it wants an interrupt.
-            if !(self.interrupts && self.event_idx) || !self.wish() {
+            if !(self.interrupts && self.event_idx && self.wish()) {
                 return None;
             }
         }
-        let entry = layout::used_entry(self.next_used & (self.size - 1));
+        let entry = layout::used_entry(usize::from(self.next_used) & self.mask);
         let id = O::u32(self.device.load(entry, Ordering::Relaxed));
         let len = O::u32(self.device.load(entry + 1, Ordering::Relaxed));
         self.next_used = self.next_used.wrapping_add(1);
@@ -202,14 +158,9 @@ impl<O: Order> Ring<O> {
         self.look()
     }
 
-    /// Frees the descriptors of the chain at `head`, which was in flight.
-    #[inline]
-    pub(in crate::queue) fn release(&mut self, head: u16) {
-        let (count, last) = self.chains[usize::from(head)];
-        self.next[usize::from(last)] = self.first_free;
-        self.first_free = head;
-        self.free += count;
-    }
+    /// A buffer was taken back; on a split ring [`Ring::used`] has moved on already.
+    #[inline(always)]
+    pub(in crate::queue) fn advance(&mut self, _entries: u16) {}
 
     pub(in crate::queue) fn disable_interrupts(&mut self) {
         self.interrupts = false;

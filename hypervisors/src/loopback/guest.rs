@@ -1,0 +1,77 @@
+//! The guest half: drives devices.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use polyvirt_core::hypervisor::{self, HypervisorError, Share};
+use polyvirt_core::memory::{Access, Pages};
+use polyvirt_transports::mmio::{Place, Registers, registers::BLOCK_SIZE};
+
+use super::{Bus, SharedDevice, lock};
+use crate::flat_share::FlatShare;
+
+/// The guest half.
+pub struct Guest {
+    pub(super) share: FlatShare,
+    pub(super) bus: Arc<Bus>,
+}
+
+impl Guest {
+    /// The device whose registers are at `address`, and the offset in them.
+    fn device(&self, address: u64) -> Result<(SharedDevice, u64), HypervisorError> {
+        let offset = address % BLOCK_SIZE;
+        let devices = lock(&self.bus.devices);
+        let found = devices.iter().find(|(place, _)| place.base == address - offset);
+        let device = found.map(|(_, device)| (device.clone(), offset));
+        device.ok_or_else(|| HypervisorError::Unavailable(format!("no device at {address:#x}")))
+    }
+}
+
+impl Share for Guest {
+    fn allocate(&self, len: usize) -> Result<Pages, HypervisorError> {
+        self.share.allocate(len)
+    }
+
+    fn share(&self, pages: &Pages, access: Access) -> Result<u64, HypervisorError> {
+        self.share.share(pages, access)
+    }
+
+    fn unshare(&self, address: u64) -> Result<(), HypervisorError> {
+        self.share.unshare(address)
+    }
+}
+
+impl hypervisor::Guest for Guest {
+    type Place = Place;
+
+    fn notify(&self, doorbell: u64, value: u32) -> Result<(), HypervisorError> {
+        self.store(doorbell, &value.to_le_bytes())
+    }
+
+    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
+        let pending = lock(&self.bus.interrupts.pending);
+        let waited = self.bus.interrupts.arrived.wait_timeout_while(pending, watchdog, |all| *all & lines == 0);
+        let (mut pending, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let came = *pending & lines;
+        *pending &= !came;
+        Ok(came)
+    }
+
+    fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
+        Ok(lock(&self.bus.devices).iter().map(|&(place, _)| place).collect())
+    }
+}
+
+impl Registers for Guest {
+    fn load(&self, address: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
+        let (device, offset) = self.device(address)?;
+        lock(&device).read(offset, data);
+        Ok(())
+    }
+
+    fn store(&self, address: u64, data: &[u8]) -> Result<(), HypervisorError> {
+        let (device, offset) = self.device(address)?;
+        lock(&device).write(offset, data);
+        Ok(())
+    }
+}

@@ -1,0 +1,73 @@
+//! The host half: serves devices.
+
+use std::ops::Range;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+use std::task::{Wake, Waker};
+use std::thread;
+
+use polyvirt_core::hypervisor::{self, BusDevice, Cause, HypervisorError, Interrupt};
+use polyvirt_core::memory::FlatMemory;
+use polyvirt_transports::mmio::{Place, registers::BLOCK_SIZE};
+
+use super::{Bus, DEVICES, Interrupts, lock};
+
+/// The host half.
+pub struct Host {
+    pub(super) memory: Arc<FlatMemory>,
+    pub(super) bus: Arc<Bus>,
+    /// Interrupt lines that no place has yet.
+    pub(super) lines: Range<u32>,
+}
+
+impl hypervisor::Host for Host {
+    type Memory = Arc<FlatMemory>;
+    type Place = Place;
+
+    fn memory(&self) -> Self::Memory {
+        self.memory.clone()
+    }
+
+    fn place(&mut self, _device_type: u32, _queues: u16) -> Result<Place, HypervisorError> {
+        let line = self.lines.next().ok_or(HypervisorError::Exhausted("interrupt lines"))?;
+        Ok(Place { base: DEVICES + u64::from(line) * BLOCK_SIZE, line })
+    }
+
+    fn interrupt(&self, place: &Place) -> Arc<dyn Interrupt> {
+        Arc::new(Line(self.bus.interrupts.clone(), 1 << place.line))
+    }
+
+    fn plug(&mut self, place: Place, device: Box<dyn BusDevice>) -> Result<(), HypervisorError> {
+        let device = Arc::new(Mutex::new(device));
+        let (alarm, alarms) = sync_channel(1);
+        lock(&device).set_waker(Waker::from(Arc::new(Alarm(alarm))));
+        // The device owns its wakers and the bus owns the device: the thread ends when the machine is gone.
+        let weak = Arc::downgrade(&device);
+        thread::spawn(move || {
+            while alarms.recv().is_ok() {
+                while weak.upgrade().is_some_and(|device| lock(&device).poll()) {}
+            }
+        });
+        lock(&self.bus.devices).push((place, device));
+        Ok(())
+    }
+}
+
+/// A device's interrupt line, and its bit.
+struct Line(Arc<Interrupts>, u64);
+
+impl Interrupt for Line {
+    fn raise(&self, _cause: Cause) {
+        *lock(&self.0.pending) |= self.1;
+        self.0.arrived.notify_all();
+    }
+}
+
+/// Wakes a device's thread. The channel holds one message: a device that is to be polled anyway needs no second.
+struct Alarm(SyncSender<()>);
+
+impl Wake for Alarm {
+    fn wake(self: Arc<Self>) {
+        let _ = self.0.try_send(());
+    }
+}

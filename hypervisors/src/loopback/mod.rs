@@ -1,0 +1,66 @@
+//! No hypervisor at all: guest and host in one process. The smallest port there can be.
+//!
+//! | mechanism | here |
+//! |---|---|
+//! | memory | flat: both halves see the same bytes at the same addresses |
+//! | kick | a function call |
+//! | interrupt | a bit and a condition variable |
+//! | discovery | a list |
+//!
+//! The bus carries virtio-mmio: a register access is a function call too.
+
+mod guest;
+mod host;
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use polyvirt_core::hypervisor::{BusDevice, Hypervisor};
+use polyvirt_core::memory::{FlatMemory, Pages};
+use polyvirt_transports::mmio::Place;
+
+pub use guest::Guest;
+pub use host::Host;
+
+use crate::flat_share::FlatShare;
+
+/// Guest-physical address of the RAM.
+pub const RAM: u64 = 0x8000_0000;
+/// Guest-physical address of the first device, above all RAM.
+pub const DEVICES: u64 = 1 << 48;
+
+/// The two halves, as types.
+pub struct Loopback;
+
+impl Hypervisor for Loopback {
+    type Host = Host;
+    type Guest = Guest;
+}
+
+/// A machine with `ram` bytes of memory: its two halves.
+pub fn new(ram: usize) -> (Host, Guest) {
+    let ram = Pages::allocate(ram);
+    let memory = Arc::new(FlatMemory::new([(RAM, ram.clone())]));
+    let bus = Arc::<Bus>::default();
+    (Host { memory, bus: bus.clone(), lines: 0..u64::BITS }, Guest { share: FlatShare::new(RAM, ram), bus })
+}
+
+/// What the halves have in common.
+#[derive(Default)]
+struct Bus {
+    devices: Mutex<Vec<(Place, SharedDevice)>>,
+    interrupts: Arc<Interrupts>,
+}
+
+type SharedDevice = Arc<Mutex<Box<dyn BusDevice>>>;
+
+/// Pending interrupts, a bit each.
+#[derive(Default)]
+struct Interrupts {
+    pending: Mutex<u64>,
+    arrived: Condvar,
+}
+
+/// Locks even what a panic left behind: a broken device stays a device, and the driver has to notice.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

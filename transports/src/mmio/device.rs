@@ -1,0 +1,198 @@
+//! The host's side: registers decoded into the device state machine.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicU32, Ordering};
+use core::task::Waker;
+
+use polyvirt_core::device;
+use polyvirt_core::hypervisor::{BusDevice, Cause, Host, HypervisorError, Interrupt};
+use polyvirt_core::memory::GuestMemory;
+use polyvirt_core::state::{Area, Half, Interface, VirtioDevice};
+use polyvirt_core::{Features, Status};
+
+use super::registers::*;
+
+/// Puts `device` onto the bus of `host`. `memory` is [`Host::memory`], perhaps wrapped.
+pub fn attach<H, M>(host: &mut H, memory: M, device: Box<dyn device::Device<M>>) -> Result<(), HypervisorError>
+where
+    H: Host<Place = Place>,
+    M: GuestMemory + Send + 'static,
+{
+    let queues = device.queue_max_sizes().len();
+    let queues = u16::try_from(queues).map_err(|_| HypervisorError::Exhausted("queue indices"))?;
+    let place = host.place(device.device_type(), queues)?;
+    let interrupt = host.interrupt(&place);
+    host.plug(place, Box::new(Device::new(device, memory, interrupt)))
+}
+
+/// A device behind a register block.
+///
+/// Any access is answered: one that is not 32 bits wide, not aligned, or not of a register reads 0 and writes nothing.
+pub struct Device<M: GuestMemory> {
+    state: VirtioDevice<M>,
+    interrupts: Arc<InterruptStatus>,
+    waker: Waker,
+    device_features_sel: u32,
+    driver_features_sel: u32,
+    queue_sel: u32,
+}
+
+impl<M: GuestMemory> Device<M> {
+    /// Puts `device` behind a register block; `interrupt` is its line.
+    pub fn new(device: Box<dyn device::Device<M>>, memory: M, interrupt: Arc<dyn Interrupt>) -> Self {
+        let interrupts = Arc::new(InterruptStatus { bits: AtomicU32::new(0), line: interrupt });
+        let state = VirtioDevice::new(device, memory, interrupts.clone(), Interface::Modern)
+            .with_features(Features::RING_RESET | Features::RING_PACKED);
+        Self {
+            state,
+            interrupts,
+            waker: Waker::noop().clone(),
+            device_features_sel: 0,
+            driver_features_sel: 0,
+            queue_sel: 0,
+        }
+    }
+
+    /// The selected queue. What does not fit an index becomes the index that no queue can have.
+    fn queue(&self) -> u16 {
+        u16::try_from(self.queue_sel).unwrap_or(u16::MAX)
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        match offset {
+            MAGIC_VALUE => MAGIC,
+            VERSION => VERSION_2,
+            DEVICE_ID => self.state.device_type(),
+            VENDOR_ID => VENDOR,
+            DEVICE_FEATURES => self.state.device_features().word(self.device_features_sel),
+            QUEUE_SIZE_MAX => self.state.queue_max_size(self.queue()).into(),
+            QUEUE_READY => self.state.queue_enabled(self.queue()).into(),
+            INTERRUPT_STATUS => self.interrupts.bits.load(Ordering::Acquire),
+            STATUS => self.state.status().bits().into(),
+            // No device has shared memory regions yet.
+            SHM_LEN_LOW | SHM_LEN_HIGH | SHM_BASE_LOW | SHM_BASE_HIGH => u32::MAX,
+            CONFIG_GENERATION => self.state.config_generation(),
+            // QueueReset among them: a queue is reset before the write returns.
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            DEVICE_FEATURES_SEL => self.device_features_sel = value,
+            DRIVER_FEATURES_SEL => self.driver_features_sel = value,
+            DRIVER_FEATURES => {
+                let features = self.state.driver_features().with_word(self.driver_features_sel, value);
+                self.state.set_driver_features(features);
+            }
+            QUEUE_SEL => self.queue_sel = value,
+            QUEUE_SIZE => self.state.set_queue_size(self.queue(), value),
+            QUEUE_READY => match value {
+                0 if self.state.queue_enabled(self.queue()) => self.state.reset_queue(self.queue()),
+                1 => self.state.enable_queue(self.queue()),
+                _ => {}
+            },
+            QUEUE_NOTIFY => {
+                if let Ok(index) = u16::try_from(value)
+                    && self.state.kick(index)
+                {
+                    // The write has to return: the rest is served when the host polls.
+                    self.waker.wake_by_ref();
+                }
+            }
+            INTERRUPT_ACK => self.interrupts.acknowledge(value),
+            STATUS => self.write_status(value),
+            QUEUE_DESC_LOW => self.set_address(Area::Descriptors, Half::Low, value),
+            QUEUE_DESC_HIGH => self.set_address(Area::Descriptors, Half::High, value),
+            QUEUE_DRIVER_LOW => self.set_address(Area::Driver, Half::Low, value),
+            QUEUE_DRIVER_HIGH => self.set_address(Area::Driver, Half::High, value),
+            QUEUE_DEVICE_LOW => self.set_address(Area::Device, Half::Low, value),
+            QUEUE_DEVICE_HIGH => self.set_address(Area::Device, Half::High, value),
+            QUEUE_RESET if value == 1 && self.state.driver_features().contains(Features::RING_RESET) => {
+                self.state.reset_queue(self.queue());
+            }
+            _ => {}
+        }
+    }
+
+    fn write_status(&mut self, value: u32) {
+        // Only 0 resets: a value whose low byte alone is 0 sets no bit there is.
+        match value as u8 {
+            0 if value != 0 => {}
+            bits => self.state.set_status(Status::from_bits_retain(bits)),
+        }
+        if value == 0 {
+            self.interrupts.bits.store(0, Ordering::Release);
+            (self.device_features_sel, self.driver_features_sel, self.queue_sel) = (0, 0, 0);
+        }
+    }
+
+    fn set_address(&mut self, area: Area, half: Half, value: u32) {
+        self.state.set_queue_address_half(self.queue(), area, half, value);
+    }
+}
+
+impl<M: GuestMemory + Send> BusDevice for Device<M> {
+    fn read(&mut self, offset: u64, data: &mut [u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.state.read_config(offset, data);
+        } else if data.len() == 4 {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        } else {
+            data.fill(0);
+        }
+    }
+
+    fn write(&mut self, offset: u64, data: &[u8]) {
+        if let Some(offset) = offset.checked_sub(CONFIG) {
+            self.state.write_config(offset, data);
+        } else if let Ok(value) = data.try_into() {
+            self.write_register(offset, u32::from_le_bytes(value));
+        }
+    }
+
+    fn kick(&mut self, queue: u16) -> bool {
+        self.state.kick(queue)
+    }
+
+    fn poll(&mut self) -> bool {
+        self.state.poll()
+    }
+
+    fn set_waker(&mut self, waker: Waker) {
+        self.waker = waker.clone();
+        self.state.set_waker(waker);
+    }
+}
+
+/// The register InterruptStatus, and the line behind it.
+struct InterruptStatus {
+    bits: AtomicU32,
+    line: Arc<dyn Interrupt>,
+}
+
+impl InterruptStatus {
+    /// Clears `bits`. What came meanwhile, or was not acknowledged, is worth another interrupt.
+    fn acknowledge(&self, bits: u32) {
+        let left = self.bits.fetch_and(!bits, Ordering::AcqRel) & !bits;
+        // One line serves all causes, so the queue does not matter.
+        if left & CONFIG_CHANGE != 0 {
+            self.line.raise(Cause::Config);
+        } else if left != 0 {
+            self.line.raise(Cause::Queue(0));
+        }
+    }
+}
+
+impl Interrupt for InterruptStatus {
+    fn raise(&self, cause: Cause) {
+        let bit = match cause {
+            Cause::Queue(_) => USED_BUFFER,
+            Cause::Config => CONFIG_CHANGE,
+        };
+        // The bit first: who is interrupted finds it.
+        self.bits.fetch_or(bit, Ordering::AcqRel);
+        self.line.raise(cause);
+    }
+}

@@ -1,0 +1,244 @@
+//! The guest's side: a driver's transport over registers.
+
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
+use alloc::sync::Arc;
+use core::time::Duration;
+
+use polyvirt_core::hypervisor::Share;
+use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueConfig};
+use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::{Features, Status};
+
+use super::registers::*;
+use crate::areas::Areas;
+
+/// How often a register is read until the device did what it was asked, and how long the driver waits in between.
+const ATTEMPTS: u32 = 1000;
+const PAUSE: Duration = Duration::from_millis(1);
+
+/// The driver side, connected to the device at a place.
+///
+/// Dropping it while queues are in use resets the device, so that their memory can return to the guest.
+pub struct Driver<G: Registers + 'static> {
+    guest: Arc<G>,
+    place: Place,
+    device_type: u32,
+    features: Features,
+    /// The rings that the device may use.
+    queues: BTreeMap<u16, Areas>,
+}
+
+impl<G: Registers + 'static> Driver<G> {
+    /// Meets the device at `place`, or says why there is none.
+    pub fn connect(guest: Arc<G>, place: G::Place) -> Result<Self, TransportError> {
+        let mut driver = Self { guest, place, device_type: 0, features: Features::empty(), queues: BTreeMap::new() };
+        driver.expect(MAGIC_VALUE, MAGIC, "the magic value 0x74726976")?;
+        driver.expect(VERSION, VERSION_2, "version 2 of virtio-mmio")?;
+        driver.device_type = driver.read(DEVICE_ID)?;
+        if driver.device_type == 0 {
+            return Err(TransportError::NotADevice { expected: "a device type other than 0", found: 0 });
+        }
+        Ok(driver)
+    }
+
+    /// What the driver talks through.
+    pub fn guest(&self) -> &Arc<G> {
+        &self.guest
+    }
+
+    /// Where the device is.
+    pub const fn place(&self) -> Place {
+        self.place
+    }
+
+    fn read(&self, register: u64) -> Result<u32, TransportError> {
+        let mut data = [0; 4];
+        self.guest.load(self.place.base + register, &mut data)?;
+        Ok(u32::from_le_bytes(data))
+    }
+
+    fn write(&self, register: u64, value: u32) -> Result<(), TransportError> {
+        Ok(self.guest.store(self.place.base + register, &value.to_le_bytes())?)
+    }
+
+    fn expect(&self, register: u64, value: u32, expected: &'static str) -> Result<(), TransportError> {
+        match self.read(register)? {
+            found if found == value => Ok(()),
+            found => Err(TransportError::NotADevice { expected, found: found.into() }),
+        }
+    }
+
+    /// Waits until `register` reads 0.
+    fn settle(&self, register: u64, what: &'static str) -> Result<(), TransportError> {
+        for _ in 0..ATTEMPTS {
+            if self.read(register)? == 0 {
+                return Ok(());
+            }
+            self.guest.wait(0, PAUSE)?;
+        }
+        Err(TransportError::Watchdog(PAUSE * ATTEMPTS, what))
+    }
+
+    fn configure(&self, config: &QueueConfig) -> Result<(), TransportError> {
+        self.write(QUEUE_SIZE, config.size.into())?;
+        for (low, high, address) in [
+            (QUEUE_DESC_LOW, QUEUE_DESC_HIGH, config.descriptors),
+            (QUEUE_DRIVER_LOW, QUEUE_DRIVER_HIGH, config.driver),
+            (QUEUE_DEVICE_LOW, QUEUE_DEVICE_HIGH, config.device),
+        ] {
+            self.write(low, address as u32)?;
+            self.write(high, (address >> 32) as u32)?;
+        }
+        self.write(QUEUE_READY, 1)
+    }
+}
+
+impl<G: Registers + 'static> Transport for Driver<G> {
+    fn device_type(&self) -> u32 {
+        self.device_type
+    }
+
+    fn device_features(&mut self) -> Result<Features, TransportError> {
+        let mut features = Features::empty();
+        for word in 0..Features::WORDS {
+            self.write(DEVICE_FEATURES_SEL, word)?;
+            features = features.with_word(word, self.read(DEVICE_FEATURES)?);
+        }
+        Ok(features)
+    }
+
+    fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {
+        for word in 0..Features::WORDS {
+            self.write(DRIVER_FEATURES_SEL, word)?;
+            self.write(DRIVER_FEATURES, features.word(word))?;
+        }
+        self.features = features;
+        Ok(())
+    }
+
+    fn status(&mut self) -> Result<Status, TransportError> {
+        Ok(Status::from_bits_retain(self.read(STATUS)? as u8))
+    }
+
+    fn set_status(&mut self, status: Status) -> Result<(), TransportError> {
+        self.write(STATUS, status.bits().into())
+    }
+
+    fn reset(&mut self) -> Result<(), TransportError> {
+        self.write(STATUS, 0)?;
+        self.settle(STATUS, "the reset")?;
+        self.features = Features::empty();
+        self.queues.clear();
+        Ok(())
+    }
+
+    fn config_generation(&mut self) -> Result<u32, TransportError> {
+        self.read(CONFIG_GENERATION)
+    }
+
+    /// Reads one field: 2, 4 or 8 bytes at a multiple of that are a number, anything else is an array of bytes.
+    fn read_config(&mut self, offset: u32, data: &mut [u8]) -> Result<(), TransportError> {
+        let (width, mut address) = (width(offset, data.len()), self.place.base + CONFIG + u64::from(offset));
+        for part in data.chunks_mut(width) {
+            self.guest.load(address, part)?;
+            address += width as u64;
+        }
+        Ok(())
+    }
+
+    /// Writes one field, as [`Driver::read_config`] reads it.
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), TransportError> {
+        let (width, mut address) = (width(offset, data.len()), self.place.base + CONFIG + u64::from(offset));
+        for part in data.chunks(width) {
+            self.guest.store(address, part)?;
+            address += width as u64;
+        }
+        Ok(())
+    }
+
+    fn queue_max_size(&mut self, index: u16) -> Result<u16, TransportError> {
+        self.write(QUEUE_SEL, index.into())?;
+        Ok(self.read(QUEUE_SIZE_MAX)?.min(MAX_QUEUE_SIZE.into()) as u16)
+    }
+
+    fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
+        self.write(QUEUE_SEL, index.into())?;
+        self.expect(QUEUE_READY, 0, "a queue that is not in use")?;
+        let max = self.queue_max_size(index)?;
+        if max == 0 {
+            return Err(TransportError::NoQueue(index));
+        }
+        let areas = Areas::allocate(&self.share(), index, size, max, self.features)?;
+        // Kept from here on: if enabling fails half-way, only a reset makes sure that the device is off the memory.
+        let areas = self.queues.entry(index).insert_entry(areas).into_mut();
+        let (config, doorbell) = (*areas.config(), self.place.base + QUEUE_NOTIFY);
+        let notify = Box::new(Doorbell { guest: self.guest.clone(), address: doorbell, queue: index });
+        let virtqueue = areas.virtqueue(notify);
+        self.configure(&config)?;
+        Ok(virtqueue)
+    }
+
+    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+        if !self.features.contains(Features::RING_RESET) {
+            return Err(TransportError::Unsupported("queue reset (VIRTIO_F_RING_RESET was not negotiated)"));
+        }
+        self.write(QUEUE_SEL, index.into())?;
+        self.write(QUEUE_RESET, 1)?;
+        self.settle(QUEUE_RESET, "the reset of a queue")?;
+        self.queues.remove(&index);
+        Ok(())
+    }
+
+    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
+        let line = 1u64.checked_shl(self.place.line).unwrap_or(0);
+        if self.guest.wait(line, watchdog)? == 0 {
+            return Err(TransportError::Watchdog(watchdog, "an interrupt"));
+        }
+        let status = self.read(INTERRUPT_STATUS)? & (USED_BUFFER | CONFIG_CHANGE);
+        if status != 0 {
+            self.write(INTERRUPT_ACK, status)?;
+        }
+        Ok(Interrupts { queues: status & USED_BUFFER != 0, config: status & CONFIG_CHANGE != 0 })
+    }
+
+    fn share(&self) -> Arc<dyn Share> {
+        self.guest.clone()
+    }
+}
+
+impl<G: Registers + 'static> Drop for Driver<G> {
+    fn drop(&mut self) {
+        if self.queues.is_empty() {
+            return;
+        }
+        if let Err(error) = self.reset() {
+            // Better lost than given to someone else while the device writes to it.
+            tracing::warn!(%error, "the device may still use its rings: their memory is not taken back");
+            core::mem::forget(core::mem::take(&mut self.queues));
+        }
+    }
+}
+
+/// The register QueueNotify.
+struct Doorbell<G> {
+    guest: Arc<G>,
+    address: u64,
+    queue: u16,
+}
+
+impl<G: Registers> Notify for Doorbell<G> {
+    fn notify(&mut self) -> Result<(), TransportError> {
+        Ok(self.guest.notify(self.address, self.queue.into())?)
+    }
+}
+
+/// How wide the accesses to a field of the configuration are (4.2.2.2): its own width, at most 32 bits.
+fn width(offset: u32, len: usize) -> usize {
+    let aligned = |width| offset.is_multiple_of(width);
+    match len {
+        2 if aligned(2) => 2,
+        4 | 8 if aligned(4) => 4,
+        _ => 1,
+    }
+}
