@@ -277,7 +277,10 @@ impl Server {
                 // Under the lock, so that nobody who looked before misses it.
                 let mut inbox = self.launcher.inbox();
                 inbox.completed = !self.kernel.has_command();
-                if !inbox.completed && !inbox.command && !self.command {
+                if inbox.completed {
+                    // It may have seen its command without being told to look.
+                    (inbox.command, self.command) = (false, false);
+                } else if !inbox.command && !self.command {
                     return Err("it does not do what its mailbox says".into());
                 }
                 self.launcher.halted.notify_all();

@@ -41,7 +41,7 @@ const FEATURE_LEN: u8 = 4;
 pub fn attach<H, M>(host: &mut H, memory: M, device: Box<dyn Device<M>>) -> Result<(), HypervisorError>
 where
     H: Host<Place = HostPlace>,
-    M: GuestMemory<Lease: Send> + Send + 'static,
+    M: GuestMemory + Send + 'static,
 {
     let (device_type, queues) = (device.device_type(), device.queue_max_sizes().len());
     let config_len = device.config().len();
@@ -193,7 +193,7 @@ impl<M: GuestMemory> LguestDevice<M> {
     }
 }
 
-impl<M: GuestMemory<Lease: Send> + Send> BusDevice for LguestDevice<M> {
+impl<M: GuestMemory + Send> BusDevice for LguestDevice<M> {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
         // The page is memory: nothing is read by asking the device.
         data.fill(0);
