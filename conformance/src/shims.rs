@@ -16,13 +16,18 @@ pub(crate) struct Shim {
 }
 
 struct Source {
+    #[cfg(test)]
     path: &'static str,
     text: &'static str,
 }
 
 macro_rules! source {
     ($path:expr) => {
-        Source { path: $path, text: include_str!(concat!("../../hypervisors/src/", $path)) }
+        Source {
+            #[cfg(test)]
+            path: $path,
+            text: include_str!(concat!("../../hypervisors/src/", $path)),
+        }
     };
 }
 
@@ -50,11 +55,7 @@ pub(crate) const SHIMS: &[Shim] = &[
 ];
 
 /// What ports share: no port's own, and counted apart.
-const SHARED: &[Source] = &[
-    source!("event_loop.rs"),
-    source!("flat_share.rs"),
-    source!("mapping.rs"),
-];
+const SHARED: &[Source] = &[source!("event_loop.rs"), source!("flat_share.rs"), source!("mapping.rs")];
 
 impl Shim {
     /// Lines of code of the shim itself.

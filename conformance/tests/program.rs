@@ -266,7 +266,9 @@ fn the_ledger_names_statements_with_the_cases_that_judge_them() {
 
 #[test]
 fn a_reader_that_leaves_early_breaks_nothing() {
-    for args in [&["list"] as &[_], &["ledger", "--format", "json"], &["check", "--hypervisor", "xen", "--device", "rng"]] {
+    for args in
+        [&["list"] as &[_], &["ledger", "--format", "json"], &["check", "--hypervisor", "xen", "--device", "rng"]]
+    {
         let mut child = polyvirt(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         drop(child.stdout.take());
         let output = child.wait_with_output().unwrap();

@@ -89,7 +89,9 @@ fn select(args: &CheckArgs) -> Result<Vec<Arc<dyn Target>>, CliError> {
 fn the_image(args: &CheckArgs, targets: &[Arc<dyn Target>]) -> Result<Option<Image>, CliError> {
     let needed = targets.iter().any(|target| target.cell().device_type == BLK);
     match &args.image {
-        Some(_) if !needed => Err(CliError::Mistake("--image needs a cell with a block device: none is selected".into())),
+        Some(_) if !needed => {
+            Err(CliError::Mistake("--image needs a cell with a block device: none is selected".into()))
+        }
         Some(path) => Ok(Some(Image::given(path)?)),
         None if needed => Ok(Some(Image::generated()?)),
         None => Ok(None),
@@ -141,10 +143,8 @@ impl Page {
             return Err(CliError::Mistake(format!("report {}: a directory", path.display())));
         }
         // As any other new file: the process's umask takes its share of the rights.
-        let file = tempfile::Builder::new()
-            .permissions(Permissions::from_mode(0o666))
-            .tempfile_in(folder)
-            .map_err(mistake)?;
+        let file =
+            tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(folder).map_err(mistake)?;
         Ok(Self { file, path })
     }
 

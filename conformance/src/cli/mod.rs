@@ -2,6 +2,7 @@
 //!
 //! Exit codes: 0 if nothing failed or wedged, 1 if something did, 2 if the user has to change the command.
 
+mod bench;
 mod check;
 mod ledger;
 mod list;
@@ -40,6 +41,12 @@ enum Command {
     Check(CheckArgs),
     /// Hypervisors, transports and devices: what there is, what can be used here, what each hypervisor costs
     List {
+        /// How to tell it
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// Measure the rings side by side with others'; worth something in a release build only
+    Bench {
         /// How to tell it
         #[arg(long, value_enum, default_value_t)]
         format: Format,
@@ -106,6 +113,15 @@ enum CliError {
 /// Runs the program.
 pub(crate) fn run() -> ExitCode {
     log_to_stderr();
+    // Nobody gets a backtrace: the suite counts what panics in a case as a failure, anything else is told below.
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic)));
+    std::panic::catch_unwind(run_command).unwrap_or_else(|_| {
+        complain("a mistake of the program itself: RUST_LOG=error tells where, please report it");
+        FAILURE.into()
+    })
+}
+
+fn run_command() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return parse_failed(&error),
@@ -115,6 +131,7 @@ pub(crate) fn run() -> ExitCode {
         None => check::run(&cli.check, &mut output),
         Some(Command::Check(args)) => check::run(&args, &mut output),
         Some(Command::List { format }) => list::run(format, &mut output),
+        Some(Command::Bench { format }) => bench::run(format, &mut output),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
     let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));

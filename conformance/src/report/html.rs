@@ -232,7 +232,12 @@ fn cells(out: &mut String, report: &Report) {
 }
 
 fn case_row(out: &mut String, cell: &Cell, case: &Case) {
-    _ = write!(out, "<tr><td><code>{}</code><br><span class=\"soft\">{}</span>", Escaped(&case.case), Escaped(&case.about));
+    _ = write!(
+        out,
+        "<tr><td><code>{}</code><br><span class=\"soft\">{}</span>",
+        Escaped(&case.case),
+        Escaped(&case.about)
+    );
     // What a whole cell shares is said once, above its table.
     if cell.unavailable().is_none()
         && let Some(skipped) = cell.skipped.iter().find(|skipped| skipped.case == case.case)
@@ -315,7 +320,8 @@ mod tests {
         let page = page();
         for text in [
             "rng/&lt;len&gt;",
-            "1 &amp; one</dd>", "<dd>&lt;2&gt;",
+            "1 &amp; one</dd>",
+            "<dd>&lt;2&gt;",
             "no &lt;xen&gt; here",
             "a&amp;b.img",
             "&lt;Linux&gt; &amp; co",

@@ -101,7 +101,9 @@ mod tests {
         assert_eq!(xml.matches("<testcase ").count(), 8);
         assert_eq!(xml.matches("</testcase>").count(), 8);
         assert!(xml.contains("<skipped message=\"no &lt;xen&gt; here\"/>"));
-        assert!(xml.contains("<failure type=\"failed\" message=\"expected 1 &amp; one; observed &lt;2&gt;\">judges N0001"));
+        assert!(
+            xml.contains("<failure type=\"failed\" message=\"expected 1 &amp; one; observed &lt;2&gt;\">judges N0001")
+        );
         assert!(xml.contains("read &quot;0x70&quot;</error>"));
         assert!(xml.contains("name=\"image\" time=\"0.500\"></testcase>"));
     }

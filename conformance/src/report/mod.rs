@@ -314,7 +314,13 @@ pub(crate) mod tests {
     }
 
     fn case(name: &str, outcome: Outcome) -> Case {
-        Case { case: name.into(), about: format!("{name} holds"), outcome, statements: vec!["N0001".into(), "N0002".into()], seconds: 0.01 }
+        Case {
+            case: name.into(),
+            about: format!("{name} holds"),
+            outcome,
+            statements: vec!["N0001".into(), "N0002".into()],
+            seconds: 0.01,
+        }
     }
 
     #[test]
