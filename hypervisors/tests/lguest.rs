@@ -1,9 +1,11 @@
 //! Devices and drivers that know no lguest, over a guest in a trapped process. Skipped, with the reason, where none runs.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::task::Waker;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -219,4 +221,34 @@ fn memory_is_ram_and_what_is_above_it_and_ends_there() {
     drop(pages);
     guest.allocate(RAM).unwrap().read(0, &mut seen).unwrap();
     assert_eq!(seen, [0; 4]);
+}
+
+/// Set in the process that plays the launcher in [`a_guest_does_not_outlive_its_launcher`].
+const LAUNCHER: &str = "POLYVIRT_TEST_LAUNCHER";
+
+#[test]
+fn a_guest_does_not_outlive_its_launcher() {
+    let Some((host, _guest)) = start() else { return };
+    if std::env::var_os(LAUNCHER).is_some() {
+        println!("\nguest {}", host.process_id());
+        loop {
+            std::thread::park();
+        }
+    }
+    let mut launcher = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", "a_guest_does_not_outlive_its_launcher", "--nocapture"])
+        .env(LAUNCHER, "1")
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(launcher.stdout.take().unwrap()).lines();
+    let guest = lines.find_map(|line| line.unwrap().strip_prefix("guest ").map(str::to_owned)).unwrap();
+    launcher.kill().unwrap();
+    launcher.wait().unwrap();
+    let began = Instant::now();
+    // Gone, or dead and not buried yet by whoever inherited it.
+    while std::fs::read_to_string(format!("/proc/{guest}/stat")).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(began.elapsed() < WATCHDOG, "the guest lives");
+        std::thread::yield_now();
+    }
 }
