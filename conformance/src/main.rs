@@ -1,2 +1,11 @@
-//! The program.
-fn main() {}
+//! The program `polyvirt`: runs the conformance suite on every hypervisor that this host has, and tells the result.
+
+mod cli;
+mod image;
+mod lines;
+mod report;
+mod shims;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
+}

@@ -1,8 +1,25 @@
 //! The four mechanisms of each hypervisor: memory, kick, interrupt, discovery.
 //!
-//! A port implements [`polyvirt_core::hypervisor`] for its hypervisor and nothing else: it names no device and touches no
-//! ring. [`loopback`] is the smallest one there can be, and the one to read first.
+//! A port implements [`polyvirt_core::hypervisor`] for its hypervisor and nothing else: it names no device and touches
+//! no ring. [`loopback`] is the smallest one there can be, and the one to read first. What only a port's own kind of
+//! guest needs (a vCPU, a trapped process, a model of the hypervisor) stands below the shim, in the same folder.
 
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod event_loop;
 mod flat_share;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+mod mapping;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod kvm;
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+#[path = "kvm/absent.rs"]
+pub mod kvm;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod lguest;
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+#[path = "lguest/absent.rs"]
+pub mod lguest;
 
 pub mod loopback;

@@ -7,4 +7,5 @@
 extern crate alloc;
 
 mod areas;
+pub mod lguest;
 pub mod mmio;

@@ -45,7 +45,7 @@ impl FlatMemory {
         region.pages.slice((address - region.base) as usize, len)
     }
 
-    #[inline]
+    #[inline(always)]
     fn region(&self, address: u64) -> Option<&Region> {
         let region = match &*self.regions {
             [only] => only,
@@ -55,7 +55,7 @@ impl FlatMemory {
         (address.wrapping_sub(region.base) < region.pages.len() as u64).then_some(region)
     }
 
-    #[inline]
+    #[inline(always)]
     fn resolve<L>(
         &self,
         address: u64,
@@ -63,28 +63,42 @@ impl FlatMemory {
         lease: impl Fn() -> L,
         mut segments: impl FnMut(Segment<L>),
     ) -> Result<(), MemoryError> {
-        let (mut at, mut left) = (address, len);
-        while left > 0 {
-            let Some(region) = self.region(at) else {
-                return Err(match address.checked_add(len - 1) {
-                    Some(_) => MemoryError::NotMapped { address, len },
-                    None => MemoryError::Wraps { address, len },
-                });
-            };
-            let offset = (at - region.base) as usize;
-            let here = left.min((region.pages.len() - offset) as u64);
+        if let Some(region) = self.region(address) {
+            let offset = (address - region.base) as usize;
             // SAFETY: `lease` borrows or owns the map, which owns the pages.
-            let part = unsafe { region.pages.part(offset, here as usize, lease()) };
-            if let Some(part) = part {
+            if let Some(part) = unsafe { region.pages.part(offset, len as usize, lease()) } {
+                if len > 0 {
+                    segments(part);
+                }
+                return Ok(());
+            }
+        }
+        self.resolve_across(address, len, lease, segments)
+    }
+
+    /// What does not lie in one region.
+    #[cold]
+    fn resolve_across<L>(
+        &self,
+        address: u64,
+        len: u64,
+        lease: impl Fn() -> L,
+        mut segments: impl FnMut(Segment<L>),
+    ) -> Result<(), MemoryError> {
+        if len > 0 && address.checked_add(len - 1).is_none() {
+            return Err(MemoryError::Wraps { address, len });
+        }
+        let mut done = 0;
+        while done < len {
+            let at = address + done;
+            let Some(region) = self.region(at) else { return Err(MemoryError::NotMapped { address, len }) };
+            let offset = (at - region.base) as usize;
+            let here = (len - done).min((region.pages.len() - offset) as u64);
+            // SAFETY: as in `resolve`.
+            if let Some(part) = unsafe { region.pages.part(offset, here as usize, lease()) } {
                 segments(part);
             }
-            left -= here;
-            // Can wrap only at the very top of the address space, where no region begins at 0 by chance: checked here.
-            match at.checked_add(here) {
-                Some(next) => at = next,
-                None if left == 0 => {}
-                None => return Err(MemoryError::Wraps { address, len }),
-            }
+            done += here;
         }
         Ok(())
     }
@@ -100,7 +114,7 @@ impl Lease for Arc<FlatMemory> {}
 impl<'m> GuestMemory for &'m FlatMemory {
     type Lease = Borrowed<'m>;
 
-    #[inline]
+    #[inline(always)]
     fn resolve(
         &self,
         address: u64,

@@ -87,6 +87,7 @@ impl<L> Segment<L> {
     ///
     /// # Safety
     /// `lease` must keep this segment's memory mapped.
+    #[inline(always)]
     pub(super) unsafe fn part<N>(&self, offset: usize, len: usize, lease: N) -> Option<Segment<N>> {
         if offset > self.len || len > self.len - offset {
             return None;

@@ -5,8 +5,12 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 
+use super::chain::Parts;
 use super::{Chain, QueueError};
 use crate::memory::{Access, GuestMemory, Lease, Segment};
+
+/// The most bytes that a chain may have in all (2.7.5.2).
+const CHAIN_LEN_MAX: u64 = 1 << 32;
 
 /// Distinguishes the runs of all queues, so that a chain cannot be completed on a queue that it does not come from.
 static RUNS: AtomicU32 = AtomicU32::new(0);
@@ -15,9 +19,10 @@ static RUNS: AtomicU32 = AtomicU32::new(0);
 pub(super) struct Chains<L> {
     run: u32,
     in_flight: Box<[u64]>,
-    /// Segment lists of completed chains, so that the steady state allocates nothing. At most one for each chain that
-    /// was in flight at once.
-    spare: Vec<Vec<Segment<L>>>,
+    /// The memory of completed chains, so that the steady state allocates nothing: one for each chain that was in flight
+    /// at once. Boxed, so that handing a chain over moves a pointer.
+    #[allow(clippy::vec_box)]
+    spare: Vec<Box<Parts<L>>>,
 }
 
 impl<L> Chains<L> {
@@ -42,22 +47,39 @@ impl<L> Chains<L> {
 
     #[inline(always)]
     pub(super) fn assemble(&mut self, head: u16) -> Assembly<L> {
-        let mut segments = self.spare.pop().unwrap_or_default();
-        segments.clear();
-        Assembly { head, run: self.run, segments, pieces: 0, writable_from: None, readable: 0, writable: 0 }
+        let parts = match self.spare.pop() {
+            Some(parts) => parts,
+            None => Self::allocate(),
+        };
+        Assembly { head, run: self.run, parts, pieces: 0, readable: 0, writable: 0 }
+    }
+
+    #[cold]
+    fn allocate() -> Box<Parts<L>> {
+        let segments = Vec::with_capacity(4);
+        Box::new(Parts {
+            run: 0,
+            head: 0,
+            entries: 0,
+            readable_len: 0,
+            writable_len: 0,
+            written: 0,
+            writable_from: 0,
+            segments,
+        })
     }
 
     /// Takes `chain` out of flight and keeps its memory for another.
     #[inline(always)]
-    pub(super) fn give_back(&mut self, mut chain: Chain<L>) -> Result<(), QueueError> {
-        let bit = 1 << (chain.head % 64);
-        match self.in_flight.get_mut(usize::from(chain.head / 64)) {
-            Some(word) if chain.run == self.run && *word & bit != 0 => *word &= !bit,
-            _ => return Err(QueueError::Stale { head: chain.head }),
+    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<(), QueueError> {
+        let bit = 1 << (parts.head % 64);
+        match self.in_flight.get_mut(usize::from(parts.head / 64)) {
+            Some(word) if parts.run == self.run && *word & bit != 0 => *word &= !bit,
+            _ => return Err(QueueError::Stale { head: parts.head }),
         }
         // The leases end here, not when the memory is used again.
-        chain.segments.clear();
-        self.spare.push(chain.segments);
+        parts.segments.clear();
+        self.spare.push(parts);
         Ok(())
     }
 }
@@ -66,9 +88,8 @@ impl<L> Chains<L> {
 pub(super) struct Assembly<L> {
     head: u16,
     run: u32,
-    segments: Vec<Segment<L>>,
+    parts: Box<Parts<L>>,
     pieces: u32,
-    writable_from: Option<usize>,
     readable: u64,
     writable: u64,
 }
@@ -95,41 +116,42 @@ impl<L: Lease> Assembly<L> {
         writable: bool,
     ) -> Result<(), QueueError> {
         self.pieces += 1;
+        let segments = &mut self.parts.segments;
         let access = if writable {
-            if self.writable_from.is_none() {
-                self.writable_from = Some(self.segments.len());
+            if self.writable == 0 {
+                self.parts.writable_from = segments.len();
             }
             self.writable += u64::from(len);
             Access::WRITE
         } else {
-            if self.writable_from.is_some() {
+            if self.writable > 0 {
                 return Err(QueueError::Order { head: self.head });
             }
             self.readable += u64::from(len);
             Access::READ
         };
-        if self.readable + self.writable > u64::from(u32::MAX) {
+        if self.readable + self.writable > CHAIN_LEN_MAX {
             return Err(QueueError::TooLong { head: self.head });
         }
-        let segments = &mut self.segments;
         memory.resolve(address, len.into(), access, |segment| segments.push(segment))?;
         Ok(())
     }
 
     /// The chain, known to the driver as `head` (or buffer id), which takes `entries` descriptors of the ring.
     #[inline(always)]
-    pub(super) fn finish(self, head: u16, entries: u16) -> Chain<L> {
-        Chain {
-            head,
-            run: self.run,
-            entries,
-            writable_from: self.writable_from.unwrap_or(self.segments.len()),
-            // `add` keeps the sum below 2^32.
-            readable_len: self.readable as u32,
-            writable_len: self.writable as u32,
-            written: 0,
-            segments: self.segments,
+    pub(super) fn finish(mut self, head: u16, entries: u16) -> Chain<L> {
+        let parts = &mut *self.parts;
+        if self.writable == 0 {
+            parts.writable_from = parts.segments.len();
         }
+        parts.run = self.run;
+        parts.head = head;
+        parts.entries = entries;
+        // A part may have exactly 2^32 bytes; the last of them has no use, because the used length cannot count it.
+        parts.readable_len = u32::try_from(self.readable).unwrap_or(u32::MAX);
+        parts.writable_len = u32::try_from(self.writable).unwrap_or(u32::MAX);
+        parts.written = 0;
+        Chain(self.parts)
     }
 }
 

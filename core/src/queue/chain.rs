@@ -1,5 +1,6 @@
 //! A descriptor chain in the device's hands.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 
 use crate::memory::{Lease, Segment};
@@ -9,15 +10,23 @@ use crate::memory::{Lease, Segment};
 ///
 /// Its device-readable bytes come first, then its device-writable ones; each part is addressed from 0, whatever the
 /// arrangement of descriptors (2.7.4 Message Framing).
+///
+/// It is a handle as large as a pointer; what it points to goes back to the queue when it is completed.
 #[derive(Debug)]
-pub struct Chain<L> {
-    pub(super) head: u16,
+pub struct Chain<L>(pub(super) Box<Parts<L>>);
+
+/// What a chain consists of.
+#[derive(Debug)]
+pub(super) struct Parts<L> {
+    /// Which run of which queue it belongs to.
     pub(super) run: u32,
+    pub(super) head: u16,
+    /// How many entries of the ring it takes.
     pub(super) entries: u16,
-    pub(super) writable_from: usize,
     pub(super) readable_len: u32,
     pub(super) writable_len: u32,
     pub(super) written: u32,
+    pub(super) writable_from: usize,
     pub(super) segments: Vec<Segment<L>>,
 }
 
@@ -35,38 +44,38 @@ pub struct ChainError {
 
 impl<L: Lease> Chain<L> {
     /// The chain's identity in the ring: the index of its first descriptor (split), its buffer id (packed).
-    pub const fn head(&self) -> u16 {
-        self.head
+    pub fn head(&self) -> u16 {
+        self.0.head
     }
 
     /// Bytes that the device may read.
-    pub const fn readable_len(&self) -> u32 {
-        self.readable_len
+    pub fn readable_len(&self) -> u32 {
+        self.0.readable_len
     }
 
     /// Bytes that the device may write.
-    pub const fn writable_len(&self) -> u32 {
-        self.writable_len
+    pub fn writable_len(&self) -> u32 {
+        self.0.writable_len
     }
 
     /// How many bytes were written from the first writable byte on, without a gap: what the used ring will say.
-    pub const fn written(&self) -> u32 {
-        self.written
+    pub fn written(&self) -> u32 {
+        self.0.written
     }
 
     /// The segments of the readable part.
     pub fn readable(&self) -> &[Segment<L>] {
-        &self.segments[..self.writable_from]
+        &self.0.segments[..self.0.writable_from]
     }
 
     /// The segments of the writable part. What is written through them, [`Chain::set_written`] has to tell.
     pub fn writable(&self) -> &[Segment<L>] {
-        &self.segments[self.writable_from..]
+        &self.0.segments[self.0.writable_from..]
     }
 
     /// Copies bytes of the readable part from `offset` on.
     pub fn read(&self, offset: u32, into: &mut [u8]) -> Result<(), ChainError> {
-        let short = ChainError { offset, len: into.len(), size: self.readable_len };
+        let short = ChainError { offset, len: into.len(), size: self.0.readable_len };
         each_part(self.readable(), offset, into.len(), |segment, from, done, len| {
             segment.read(from, &mut into[done..done + len]).is_ok()
         })
@@ -76,8 +85,8 @@ impl<L: Lease> Chain<L> {
 
     /// Copies bytes to the writable part from `offset` on. Nothing is written if they do not fit.
     pub fn write(&mut self, offset: u32, from: &[u8]) -> Result<(), ChainError> {
-        let short = ChainError { offset, len: from.len(), size: self.writable_len };
-        if from.len() > self.writable_len.saturating_sub(offset) as usize {
+        let short = ChainError { offset, len: from.len(), size: self.0.writable_len };
+        if from.len() > self.0.writable_len.saturating_sub(offset) as usize {
             return Err(short);
         }
         each_part(self.writable(), offset, from.len(), |segment, to, done, len| {
@@ -85,15 +94,15 @@ impl<L: Lease> Chain<L> {
         })
         .then_some(())
         .ok_or(short)?;
-        if offset <= self.written {
-            self.written = self.written.max(offset + from.len() as u32);
+        if offset <= self.0.written {
+            self.0.written = self.0.written.max(offset + from.len() as u32);
         }
         Ok(())
     }
 
     /// Says how many bytes from the first writable one on were written through [`Chain::writable`]; at most all.
     pub fn set_written(&mut self, written: u32) {
-        self.written = written.min(self.writable_len);
+        self.0.written = written.min(self.0.writable_len);
     }
 }
 

@@ -53,7 +53,7 @@ impl<M: GuestMemory> Queue<M> {
 
     /// Takes the next available chain; none if there is none, or this burst's budget is used up. An error latches the
     /// queue and is returned again by every later call.
-    #[inline]
+    #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
         if let Some(reason) = self.broken {
             return Err(reason);
@@ -84,7 +84,7 @@ impl<M: GuestMemory> Queue<M> {
     /// Gives a chain back with [`Chain::written`] bytes written.
     ///
     /// A chain that does not belong to this run of the queue is refused ([`QueueError::Stale`]) and dropped.
-    #[inline]
+    #[inline(always)]
     pub fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
         if let Some(reason) = self.broken {
             return Err(reason);
@@ -93,7 +93,7 @@ impl<M: GuestMemory> Queue<M> {
     }
 
     /// Whether the driver wants to be interrupted for what was completed since the last call.
-    #[inline]
+    #[inline(always)]
     pub fn needs_interrupt(&mut self) -> bool {
         self.broken.is_none() && ring!(&mut self.ring, ring => ring.needs_interrupt())
     }

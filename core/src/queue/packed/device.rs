@@ -23,6 +23,8 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
     next_used: Position,
     /// `next_used` when the driver was last considered for an interrupt.
     signalled: Position,
+    /// Descriptors from there to `next_used`: rounds do not show in positions.
+    unsignalled: u32,
     /// Descriptors that were taken and not given back.
     taken: u16,
     chains: Chains<M::Lease>,
@@ -48,6 +50,7 @@ impl<M: GuestMemory> Ring<M> {
             next_available: Position::START,
             next_used: Position::START,
             signalled: Position::START,
+            unsignalled: 0,
             taken: 0,
             // Any 16-bit value is a legal buffer id (2.8.4).
             chains: Chains::new(1 << 16),
@@ -69,12 +72,12 @@ impl<M: GuestMemory> Ring<M> {
         u64::from_le(self.descriptors.load(2 * usize::from(at.index), Ordering::Relaxed))
     }
 
-    #[inline]
+    #[inline(always)]
     fn available(&self) -> bool {
         self.next_available.is_available(self.tail(self.next_available, Ordering::Relaxed).flags)
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
         let size = self.size;
         let mut at = self.next_available;
@@ -121,6 +124,7 @@ impl<M: GuestMemory> Ring<M> {
     }
 
     /// The chain is the table at `address` (2.8.7): every entry of it, in order.
+    #[inline(never)]
     fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, address: u64, tail: Tail) -> Result<(), QueueError> {
         let (head, len) = (tail.id, tail.len);
         if !self.indirect {
@@ -150,9 +154,9 @@ impl<M: GuestMemory> Ring<M> {
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        let (id, written, count) = (chain.head, chain.written, chain.entries);
+        let (id, written, count) = (chain.0.head, chain.0.written, chain.0.entries);
         self.chains.give_back(chain)?;
         let at = self.next_used;
         let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
@@ -160,19 +164,24 @@ impl<M: GuestMemory> Ring<M> {
         // Release: the buffer's bytes are visible before the flags that make it used.
         self.descriptors.store(2 * usize::from(at.index) + 1, word, Ordering::Release);
         self.next_used = at.advanced(count, self.size);
+        self.unsignalled = self.unsignalled.saturating_add(count.into());
         self.taken -= count;
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
-        if self.next_used == self.signalled {
+        if self.unsignalled == 0 {
             return false;
         }
         // The driver writes its wish, then looks for used descriptors; we do the reverse. One of us must see the other.
         fence(Ordering::SeqCst);
         let old = core::mem::replace(&mut self.signalled, self.next_used);
-        Events::from_word(self.driver.load(0, Ordering::Relaxed)).wanted(self.event_idx, old, self.next_used, self.size)
+        let moved = core::mem::take(&mut self.unsignalled);
+        let events = Events::from_word(self.driver.load(0, Ordering::Relaxed));
+        // More than a round passes every place, but positions do not tell it from less.
+        let event_idx = self.event_idx && moved <= self.size.into();
+        events.wanted(event_idx, old, self.next_used, self.size)
     }
 
     fn wish(&self, flags: u16) {

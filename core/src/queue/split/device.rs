@@ -16,16 +16,19 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     driver: Words<u16, M::Lease>,
     device: Words<u32, M::Lease>,
     size: u16,
+    /// `size - 1`, in a word of its own: read together with an index that was just written, it would stall.
+    mask: usize,
     event_idx: bool,
     indirect: bool,
     /// The next available entry to take.
     next_available: u16,
     /// The available index as last read: entries before it are the device's.
     available: u16,
-    /// The next used entry to write.
-    next_used: u16,
-    /// `next_used` when the driver was last considered for an interrupt.
-    signalled: u16,
+    /// How many chains were completed; its low 16 bits are the used index. Wider than that, so that a whole round of
+    /// indices between two looks at the driver's wish does not pass for nothing.
+    completed: u32,
+    /// `completed` when the driver was last considered for an interrupt.
+    signalled: u32,
     chains: Chains<M::Lease>,
     table: Vec<Segment<M::Lease>>,
     order: PhantomData<O>,
@@ -49,11 +52,12 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             device: memory.resolve_words(config.device, device_len, both)?,
             memory,
             size,
+            mask: usize::from(size) - 1,
             event_idx: config.event_idx,
             indirect: config.indirect,
             next_available: 0,
             available: 0,
-            next_used: 0,
+            completed: 0,
             signalled: 0,
             chains: Chains::new(size.into()),
             table: Vec::new(),
@@ -65,12 +69,12 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.size
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
         if self.next_available == self.available && !self.look()? {
             return Ok(None);
         }
-        let slot = self.next_available & (self.size - 1);
+        let slot = usize::from(self.next_available) & self.mask;
         let head = O::u16(self.driver.load(layout::available_entry(slot), Ordering::Relaxed));
         if head >= self.size {
             return Err(QueueError::Index { index: head, size: self.size.into() });
@@ -85,7 +89,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// Reads the available index; whether there is more than before.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> Result<bool, QueueError> {
         // Acquire: entries and descriptors are read after the index that covers them.
         let index = O::u16(self.driver.load(INDEX, Ordering::Acquire));
@@ -96,13 +100,13 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Ok(index != self.next_available)
     }
 
-    #[inline]
+    #[inline(always)]
     fn descriptor(&self, index: u16) -> Descriptor {
         let at = 2 * usize::from(index);
         O::descriptor([self.descriptors.load(at, Ordering::Relaxed), self.descriptors.load(at + 1, Ordering::Relaxed)])
     }
 
-    #[inline]
+    #[inline(always)]
     fn walk(&mut self, assembly: &mut Assembly<M::Lease>) -> Result<(), QueueError> {
         let head = assembly.head();
         let mut descriptor = self.descriptor(head);
@@ -123,6 +127,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// The rest of the chain is in the table that `descriptor` names (2.7.5.3).
+    #[inline(never)]
     fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, descriptor: Descriptor) -> Result<(), QueueError> {
         let (head, len) = (assembly.head(), descriptor.len);
         if !self.indirect {
@@ -158,30 +163,31 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Err(QueueError::TooManyDescriptors { head, limit: self.size.into() })
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        let (head, written) = (chain.head, chain.written);
+        let (head, written) = (chain.0.head, chain.0.written);
         self.chains.give_back(chain)?;
-        let entry = layout::used_entry(self.next_used & (self.size - 1));
+        let entry = layout::used_entry(self.completed as usize & self.mask);
         self.device.store(entry, O::u32(u32::from(head)), Ordering::Relaxed);
         self.device.store(entry + 1, O::u32(written), Ordering::Relaxed);
-        self.next_used = self.next_used.wrapping_add(1);
+        self.completed = self.completed.wrapping_add(1);
         // Release: the buffer's bytes and the entry are visible before the index that covers them.
-        self.device.store(INDEX, O::u16(self.next_used), Ordering::Release);
+        self.device.store(INDEX, O::u16(self.completed as u16), Ordering::Release);
         Ok(())
     }
 
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
-        if self.next_used == self.signalled {
+        if self.completed == self.signalled {
             return false;
         }
         // The driver writes its wish, then reads the used index; we do the reverse. One of us must see the other.
         fence(Ordering::SeqCst);
-        let old = core::mem::replace(&mut self.signalled, self.next_used);
+        let old = core::mem::replace(&mut self.signalled, self.completed);
         if self.event_idx {
             let event = O::u16(self.driver.load(layout::used_event(self.size), Ordering::Relaxed));
-            layout::passes(event, self.next_used, old)
+            self.completed.wrapping_sub(old) > u16::MAX.into()
+                || layout::passes(event, self.completed as u16, old as u16)
         } else {
             O::u16(self.driver.load(0, Ordering::Relaxed)) & NO_INTERRUPT == 0
         }

@@ -14,6 +14,8 @@ pub(in crate::queue) struct Ring<O> {
     driver: Words<u16, Owner>,
     device: Words<u32, Owner>,
     size: u16,
+    /// `size - 1`, in a word of its own: read together with an index that was just written, it would stall.
+    mask: usize,
     event_idx: bool,
     indirect: bool,
     next_available: u16,
@@ -45,6 +47,7 @@ impl<O: Order> Ring<O> {
             driver: Words::new(driver)?,
             device: Words::new(device)?,
             size,
+            mask: usize::from(size) - 1,
             event_idx: config.event_idx,
             indirect: config.indirect,
             next_available: 0,
@@ -94,7 +97,7 @@ impl<O: Order> Ring<O> {
     /// Enters the chain at `head` into the available ring.
     #[inline(always)]
     pub(in crate::queue) fn enter(&mut self, head: u16) {
-        let slot = self.next_available & (self.size - 1);
+        let slot = usize::from(self.next_available) & self.mask;
         self.driver.store(layout::available_entry(slot), O::u16(head), Ordering::Relaxed);
         self.next_available = self.next_available.wrapping_add(1);
     }
@@ -128,7 +131,7 @@ impl<O: Order> Ring<O> {
                 return None;
             }
         }
-        let entry = layout::used_entry(self.next_used & (self.size - 1));
+        let entry = layout::used_entry(usize::from(self.next_used) & self.mask);
         let id = O::u32(self.device.load(entry, Ordering::Relaxed));
         let len = O::u32(self.device.load(entry + 1, Ordering::Relaxed));
         self.next_used = self.next_used.wrapping_add(1);

@@ -35,8 +35,8 @@ pub const fn device_len(size: u16) -> u64 {
 
 /// The index, in 16-bit words, of an entry of the available ring.
 #[inline(always)]
-pub const fn available_entry(slot: u16) -> usize {
-    2 + slot as usize
+pub const fn available_entry(slot: usize) -> usize {
+    2 + slot
 }
 
 /// The index, in 16-bit words, of `used_event` at the end of the available ring.
@@ -47,8 +47,8 @@ pub const fn used_event(size: u16) -> usize {
 
 /// The index, in 32-bit words, of an entry of the used ring: its id, followed by its length.
 #[inline(always)]
-pub const fn used_entry(slot: u16) -> usize {
-    1 + 2 * slot as usize
+pub const fn used_entry(slot: usize) -> usize {
+    1 + 2 * slot
 }
 
 /// The index, in 16-bit words, of `avail_event` at the end of the used ring.

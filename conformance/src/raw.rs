@@ -1,0 +1,1 @@
+//! Rings written by hand.

@@ -1,0 +1,159 @@
+//! A fresh machine with a fresh device, in a case's hands.
+
+use std::any::Any;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use polyvirt_core::hypervisor::HypervisorError;
+use polyvirt_core::transport::Transport;
+
+use super::{Cell, Objection, Probe, Recorded, Trace};
+
+/// One machine, one device, the driver side of its transport.
+pub struct Session {
+    /// Where this is.
+    pub cell: Cell,
+    /// The driver side of the transport.
+    pub transport: Recorded,
+    /// What was done so far: a failure's reproduction.
+    pub trace: Trace,
+    /// The device's accesses to guest memory; for devices in this process only.
+    pub probe: Option<Probe>,
+    /// What stands behind the device.
+    pub far_side: Box<dyn FarSide>,
+    /// The device's registers, on transports that have them.
+    pub registers: Option<Box<dyn RegisterFile>>,
+    /// Where flat guest memory ends, if that is what the hypervisor gives to devices.
+    pub memory_end: Option<u64>,
+    /// Panics of the device.
+    pub alarm: Alarm,
+    /// Dropped last: the machine.
+    _machine: Box<dyn Any + Send>,
+}
+
+impl Session {
+    /// A session over `transport`, with nothing else known; `machine` is kept until it ends.
+    pub fn new(cell: Cell, transport: Box<dyn Transport>, machine: Box<dyn Any + Send>) -> Self {
+        let trace = Trace::default();
+        Self {
+            cell,
+            transport: Recorded::new(transport, trace.clone()),
+            trace,
+            probe: None,
+            far_side: Box::new(()),
+            registers: None,
+            memory_end: None,
+            alarm: Alarm::default(),
+            _machine: machine,
+        }
+    }
+
+    /// The probe; a case that needs it is skipped where there is none.
+    pub fn probe(&self) -> Result<Probe, Objection> {
+        self.probe.clone().ok_or_else(|| Objection::Skipped("the device's memory accesses cannot be observed".into()))
+    }
+
+    /// The registers; a case that needs them is skipped where there are none.
+    pub fn registers(&self) -> Result<&dyn RegisterFile, Objection> {
+        self.registers
+            .as_deref()
+            .ok_or_else(|| Objection::Skipped("the registers cannot be accessed one by one".into()))
+    }
+}
+
+/// The registers of a device, access by access.
+pub trait RegisterFile: Send {
+    /// Reads `data.len()` (1, 2, 4 or 8) bytes at `offset`, in one access.
+    fn load(&self, offset: u64, data: &mut [u8]) -> Result<(), HypervisorError>;
+
+    /// Writes `data` (1, 2, 4 or 8 bytes) to `offset`, in one access.
+    fn store(&self, offset: u64, data: &[u8]) -> Result<(), HypervisorError>;
+
+    /// What the driver side of the transport did, and not [`RegisterFile::load`] and [`RegisterFile::store`].
+    fn log(&self) -> Vec<RegisterAccess>;
+}
+
+/// An access to a register by the driver side of a transport.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegisterAccess {
+    /// From the start of the device's registers.
+    pub offset: u64,
+    /// Bytes.
+    pub len: usize,
+    /// What was read or written.
+    pub value: u64,
+    /// Whether it was a write.
+    pub write: bool,
+}
+
+/// What stands behind a device, as far as a case can move it or look at it. Whatever an implementation does not offer
+/// makes the case that asks for it skipped.
+pub trait FarSide: Send {
+    /// (Block) the backend fails the next request.
+    fn fail_next_io(&mut self) -> Result<(), Objection> {
+        missing("fail the next request")
+    }
+
+    /// (Block) the disk has `sectors` sectors of 512 bytes from now on.
+    fn set_capacity(&mut self, sectors: u64) -> Result<(), Objection> {
+        let _ = sectors;
+        missing("change the disk's size")
+    }
+
+    /// (Block) how often the backend was told to make data durable.
+    fn flushes(&mut self) -> Result<u64, Objection> {
+        missing("count flushes")
+    }
+
+    /// (Block) what the disk holds from byte `offset` on.
+    fn read_disk(&mut self, offset: u64, data: &mut [u8]) -> Result<(), Objection> {
+        let _ = (offset, data);
+        missing("read the disk")
+    }
+
+    /// (Console) someone types `bytes`.
+    fn input(&mut self, bytes: &[u8]) -> Result<(), Objection> {
+        let _ = bytes;
+        missing("type")
+    }
+
+    /// (Console) what was printed since the last call.
+    fn output(&mut self) -> Result<Vec<u8>, Objection> {
+        missing("see what was printed")
+    }
+
+    /// (Console) the window has another size.
+    fn resize(&mut self, columns: u16, rows: u16) -> Result<(), Objection> {
+        let _ = (columns, rows);
+        missing("change the window's size")
+    }
+}
+
+/// Nothing behind the device can be moved or looked at.
+impl FarSide for () {}
+
+fn missing<T>(what: &str) -> Result<T, Objection> {
+    Err(Objection::Skipped(format!("the far side cannot {what}")))
+}
+
+/// Where panics of a device arrive, whichever thread they are on.
+#[derive(Clone, Default)]
+pub struct Alarm(Arc<Mutex<Option<String>>>);
+
+impl Alarm {
+    /// The device panicked with `payload`. The first panic stays.
+    pub fn ring(&self, payload: &(dyn Any + Send)) {
+        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        slot.get_or_insert_with(|| panic_text(payload));
+    }
+
+    /// What the device panicked with, if it did.
+    pub fn rang(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// What a panic said.
+pub(super) fn panic_text(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without words".into())
+}

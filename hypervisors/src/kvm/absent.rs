@@ -1,0 +1,100 @@
+//! KVM, where this host is not x86-64 Linux: it answers [`HypervisorError::Unavailable`], and its halves cannot exist.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use polyvirt_core::hypervisor::{self, BusDevice, Hypervisor, HypervisorError, Interrupt, Share};
+use polyvirt_core::memory::{Access, FlatMemory, Pages};
+use polyvirt_transports::mmio::{Place, Registers};
+
+/// KVM, which is not here.
+#[derive(Clone, Copy, Debug)]
+pub struct Kvm;
+
+impl Hypervisor for Kvm {
+    type Host = Host;
+    type Guest = Guest;
+}
+
+/// Why no guest runs.
+pub fn available() -> Result<String, HypervisorError> {
+    Err(unavailable())
+}
+
+/// Fails as [`available`] does.
+pub fn start(_ram: usize) -> Result<(Host, Guest), HypervisorError> {
+    Err(unavailable())
+}
+
+fn unavailable() -> HypervisorError {
+    HypervisorError::Unavailable("the KVM port needs Linux on x86-64".into())
+}
+
+/// The host half.
+#[derive(Debug)]
+pub enum Host {}
+
+impl hypervisor::Host for Host {
+    type Memory = Arc<FlatMemory>;
+    type Place = Place;
+
+    fn memory(&self) -> Self::Memory {
+        match *self {}
+    }
+
+    fn place(&mut self, _device_type: u32, _queues: u16) -> Result<Place, HypervisorError> {
+        match *self {}
+    }
+
+    fn interrupt(&self, _place: &Place) -> Arc<dyn Interrupt> {
+        match *self {}
+    }
+
+    fn plug(&mut self, _place: Place, _device: Box<dyn BusDevice>) -> Result<(), HypervisorError> {
+        match *self {}
+    }
+}
+
+/// The guest half.
+#[derive(Debug)]
+pub enum Guest {}
+
+impl Share for Guest {
+    fn allocate(&self, _len: usize) -> Result<Pages, HypervisorError> {
+        match *self {}
+    }
+
+    fn share(&self, _pages: &Pages, _access: Access) -> Result<u64, HypervisorError> {
+        match *self {}
+    }
+
+    fn unshare(&self, _address: u64) -> Result<(), HypervisorError> {
+        match *self {}
+    }
+}
+
+impl hypervisor::Guest for Guest {
+    type Place = Place;
+
+    fn notify(&self, _doorbell: u64, _value: u32) -> Result<(), HypervisorError> {
+        match *self {}
+    }
+
+    fn wait(&self, _lines: u64, _watchdog: Duration) -> Result<u64, HypervisorError> {
+        match *self {}
+    }
+
+    fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
+        match *self {}
+    }
+}
+
+impl Registers for Guest {
+    fn load(&self, _address: u64, _data: &mut [u8]) -> Result<(), HypervisorError> {
+        match *self {}
+    }
+
+    fn store(&self, _address: u64, _data: &[u8]) -> Result<(), HypervisorError> {
+        match *self {}
+    }
+}

@@ -1,0 +1,122 @@
+//! The machine around the guest, as far as KVM wants one: memory slots, interrupt controller, a processor.
+#![allow(unsafe_code)]
+
+use kvm_bindings::{
+    CpuId, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_irq_routing_entry, kvm_regs, kvm_segment,
+    kvm_sregs, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use polyvirt_core::hypervisor::HypervisorError;
+use polyvirt_core::memory::Pages;
+
+use super::abi::{HANDS, LINES};
+use super::hands::{self, Hands};
+use crate::mapping;
+
+/// The vector of line 0; the others follow.
+pub(super) const FIRST_VECTOR: u32 = 0x40;
+
+/// The local APIC's end-of-interrupt register.
+const APIC_EOI: u64 = APIC + 0xb0;
+const APIC: u64 = 0xfee0_0000;
+
+/// Three pages that KVM wants for itself on some Intel processors (`KVM_SET_TSS_ADDR`).
+const KVM_TSS: usize = 0xfffb_d000;
+
+/// What a guest runs on.
+pub(super) struct Machine {
+    /// The virtual machine.
+    pub(super) vm: VmFd,
+    /// Its processor.
+    pub(super) vcpu: VcpuFd,
+    /// The payload on it.
+    pub(super) hands: Hands,
+    /// Its memory, from 0 on.
+    pub(super) ram: Pages,
+}
+
+impl Machine {
+    /// Creates a machine with `ram` bytes of memory.
+    pub(super) fn new(ram: usize) -> Result<Self, HypervisorError> {
+        let kvm =
+            Kvm::new().map_err(|error| HypervisorError::Unavailable(format!("/dev/kvm cannot be opened: {error}")))?;
+        let vm = kvm.create_vm().map_err(refused("KVM_CREATE_VM"))?;
+        vm.set_tss_address(KVM_TSS).map_err(refused("KVM_SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(refused("KVM_CREATE_IRQCHIP"))?;
+        let routes: Vec<_> = (0..LINES).map(route).collect();
+        let routing = KvmIrqRouting::from_entries(&routes).expect("fewer routes than KVM has");
+        vm.set_gsi_routing(&routing).map_err(refused("KVM_SET_GSI_ROUTING"))?;
+        let ram = memory_slot(&vm, 0, 0, ram)?;
+        let hands = Hands::new(memory_slot(&vm, 1, HANDS, hands::LEN)?)
+            .map_err(|error| HypervisorError::GuestStopped(error.to_string()))?;
+        let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
+        Ok(Self { vcpu: vcpu(&vm, &cpuid)?, vm, hands, ram })
+    }
+}
+
+/// The error of an ioctl.
+pub(super) fn refused(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> HypervisorError {
+    move |error| HypervisorError::Refused { call, reason: error.to_string() }
+}
+
+/// How `line`, which is also its number among KVM's GSIs, reaches the processor: as a message to its local APIC.
+fn route(line: u32) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry { gsi: line, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    entry.u.msi.address_lo = APIC as u32;
+    entry.u.msi.data = FIRST_VECTOR + line;
+    entry
+}
+
+/// New memory of `len` bytes, which the guest sees at `address`.
+fn memory_slot(vm: &VmFd, slot: u32, address: u64, len: usize) -> Result<Pages, HypervisorError> {
+    let pages = mapping::anonymous(len)?;
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: address,
+        memory_size: len as u64,
+        userspace_addr: pages.as_ptr().addr() as u64,
+    };
+    // SAFETY: the memory stays mapped as long as the one vCPU that could touch it: `Guest` owns all three.
+    unsafe { vm.set_user_memory_region(region) }.map_err(refused("KVM_SET_USER_MEMORY_REGION"))?;
+    Ok(pages)
+}
+
+/// The processor, at the first instruction of the hands.
+fn vcpu(vm: &VmFd, cpuid: &CpuId) -> Result<VcpuFd, HypervisorError> {
+    let vcpu = vm.create_vcpu(0).map_err(refused("KVM_CREATE_VCPU"))?;
+    vcpu.set_cpuid2(cpuid).map_err(refused("KVM_SET_CPUID2"))?;
+    let mut sregs = vcpu.get_sregs().map_err(refused("KVM_GET_SREGS"))?;
+    enter_cpl3(&mut sregs);
+    vcpu.set_sregs(&sregs).map_err(refused("KVM_SET_SREGS"))?;
+    let regs = kvm_regs {
+        rip: HANDS + hands::CODE,
+        r14: HANDS + hands::MAILBOX,
+        r15: APIC_EOI,
+        rflags: 1 << 9 | 1 << 1, // interrupts enabled (at CPL 3 the payload cannot); bit 1 is always set
+        ..Default::default()
+    };
+    vcpu.set_regs(&regs).map_err(refused("KVM_SET_REGS"))?;
+    let mut apic = vcpu.get_lapic().map_err(refused("KVM_GET_LAPIC"))?;
+    // The spurious-interrupt register: APIC enabled (bit 8), vector 255.
+    apic.regs[0xf0] = -1;
+    apic.regs[0xf1] |= 1;
+    vcpu.set_lapic(&apic).map_err(refused("KVM_SET_LAPIC"))?;
+    Ok(vcpu)
+}
+
+/// Long mode, paging, CPL 3, with the tables in the hands' memory.
+fn enter_cpl3(sregs: &mut kvm_sregs) {
+    let flat = kvm_segment { limit: u32::MAX, present: 1, dpl: 3, s: 1, g: 1, ..Default::default() };
+    let data = kvm_segment { selector: hands::DATA_CPL3, type_: 3, db: 1, ..flat };
+    sregs.cs = kvm_segment { selector: hands::CODE_CPL3, type_: 11, l: 1, ..flat };
+    (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
+    let (base, limit, selector) = (HANDS + hands::TSS, hands::TSS_LIMIT, hands::TSS_SELECTOR);
+    sregs.tr = kvm_segment { base, limit, selector, type_: 11, present: 1, ..Default::default() };
+    (sregs.gdt.base, sregs.gdt.limit) = (HANDS + hands::GDT, hands::GDT_LIMIT);
+    (sregs.idt.base, sregs.idt.limit) = (HANDS + hands::IDT, hands::IDT_LIMIT);
+    sregs.cr3 = HANDS + hands::PAGE_TABLES;
+    sregs.cr4 = 1 << 5; // PAE
+    sregs.efer = 1 << 8 | 1 << 10; // long mode enabled and active
+    sregs.cr0 = 1 << 31 | 1 << 4 | 1 << 1 | 1; // paging, ET, MP, protection
+}
