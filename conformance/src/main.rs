@@ -1,6 +1,11 @@
-//! The program.
-fn main() {
-    for row in polyvirt_conformance::bench::rings::run(Default::default(), |_| {}) {
-        println!("{:60} {:8.2}M {:8.2}M {:.2}", row.name, row.ours / 1e6, row.peer / 1e6, row.ratio);
-    }
+//! The program `polyvirt`: runs the conformance suite on every hypervisor that this host has, and tells the result.
+
+mod cli;
+mod image;
+mod lines;
+mod report;
+mod shims;
+
+fn main() -> std::process::ExitCode {
+    cli::run()
 }

@@ -449,3 +449,6 @@ impl QueueSetup {
 
 const WRITTEN_BY_DRIVER: Status =
     Status::ACKNOWLEDGE.union(Status::DRIVER).union(Status::FEATURES_OK).union(Status::DRIVER_OK).union(Status::FAILED);
+
+#[cfg(test)]
+mod tests;

@@ -1,89 +1,15 @@
 //! Both roles over one ring: every buffer arrives once, with its bytes, and nobody sleeps through a wake-up.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+mod common;
 
-use polyvirt_core::memory::{FlatMemory, Pages};
-use polyvirt_core::queue::{AddError, Buffer, ByteOrder, DriverQueue, Layout, Queue, QueueConfig};
-use polyvirt_core::queue::{packed, split};
-use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
+use std::collections::VecDeque;
+
+use common::{BUFFERS, Rig, Shape};
+use polyvirt_core::queue::{AddError, Buffer, ByteOrder, Layout};
 use proptest::prelude::*;
 
-const RING: u64 = 0x10000;
-const BUFFERS: u64 = 0x100_0000;
-const TABLES: u64 = 0x200_0000;
 /// Bytes of each buffer piece.
 const PIECE: u32 = 16;
-
-#[derive(Clone, Default)]
-struct Doorbell(Arc<AtomicUsize>);
-
-impl Notify for Doorbell {
-    fn notify(&mut self) -> Result<(), TransportError> {
-        self.0.fetch_add(1, Ordering::SeqCst);
-        Ok(())
-    }
-}
-
-struct Rig {
-    driver: DriverQueue<u64, Doorbell>,
-    device: Queue<Arc<FlatMemory>>,
-    memory: Arc<FlatMemory>,
-    kicks: Doorbell,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Shape {
-    size: u16,
-    event_idx: bool,
-    indirect: bool,
-    layout: Layout,
-}
-
-/// Offsets of the driver and the device area, and the end of the ring.
-fn areas(shape: Shape) -> (u64, u64, u64) {
-    match shape.layout {
-        Layout::Packed => {
-            let driver = packed::layout::DESCRIPTOR_LEN * u64::from(shape.size);
-            (driver, driver + packed::layout::EVENT_LEN, driver + 2 * packed::layout::EVENT_LEN)
-        }
-        Layout::Modern | Layout::Legacy(_) => split::layout::legacy(shape.size),
-    }
-}
-
-fn rig(shape: Shape) -> Rig {
-    let (available, used, end) = areas(shape);
-    let ring = Pages::allocate(end as usize);
-    let tables = Pages::allocate(0x10000);
-    let memory = Arc::new(FlatMemory::new([
-        (RING, ring.clone()),
-        (BUFFERS, Pages::allocate(0x10000)),
-        (TABLES, tables.clone()),
-    ]));
-    let config = QueueConfig {
-        size: shape.size,
-        descriptors: RING,
-        driver: RING + available,
-        device: RING + used,
-        layout: shape.layout,
-        event_idx: shape.event_idx,
-        indirect: shape.indirect,
-    };
-    let part = |from: u64, len: u64| ring.slice(from as usize, len as usize).unwrap();
-    let kicks = Doorbell::default();
-    let driver = DriverQueue::new(Virtqueue {
-        config,
-        descriptors: part(0, available),
-        driver: part(available, used - available),
-        device: part(used, end - used),
-        notify: kicks.clone(),
-    })
-    .unwrap();
-    let driver = driver.with_indirect(tables, TABLES);
-    let device = Queue::new(memory.clone(), config).unwrap();
-    Rig { driver, device, memory, kicks }
-}
 
 fn shapes() -> impl Strategy<Value = Shape> {
     let split = prop_oneof![
@@ -136,9 +62,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 proptest! {
     #[test]
     fn every_buffer_is_delivered_once_with_its_bytes(shape in shapes(), steps in steps()) {
-        let mut rig = rig(shape);
+        let mut rig = Rig::new(shape);
         let mut next = 0u64;
-        // What the driver added and has not got back, by token: writable bytes.
+        // What the driver added and has not got back, by token: writable bytes, and where they are.
         let mut added = std::collections::BTreeMap::new();
         let mut published = VecDeque::new();
         let mut held = Vec::new();
@@ -159,19 +85,19 @@ proptest! {
                     let stamp = next.to_le_bytes();
                     // 16 buffers at most are in flight, so a slot is free again when it comes round.
                     for i in 0..readable {
-                        let page = rig.memory.pages(slot + u64::from(PIECE) * i as u64, 16).unwrap();
-                        page.write(0, &stamp).unwrap();
+                        rig.memory.write(slot + u64::from(PIECE) * i as u64, &stamp);
                     }
-                    let kicks = rig.kicks.0.load(Ordering::SeqCst);
+                    let kicks = rig.kicks.rung();
                     match rig.driver.add_buf(&pieces[..readable], &pieces[readable..], next) {
                         Ok(()) => {
-                            added.insert(next, writable as u32 * PIECE);
+                            let answer = slot + u64::from(PIECE) * readable as u64;
+                            added.insert(next, (writable as u32 * PIECE, answer));
                             published.push_back((next, readable, writable));
                             next += 1;
                         }
                         Err(AddError::Full(token)) => {
                             prop_assert_eq!(token, next);
-                            prop_assert_eq!(rig.kicks.0.load(Ordering::SeqCst), kicks + 1, "a full ring kicks");
+                            prop_assert_eq!(rig.kicks.rung(), kicks + 1, "a full ring kicks");
                             published_count = added.len() + got;
                             device_awake = true;
                         }
@@ -185,6 +111,7 @@ proptest! {
                     let kicked = rig.driver.kick().unwrap();
                     device_awake |= kicked;
                     published_count = added.len() + got;
+                    prop_assert!(!rig.driver.kick().unwrap(), "a second kick for nothing");
                 }
                 Step::Begin if burst.is_none() => {
                     // The device sleeps unless it was kicked; a kick is owed whenever it sleeps on published buffers.
@@ -232,12 +159,12 @@ proptest! {
                     completed += 1;
                 }
                 Step::Interrupt => {
-                    let owed = completed;
                     if rig.device.needs_interrupt() {
                         driver_awake = true;
                     } else if callbacks && !driver_awake {
-                        prop_assert!(owed == got, "the driver sleeps through used buffers");
+                        prop_assert!(completed == got, "the driver sleeps through used buffers");
                     }
+                    prop_assert!(!rig.device.needs_interrupt(), "a second interrupt for nothing");
                 }
                 Step::Disable => {
                     rig.driver.disable_cb();
@@ -253,8 +180,11 @@ proptest! {
                 Step::Get => match rig.driver.get_buf().unwrap() {
                     Some((token, len)) => {
                         got += 1;
-                        let writable = added.remove(&token).expect("returned twice, or never added");
+                        let (writable, answer) = added.remove(&token).expect("returned twice, or never added");
                         prop_assert_eq!(len, writable.min(8));
+                        if writable > 0 {
+                            prop_assert_eq!(u64::from_le_bytes(rig.memory.read(answer)), token);
+                        }
                         if !callbacks {
                             driver_awake = true;
                         }

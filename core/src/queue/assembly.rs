@@ -9,6 +9,9 @@ use super::chain::Parts;
 use super::{Chain, QueueError};
 use crate::memory::{Access, GuestMemory, Lease, Segment};
 
+/// The most bytes that a chain may have in all (2.7.5.2).
+const CHAIN_LEN_MAX: u64 = 1 << 32;
+
 /// Distinguishes the runs of all queues, so that a chain cannot be completed on a queue that it does not come from.
 static RUNS: AtomicU32 = AtomicU32::new(0);
 
@@ -127,7 +130,7 @@ impl<L: Lease> Assembly<L> {
             self.readable += u64::from(len);
             Access::READ
         };
-        if self.readable + self.writable > u64::from(u32::MAX) {
+        if self.readable + self.writable > CHAIN_LEN_MAX {
             return Err(QueueError::TooLong { head: self.head });
         }
         memory.resolve(address, len.into(), access, |segment| segments.push(segment))?;
@@ -144,9 +147,9 @@ impl<L: Lease> Assembly<L> {
         parts.run = self.run;
         parts.head = head;
         parts.entries = entries;
-        // `add` keeps the sum below 2^32.
-        parts.readable_len = self.readable as u32;
-        parts.writable_len = self.writable as u32;
+        // A part may have exactly 2^32 bytes; the last of them has no use, because the used length cannot count it.
+        parts.readable_len = u32::try_from(self.readable).unwrap_or(u32::MAX);
+        parts.writable_len = u32::try_from(self.writable).unwrap_or(u32::MAX);
         parts.written = 0;
         Chain(self.parts)
     }

@@ -2,12 +2,11 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use core::mem;
 
 use super::packed::driver::Ring as Packed;
 use super::split::driver::Ring as Split;
 use super::split::layout::{Big, Little};
-use super::{ByteOrder, Layout, QueueError};
+use super::{ByteOrder, Layout, QueueConfig, QueueError};
 use crate::memory::Pages;
 use crate::transport::{Notify, TransportError, Virtqueue};
 
@@ -67,6 +66,8 @@ struct InFlight<T> {
     /// Entries of the shadow that it takes, and the last of them; the first is its head.
     entries: u16,
     last: u16,
+    /// Pieces in the indirect table of its head; 0 if it has none.
+    in_table: u16,
 }
 
 /// The driver's own copy of what it gave to the device: an entry for each descriptor, linked into chains and into a list
@@ -93,8 +94,6 @@ struct Tables {
     entries: usize,
     /// The pieces in each table, and whether the device may write them.
     shadow: Box<[(Buffer, bool)]>,
-    /// How many pieces there are in each.
-    used: Box<[u16]>,
 }
 
 /// Where a piece goes.
@@ -168,7 +167,6 @@ impl Tables {
             let _ = self.pages.write(offset + 16 * number, &low.to_ne_bytes());
             let _ = self.pages.write(offset + 16 * number + 8, &high.to_ne_bytes());
         }
-        self.used[usize::from(index)] = pieces as u16;
         Buffer { address: self.address + offset as u64, len: 16 * pieces as u32 }
     }
 }
@@ -208,7 +206,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
     pub fn new(virtqueue: Virtqueue<N>) -> Result<Self, QueueError> {
         let size = virtqueue.config.size;
         let (ring, notify) = Ring::new(virtqueue)?;
-        let nothing = |_| InFlight { token: None, sequence: 0, writable: 0, entries: 0, last: 0 };
+        let nothing = |_| InFlight { token: None, sequence: 0, writable: 0, entries: 0, last: 0, in_table: 0 };
         Ok(Self {
             ring,
             shadow: Shadow::new(size),
@@ -228,8 +226,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
         let entries = (tables.len() / 16 / size).min(u16::MAX.into());
         if entries > 1 && ring!(&self.ring, ring => ring.is_indirect()) {
             let shadow = (0..entries * size).map(|_| (Buffer { address: 0, len: 0 }, false)).collect();
-            let used = (0..size).map(|_| 0).collect();
-            self.shadow.tables = Some(Tables { pages: tables, address, entries, shadow, used });
+            self.shadow.tables = Some(Tables { pages: tables, address, entries, shadow });
         }
         self
     }
@@ -272,6 +269,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
             writable: writable.iter().fold(0, |sum, piece| piece.len.saturating_add(sum)),
             entries,
             last,
+            in_table: if indirect { pieces as u16 } else { 0 },
         };
         self.sequence += 1;
         self.count += 1;
@@ -284,10 +282,11 @@ impl<T, N: Notify> DriverQueue<T, N> {
         self.notify.notify().map_or_else(AddError::Notify, |()| AddError::Full(token))
     }
 
-    /// Publishes what was added, and notifies the device unless it asked not to. True if it was notified.
+    /// Publishes what was added, and notifies the device unless it asked not to. True if it was notified; a latched queue
+    /// is left alone.
     #[inline]
     pub fn kick(&mut self) -> Result<bool, TransportError> {
-        let wanted = ring!(&mut self.ring, ring => ring.publish());
+        let wanted = self.broken.is_none() && ring!(&mut self.ring, ring => ring.publish());
         if wanted {
             self.notify.notify()?;
         }
@@ -296,6 +295,9 @@ impl<T, N: Notify> DriverQueue<T, N> {
 
     /// Takes back a used buffer: its token and how many bytes the device wrote. Out of order is normal. An error latches
     /// the queue.
+    ///
+    /// An interrupt can be relied on only for what is used after this has returned none (or [`DriverQueue::enable_cb`]
+    /// true): look before waiting.
     #[inline]
     pub fn get_buf(&mut self) -> Result<Option<(T, u32)>, QueueError> {
         if let Some(reason) = self.broken {
@@ -323,12 +325,15 @@ impl<T, N: Notify> DriverQueue<T, N> {
 
     /// Hints that no interrupts are wanted; one may come all the same.
     pub fn disable_cb(&mut self) {
-        ring!(&mut self.ring, ring => ring.disable_interrupts());
+        if self.broken.is_none() {
+            ring!(&mut self.ring, ring => ring.disable_interrupts());
+        }
     }
 
-    /// Wants interrupts again. False if buffers were used meanwhile: the caller has to look again.
+    /// Wants interrupts again. False if buffers were used meanwhile, or the queue is latched: the caller has to look
+    /// again.
     pub fn enable_cb(&mut self) -> bool {
-        ring!(&mut self.ring, ring => ring.enable_interrupts())
+        self.broken.is_none() && ring!(&mut self.ring, ring => ring.enable_interrupts())
     }
 
     /// Buffers in flight.
@@ -344,16 +349,27 @@ impl<T, N: Notify> DriverQueue<T, N> {
     /// Starts over on `virtqueue` (after a reset, or a reconnect to a new device side) and adds again, in their old
     /// order, all buffers that were in flight: no request is lost. The caller kicks.
     ///
-    /// Fails, changing nothing, if the ring is unusable or has another size.
+    /// Fails, changing nothing, if the ring is unusable, has another size, or lacks indirect descriptors for a buffer that
+    /// used them.
     pub fn restart(&mut self, virtqueue: Virtqueue<N>) -> Result<(), QueueError> {
-        let size = virtqueue.config.size;
+        let QueueConfig { size, indirect, .. } = virtqueue.config;
         if usize::from(size) != self.in_flight.len() {
             return Err(QueueError::Size { size: size.into(), max: self.in_flight.len() as u16 });
+        }
+        if !indirect {
+            let uses = |buffer: &InFlight<T>| buffer.token.is_some() && buffer.in_table > 0;
+            if let Some(head) = self.in_flight.iter().position(uses) {
+                return Err(QueueError::IndirectNotNegotiated { head: head as u16 });
+            }
         }
         let (ring, notify) = Ring::new(virtqueue)?;
         self.ring = ring;
         self.notify = notify;
-        for (token, readable, writable) in self.take_all() {
+        let buffers = self.take_all();
+        if !indirect {
+            self.shadow.tables = None;
+        }
+        for (token, readable, writable) in buffers {
             // What fitted an empty ring of this size before fits again.
             if self.add_buf(&readable, &writable, token).is_err() {
                 return Err(QueueError::Size { size: size.into(), max: size });
@@ -375,12 +391,11 @@ impl<T, N: Notify> DriverQueue<T, N> {
             let Some(token) = self.in_flight[head].token.take() else { continue };
             let (mut readable, mut writable) = (Vec::new(), Vec::new());
             let mut sort = |piece, write: bool| if write { writable.push(piece) } else { readable.push(piece) };
-            let InFlight { entries, sequence, .. } = self.in_flight[head];
-            match &mut self.shadow.tables {
-                Some(tables) if tables.used[head] > 0 => {
+            let InFlight { entries, sequence, in_table, .. } = self.in_flight[head];
+            match &self.shadow.tables {
+                Some(tables) if in_table > 0 => {
                     let first = head * tables.entries;
-                    let pieces = mem::take(&mut tables.used[head]);
-                    tables.shadow[first..first + usize::from(pieces)].iter().for_each(|&(piece, w)| sort(piece, w));
+                    tables.shadow[first..first + usize::from(in_table)].iter().for_each(|&(piece, w)| sort(piece, w));
                 }
                 _ => {
                     let mut at = head;

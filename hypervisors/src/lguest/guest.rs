@@ -11,7 +11,8 @@ use polyvirt_transports::lguest::registers::descriptors;
 
 use super::abi::{LGUEST_IRQS, LHCALL_NOTIFY, PAGE};
 use super::hands;
-use super::host::{Host, Launcher};
+use super::host::Host;
+use super::launcher::Launcher;
 use crate::flat_share::FlatShare;
 
 /// The guest half.
@@ -54,9 +55,9 @@ impl Guest {
         }
         self.launcher.post(|inbox| {
             self.words.store(command, hands::CALL, Ordering::Release);
-            inbox.command = true;
+            (inbox.command, inbox.completed) = (true, false);
         })?;
-        self.launcher.wait(None, || (self.words.load::<u32>(command, Ordering::Acquire) == 0).then_some(()))?;
+        self.launcher.wait(None, |inbox| inbox.completed.then_some(()))?;
         Ok(self.words.load(register, Ordering::Relaxed))
     }
 
@@ -97,7 +98,7 @@ impl hypervisor::Guest for Guest {
     fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
         // A watchdog beyond what the clock counts to never runs out.
         let deadline = Instant::now().checked_add(watchdog);
-        Ok(self.launcher.wait(deadline, || self.acknowledge(lines))?.unwrap_or(0))
+        Ok(self.launcher.wait(deadline, |_| self.acknowledge(lines))?.unwrap_or(0))
     }
 
     fn enumerate(&self) -> Result<Vec<GuestPlace>, HypervisorError> {

@@ -9,6 +9,7 @@ mod guest;
 mod hands;
 mod host;
 mod kernel;
+mod launcher;
 #[cfg(test)]
 mod tests;
 

@@ -416,10 +416,22 @@ fn a_guest_that_runs_for_ever_does_not_keep_its_host() {
 }
 
 #[test]
+fn a_guest_that_runs_for_ever_is_reported_to_who_calls() {
+    let Some((host, guest)) = guest() else { return };
+    corrupt(&host, &[0xeb, 0xfe]); // jmp to itself
+    let reason = stopped(guest.hypercall(LHCALL_FLUSH_ASYNC, [0; 3]));
+    assert!(reason.contains("without a hypercall"), "{reason}");
+}
+
+#[test]
 fn an_idle_guest_is_stopped_and_is_gone_when_its_host_is() {
     let Some((host, guest)) = guest() else { return };
     let pid = host.process_id();
-    assert_eq!(process_state(pid), Some('t'), "tracing stop");
+    let began = Instant::now();
+    while process_state(pid) != Some('t') {
+        assert!(began.elapsed() < WATCHDOG, "expected a tracing stop, got {:?}", process_state(pid));
+        std::thread::yield_now();
+    }
     drop(host);
     assert_eq!(process_state(pid), None);
     assert!(stopped(guest.wait(1, WATCHDOG)).contains("host is gone"));

@@ -22,8 +22,8 @@ impl Guest {
         let offset = address % BLOCK_SIZE;
         let devices = lock(&self.bus.devices);
         let found = devices.iter().find(|(place, _)| place.base == address - offset);
-        let (_, device) = found.ok_or_else(|| HypervisorError::Unavailable(format!("no device at {address:#x}")))?;
-        Ok((device.clone(), offset))
+        let device = found.map(|(_, device)| (device.clone(), offset));
+        device.ok_or_else(|| HypervisorError::Unavailable(format!("no device at {address:#x}")))
     }
 }
 
@@ -49,9 +49,8 @@ impl hypervisor::Guest for Guest {
     }
 
     fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        let interrupts = &self.bus.interrupts;
-        let pending = lock(&interrupts.pending);
-        let waited = interrupts.arrived.wait_timeout_while(pending, watchdog, |pending| *pending & lines == 0);
+        let pending = lock(&self.bus.interrupts.pending);
+        let waited = self.bus.interrupts.arrived.wait_timeout_while(pending, watchdog, |all| *all & lines == 0);
         let (mut pending, _) = waited.unwrap_or_else(PoisonError::into_inner);
         let came = *pending & lines;
         *pending &= !came;

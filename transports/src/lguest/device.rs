@@ -41,7 +41,7 @@ const FEATURE_LEN: u8 = 4;
 pub fn attach<H, M>(host: &mut H, memory: M, device: Box<dyn Device<M>>) -> Result<(), HypervisorError>
 where
     H: Host<Place = HostPlace>,
-    M: GuestMemory<Lease: Send> + Send + 'static,
+    M: GuestMemory + Send + 'static,
 {
     let (device_type, queues) = (device.device_type(), device.queue_max_sizes().len());
     let config_len = device.config().len();
@@ -141,12 +141,12 @@ impl<M: GuestMemory> LguestDevice<M> {
             self.config[range.clone()].copy_from_slice(&seen[range.clone()]);
             self.virtio.write_config(range.start as u64, &seen[range]);
         }
-        self.status = self.seen[DeviceDescriptor::STATUS];
-        Ok(self.status)
+        Ok(self.seen[DeviceDescriptor::STATUS])
     }
 
-    /// The driver's new status, as [`look`](Self::look) saw it, and the features that it accepts.
+    /// Takes over the driver's new status and the features that it accepts, as [`look`](Self::look) saw them.
     fn take_status(&mut self) {
+        self.status = self.seen[DeviceDescriptor::STATUS];
         let accepted =
             self.seen[self.descriptor.accepted()].iter().rev().fold(0, |bits, &byte| bits << 8 | u128::from(byte));
         self.virtio.set_driver_features(Features::from_bits_retain(accepted));
@@ -154,6 +154,7 @@ impl<M: GuestMemory> LguestDevice<M> {
     }
 
     fn reset(&mut self) -> Result<(), MemoryError> {
+        self.status = 0;
         self.virtio.reset();
         for ring in &self.rings {
             ring.pages.fill(0, ring.pages.len(), 0)?;
@@ -193,7 +194,7 @@ impl<M: GuestMemory> LguestDevice<M> {
     }
 }
 
-impl<M: GuestMemory<Lease: Send> + Send> BusDevice for LguestDevice<M> {
+impl<M: GuestMemory + Send> BusDevice for LguestDevice<M> {
     fn read(&mut self, _offset: u64, data: &mut [u8]) {
         // The page is memory: nothing is read by asking the device.
         data.fill(0);
@@ -213,10 +214,11 @@ impl<M: GuestMemory<Lease: Send> + Send> BusDevice for LguestDevice<M> {
     fn kick(&mut self, queue: u16) -> bool {
         let worked = self.look().map(|status| {
             if status == 0 {
-                tracing::debug!(queue, "kick before the driver has set a status: ignored");
+                // The driver has not begun, or is about to reset: not the device's to overwrite.
+                tracing::debug!(queue, "kick while the status is 0: ignored");
                 return false;
             }
-            if status != self.virtio.status().bits() {
+            if status != self.status {
                 self.take_status();
             }
             self.virtio.kick(queue)

@@ -5,6 +5,8 @@
 mod device;
 mod driver;
 pub mod registers;
+#[cfg(all(test, feature = "std"))]
+mod tests;
 
 #[cfg(feature = "std")]
 pub use device::attach;

@@ -92,7 +92,7 @@ impl DeviceDescriptor {
     /// Reads the first bytes of the descriptor at `offset` of the device page. None if the list ends there: type 0,
     /// the end of the page, or a descriptor that would reach beyond it.
     pub fn read(page: &Pages, offset: usize) -> Result<Option<Self>, MemoryError> {
-        if offset + Self::HEADER > PAGE {
+        if offset > PAGE - Self::HEADER {
             return Ok(None);
         }
         let mut header = [0; Self::HEADER];

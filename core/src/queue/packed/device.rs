@@ -23,6 +23,8 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
     next_used: Position,
     /// `next_used` when the driver was last considered for an interrupt.
     signalled: Position,
+    /// Descriptors from there to `next_used`: rounds do not show in positions.
+    unsignalled: u32,
     /// Descriptors that were taken and not given back.
     taken: u16,
     chains: Chains<M::Lease>,
@@ -48,6 +50,7 @@ impl<M: GuestMemory> Ring<M> {
             next_available: Position::START,
             next_used: Position::START,
             signalled: Position::START,
+            unsignalled: 0,
             taken: 0,
             // Any 16-bit value is a legal buffer id (2.8.4).
             chains: Chains::new(1 << 16),
@@ -161,19 +164,24 @@ impl<M: GuestMemory> Ring<M> {
         // Release: the buffer's bytes are visible before the flags that make it used.
         self.descriptors.store(2 * usize::from(at.index) + 1, word, Ordering::Release);
         self.next_used = at.advanced(count, self.size);
+        self.unsignalled = self.unsignalled.saturating_add(count.into());
         self.taken -= count;
         Ok(())
     }
 
     #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
-        if self.next_used == self.signalled {
+        if self.unsignalled == 0 {
             return false;
         }
         // The driver writes its wish, then looks for used descriptors; we do the reverse. One of us must see the other.
         fence(Ordering::SeqCst);
         let old = core::mem::replace(&mut self.signalled, self.next_used);
-        Events::from_word(self.driver.load(0, Ordering::Relaxed)).wanted(self.event_idx, old, self.next_used, self.size)
+        let moved = core::mem::take(&mut self.unsignalled);
+        let events = Events::from_word(self.driver.load(0, Ordering::Relaxed));
+        // More than a round passes every place, but positions do not tell it from less.
+        let event_idx = self.event_idx && moved <= self.size.into();
+        events.wanted(event_idx, old, self.next_used, self.size)
     }
 
     fn wish(&self, flags: u16) {

@@ -24,10 +24,11 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     next_available: u16,
     /// The available index as last read: entries before it are the device's.
     available: u16,
-    /// The next used entry to write.
-    next_used: u16,
-    /// `next_used` when the driver was last considered for an interrupt.
-    signalled: u16,
+    /// How many chains were completed; its low 16 bits are the used index. Wider than that, so that a whole round of
+    /// indices between two looks at the driver's wish does not pass for nothing.
+    completed: u32,
+    /// `completed` when the driver was last considered for an interrupt.
+    signalled: u32,
     chains: Chains<M::Lease>,
     table: Vec<Segment<M::Lease>>,
     order: PhantomData<O>,
@@ -56,7 +57,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             indirect: config.indirect,
             next_available: 0,
             available: 0,
-            next_used: 0,
+            completed: 0,
             signalled: 0,
             chains: Chains::new(size.into()),
             table: Vec::new(),
@@ -166,26 +167,27 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
         let (head, written) = (chain.0.head, chain.0.written);
         self.chains.give_back(chain)?;
-        let entry = layout::used_entry(usize::from(self.next_used) & self.mask);
+        let entry = layout::used_entry(self.completed as usize & self.mask);
         self.device.store(entry, O::u32(u32::from(head)), Ordering::Relaxed);
         self.device.store(entry + 1, O::u32(written), Ordering::Relaxed);
-        self.next_used = self.next_used.wrapping_add(1);
+        self.completed = self.completed.wrapping_add(1);
         // Release: the buffer's bytes and the entry are visible before the index that covers them.
-        self.device.store(INDEX, O::u16(self.next_used), Ordering::Release);
+        self.device.store(INDEX, O::u16(self.completed as u16), Ordering::Release);
         Ok(())
     }
 
     #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
-        if self.next_used == self.signalled {
+        if self.completed == self.signalled {
             return false;
         }
         // The driver writes its wish, then reads the used index; we do the reverse. One of us must see the other.
         fence(Ordering::SeqCst);
-        let old = core::mem::replace(&mut self.signalled, self.next_used);
+        let old = core::mem::replace(&mut self.signalled, self.completed);
         if self.event_idx {
             let event = O::u16(self.driver.load(layout::used_event(self.size), Ordering::Relaxed));
-            layout::passes(event, self.next_used, old)
+            self.completed.wrapping_sub(old) > u16::MAX.into()
+                || layout::passes(event, self.completed as u16, old as u16)
         } else {
             O::u16(self.driver.load(0, Ordering::Relaxed)) & NO_INTERRUPT == 0
         }

@@ -1,0 +1,178 @@
+//! The command line.
+//!
+//! Exit codes: 0 if nothing failed or wedged, 1 if something did, 2 if the user has to change the command.
+
+mod bench;
+mod check;
+mod ledger;
+mod list;
+mod output;
+mod progress;
+mod select;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::error::ErrorKind;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use output::Output;
+
+/// Nothing failed or wedged.
+const SUCCESS: u8 = 0;
+/// Something failed or wedged.
+const FAILURE: u8 = 1;
+/// The user has to change the command.
+const MISTAKE: u8 = 2;
+
+/// One virtio core, every hypervisor: runs the conformance suite on every hypervisor that this host has.
+#[derive(Parser)]
+#[command(name = "polyvirt", version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    check: CheckArgs,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run every cell of hypervisor, transport and device that this host can run (the default)
+    Check(CheckArgs),
+    /// Hypervisors, transports and devices: what there is, what can be used here, what each hypervisor costs
+    List {
+        /// How to tell it
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// Measure the rings side by side with others'; worth something in a release build only
+    Bench {
+        /// How to tell it
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+    /// The statements of VIRTIO 1.4 that cases judge
+    Ledger {
+        /// How to tell it
+        #[arg(long, value_enum, default_value_t)]
+        format: Format,
+    },
+}
+
+#[derive(Args)]
+struct CheckArgs {
+    /// Only these hypervisors
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    hypervisor: Vec<String>,
+    /// Only these transports
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    transport: Vec<String>,
+    /// Only these devices
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    device: Vec<String>,
+    /// Carry a copy of this disk image through every block cell; without it, a generated one
+    #[arg(long, value_name = "FILE")]
+    image: Option<PathBuf>,
+    /// Write the result as a page, report.html, to this directory
+    #[arg(long, value_name = "DIR")]
+    report: Option<PathBuf>,
+    /// How to tell the result
+    #[arg(long, value_enum, default_value_t)]
+    format: CheckFormat,
+    /// No progress, no matrix: only failures and the summary
+    #[arg(long)]
+    quiet: bool,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum Format {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
+enum CheckFormat {
+    #[default]
+    Text,
+    Json,
+    Junit,
+}
+
+/// Why a command ended without doing what it is for.
+#[derive(Debug, thiserror::Error)]
+enum CliError {
+    /// The user has to change the command.
+    #[error("{0}")]
+    Mistake(String),
+    /// Standard output cannot be written.
+    #[error("standard output: {0}")]
+    Output(#[from] std::io::Error),
+}
+
+/// Runs the program.
+pub(crate) fn run() -> ExitCode {
+    log_to_stderr();
+    // Nobody gets a backtrace: the suite counts what panics in a case as a failure, anything else is told below.
+    std::panic::set_hook(Box::new(|panic| tracing::error!(%panic)));
+    std::panic::catch_unwind(run_command).unwrap_or_else(|_| {
+        complain("a mistake of the program itself: RUST_LOG=error tells where, please report it");
+        FAILURE.into()
+    })
+}
+
+fn run_command() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return parse_failed(&error),
+    };
+    let mut output = Output::standard();
+    let done = match cli.command {
+        None => check::run(&cli.check, &mut output),
+        Some(Command::Check(args)) => check::run(&args, &mut output),
+        Some(Command::List { format }) => list::run(format, &mut output),
+        Some(Command::Bench { format }) => bench::run(format, &mut output),
+        Some(Command::Ledger { format }) => ledger::run(format, &mut output),
+    };
+    let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));
+    match code {
+        Ok(code) => code.into(),
+        Err(error) => {
+            complain(&error.to_string());
+            MISTAKE.into()
+        }
+    }
+}
+
+/// Events go to stderr if RUST_LOG asks for them. By default they do not: a conformance run provokes warnings by
+/// design.
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing_subscriber::filter::LevelFilter::OFF.into())
+        .from_env_lossy();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+}
+
+/// Help and the version are what was asked for; anything else is a mistake, told in one sentence.
+fn parse_failed(error: &clap::Error) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            // A closed pipe is the reader's choice.
+            _ = error.print();
+            SUCCESS.into()
+        }
+        _ => {
+            let told = error.to_string();
+            let paragraph: Vec<&str> = told.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
+            let sentence = paragraph.join(" ");
+            complain(&format!("{} (polyvirt --help tells more)", sentence.trim_start_matches("error: ")));
+            MISTAKE.into()
+        }
+    }
+}
+
+/// One sentence on stderr. If nobody can read it, nothing else is to be done.
+fn complain(sentence: &str) {
+    use std::io::Write as _;
+    _ = writeln!(std::io::stderr(), "polyvirt: {sentence}");
+}

@@ -1,0 +1,47 @@
+//! `--hypervisor`, `--transport`, `--device`.
+
+use super::CliError;
+
+/// What was asked for of one kind of thing.
+pub(super) struct Selection<'a>(&'a [String]);
+
+impl<'a> Selection<'a> {
+    /// `asked`, each of which has to be one of `valid`; nothing asked for is everything.
+    pub(super) fn new(kind: &str, asked: &'a [String], valid: &[&str]) -> Result<Self, CliError> {
+        match asked.iter().find(|name| !valid.contains(&name.as_str())) {
+            None => Ok(Self(asked)),
+            Some(unknown) => {
+                Err(CliError::Mistake(format!("there is no {kind} '{unknown}': choose from {}", valid.join(", "))))
+            }
+        }
+    }
+
+    /// Whether `name` was asked for.
+    pub(super) fn has(&self, name: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|asked| asked == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_asked_for_is_everything() {
+        assert!(Selection::new("device", &[], &["blk"]).unwrap().has("blk"));
+    }
+
+    #[test]
+    fn only_what_was_asked_for_is_selected() {
+        let asked = ["blk".to_owned()];
+        let selection = Selection::new("device", &asked, &["blk", "rng"]).unwrap();
+        assert!(selection.has("blk") && !selection.has("rng"));
+    }
+
+    #[test]
+    fn an_unknown_name_is_a_mistake_that_names_the_valid_ones() {
+        let asked = ["blk".to_owned(), "disk".to_owned()];
+        let error = Selection::new("device", &asked, &["blk", "rng"]).map(|_| ()).unwrap_err();
+        assert_eq!(error.to_string(), "there is no device 'disk': choose from blk, rng");
+    }
+}

@@ -1,0 +1,248 @@
+//! The matrix and the failures as plain text.
+
+use std::fmt::Write as _;
+
+use super::{Cell, Outcome, Report};
+
+/// How text is set: with colours or without.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Style {
+    /// ANSI colours, for a terminal.
+    Coloured,
+    /// No escape sequences.
+    Plain,
+}
+
+/// Width of the column with a device's results.
+const COLUMN: usize = 18;
+
+impl Style {
+    /// `text`, padded to `width`, in the colour of `outcome`.
+    fn paint(self, outcome: Outcome, text: &str, width: usize) -> String {
+        let code = match outcome {
+            Outcome::Passed => "32",
+            Outcome::Rejected => "36",
+            Outcome::Failed => "1;31",
+            Outcome::Wedged => "1;35",
+            Outcome::Skipped => "2",
+        };
+        self.wrap(code, text, width)
+    }
+
+    fn bold(self, text: &str, width: usize) -> String {
+        self.wrap("1", text, width)
+    }
+
+    fn faint(self, text: &str, width: usize) -> String {
+        self.wrap("2", text, width)
+    }
+
+    fn wrap(self, code: &str, text: &str, width: usize) -> String {
+        let padding = " ".repeat(width.saturating_sub(text.chars().count()));
+        match self {
+            Self::Plain => format!("{text}{padding}"),
+            Self::Coloured => format!("\x1b[{code}m{text}\x1b[0m{padding}"),
+        }
+    }
+}
+
+/// The matrix: a row for each hypervisor and transport, a column for each device; then the image, and why anything
+/// was not run.
+pub(crate) fn matrix(report: &Report, style: Style) -> String {
+    let (rows, columns) = (report.rows(), report.columns());
+    let label = rows.iter().map(|(h, t, _)| h.len() + t.len() + 1).max().unwrap_or(0).max("hypervisor".len()) + 2;
+    let evidence = rows.iter().map(|(_, _, evidence)| evidence.len()).max().unwrap_or(0).max("evidence".len()) + 2;
+    let mut out = format!("{}{}", style.faint("hypervisor", label), style.faint("evidence", evidence));
+    for device in &columns {
+        out += &style.bold(device, COLUMN);
+    }
+    end_line(&mut out);
+    for &row in &rows {
+        out.push('\n');
+        let cells: Vec<Vec<String>> = columns
+            .iter()
+            .map(|device| report.cell(row, device).map_or_else(Vec::new, |cell| told(cell, style)))
+            .collect();
+        for line in 0..cells.iter().map(Vec::len).max().unwrap_or(0) {
+            let (hypervisor, transport, worth) = row;
+            match line {
+                0 => {
+                    out += &style.bold(&format!("{hypervisor}/{transport}"), label);
+                    out += &style.faint(worth, evidence);
+                }
+                _ => out += &" ".repeat(label + evidence),
+            }
+            for cell in &cells {
+                match cell.get(line) {
+                    Some(text) => out += text,
+                    None => out += &" ".repeat(COLUMN),
+                }
+            }
+            end_line(&mut out);
+        }
+    }
+    out += &images(report, style);
+    out += &skipped(report);
+    out
+}
+
+/// A cell's lines in the matrix, each as wide as the column.
+fn told(cell: &Cell, style: Style) -> Vec<String> {
+    let verdict = cell.verdict();
+    let word = match verdict {
+        Outcome::Passed | Outcome::Rejected => "ok",
+        Outcome::Failed => "FAILED",
+        Outcome::Wedged => "WEDGED",
+        Outcome::Skipped => "not run",
+    };
+    let mut lines = vec![match verdict {
+        Outcome::Skipped => style.paint(verdict, word, COLUMN),
+        _ => {
+            let time = format!("{:.2} s", cell.seconds);
+            style.paint(verdict, word, 8) + &style.faint(&time, COLUMN - 8)
+        }
+    }];
+    for (outcome, count) in cell.counts() {
+        if count > 0 {
+            lines.push(style.paint(outcome, &format!("{count:>4} {}", outcome.word()), COLUMN));
+        }
+    }
+    lines
+}
+
+/// What became of the image, a line for each cell.
+fn images(report: &Report, style: Style) -> String {
+    let Some(source) = &report.image else { return String::new() };
+    let mut out = format!(
+        "\nimage: {}, {:.1} MiB, SHA-256 {}…\n",
+        source.file.as_deref().unwrap_or("generated"),
+        mebibytes(source.bytes),
+        source.sha256.get(..16).unwrap_or(&source.sha256)
+    );
+    let name = report
+        .cells
+        .iter()
+        .filter(|cell| cell.image.is_some())
+        .map(|cell| cell.name().chars().count())
+        .max()
+        .unwrap_or(0);
+    for cell in &report.cells {
+        let Some(image) = &cell.image else { continue };
+        let (outcome, word) = if image.ok { (Outcome::Passed, "ok") } else { (Outcome::Failed, "FAILED") };
+        let told = image.error.clone().unwrap_or_else(|| {
+            format!("{:.1} MiB in {:.2} s, {:.0} MiB/s", mebibytes(image.bytes), image.seconds, image.mib_per_second)
+        });
+        _ = writeln!(out, "  {:name$}  {}{told}", cell.name(), style.paint(outcome, word, 8));
+    }
+    out
+}
+
+/// Why cases were not run: each reason once.
+fn skipped(report: &Report) -> String {
+    let mut reasons: Vec<(&str, usize, Vec<String>)> = Vec::new();
+    for cell in &report.cells {
+        for skipped in &cell.skipped {
+            let at = reasons.iter().position(|(reason, ..)| *reason == skipped.reason).unwrap_or_else(|| {
+                reasons.push((&skipped.reason, 0, Vec::new()));
+                reasons.len() - 1
+            });
+            let (_, count, rows) = &mut reasons[at];
+            *count += 1;
+            let row = format!("{}/{}", cell.hypervisor, cell.transport);
+            if !rows.contains(&row) {
+                rows.push(row);
+            }
+        }
+    }
+    let mut out = String::new();
+    if !reasons.is_empty() {
+        out.push_str("\nskipped:\n");
+    }
+    for (reason, count, rows) in reasons {
+        _ = writeln!(out, "  {count:>4} on {}: {reason}", rows.join(", "));
+    }
+    out
+}
+
+/// Every failure with its reproduction; empty if there is none.
+pub(crate) fn failures(report: &Report, style: Style) -> String {
+    let mut out = String::new();
+    for cell in &report.cells {
+        for failure in &cell.failures {
+            _ = writeln!(
+                out,
+                "{} {} on {} (judges {})\n  expected: {}\n  observed: {}",
+                style.paint(failure.outcome, &failure.outcome.word().to_uppercase(), 0),
+                failure.case,
+                cell.name(),
+                failure.statements.join(", "),
+                failure.expected.replace('\n', "\n    "),
+                failure.observed.replace('\n', "\n    "),
+            );
+            if !failure.reproduction.is_empty() {
+                _ = writeln!(out, "  reproduction:\n    {}", failure.reproduction.trim_end().replace('\n', "\n    "));
+            }
+            out.push('\n');
+        }
+    }
+    out
+}
+
+fn end_line(out: &mut String) {
+    out.truncate(out.trim_end_matches(' ').len());
+    out.push('\n');
+}
+
+pub(crate) fn mebibytes(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::example;
+    use super::*;
+
+    #[test]
+    fn the_matrix_is_readable_without_colours() {
+        let expected = "\
+hypervisor  evidence  blk               rng
+
+kvm/mmio    real      ok      0.25 s    WEDGED  0.25 s
+                         1 passed          1 passed
+                         1 rejected        1 rejected
+                                           1 failed
+                                           1 wedged
+
+xen/mmio    real      not run
+                         1 skipped
+
+image: a&b.img, 4.0 MiB, SHA-256 00ff…
+  kvm/mmio × blk  ok      4.0 MiB in 0.50 s, 8 MiB/s
+
+skipped:
+     1 on xen/mmio: no <xen> here
+";
+        assert_eq!(matrix(&example(), Style::Plain), expected);
+    }
+
+    #[test]
+    fn colours_change_nothing_but_escape_sequences() {
+        let coloured = matrix(&example(), Style::Coloured);
+        assert!(coloured.contains("\x1b[32mok\x1b[0m"));
+        let mut stripped = String::new();
+        for (at, piece) in coloured.split('\x1b').enumerate() {
+            stripped += if at == 0 { piece } else { piece.split_once('m').unwrap().1 };
+        }
+        let trimmed: Vec<_> = stripped.lines().map(str::trim_end).collect();
+        assert_eq!(trimmed.join("\n") + "\n", matrix(&example(), Style::Plain));
+    }
+
+    #[test]
+    fn a_failure_comes_with_its_reproduction() {
+        let text = failures(&example(), Style::Plain);
+        assert!(text.starts_with(
+            "FAILED rng/<len> on kvm/mmio × rng (judges N0001)\n  expected: 1 & one\n  observed: <2>\n  reproduction:\n    reset\n    read \"0x70\"\n"
+        ), "{text}");
+        assert!(text.contains("WEDGED rng/stuck"));
+    }
+}
