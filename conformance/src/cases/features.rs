@@ -103,7 +103,7 @@ fn dependencies(session: &mut Session) -> Verdict {
 }
 
 /// Features that change the ring's format or what a kick says: other cases are about them.
-fn framing() -> Features {
+pub fn framing() -> Features {
     Features::RING_PACKED | Features::NOTIFICATION_DATA | Features::NOTIF_CONFIG_DATA | Features::IN_ORDER
 }
 
