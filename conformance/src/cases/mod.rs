@@ -1,8 +1,13 @@
 //! The cases, by area.
 
+pub mod chains;
+pub mod features;
+pub mod init;
+pub mod sample;
+
 use crate::suite::Case;
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    Vec::new()
+    [init::CASES, features::CASES, chains::CASES].concat()
 }

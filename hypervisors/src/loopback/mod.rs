@@ -14,7 +14,7 @@ mod host;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use polyvirt_core::hypervisor::{BusDevice, Hypervisor};
+use polyvirt_core::hypervisor::{BusDevice, Hypervisor, HypervisorError};
 use polyvirt_core::memory::{FlatMemory, Pages};
 use polyvirt_transports::mmio::Place;
 
@@ -34,6 +34,16 @@ pub struct Loopback;
 impl Hypervisor for Loopback {
     type Host = Host;
     type Guest = Guest;
+}
+
+/// Always: it needs nothing.
+pub fn available() -> Result<String, HypervisorError> {
+    Ok("this process".into())
+}
+
+/// [`new`], as other ports have it.
+pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
+    Ok(new(ram))
 }
 
 /// A machine with `ram` bytes of memory: its two halves.

@@ -1,0 +1,200 @@
+//! The cells of our own: hypervisor × transport × device.
+//!
+//! A port is registered in [`cells`] by one line. What is generic over ports, transports and devices is here; what is
+//! particular is one `impl` of [`Port`] or [`Wire`] each.
+
+mod devices;
+mod guard;
+mod ports;
+mod standin;
+mod wires;
+
+use std::any::Any;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use polyvirt_core::device::Device;
+use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::memory::{Access, GuestMemory};
+use polyvirt_core::transport::{Transport, TransportError};
+
+pub use devices::Kind;
+use guard::Guarded;
+pub use ports::{Kvm, Lguest, Loopback};
+pub use wires::{LguestPage, Mmio};
+
+use crate::suite::{Alarm, Cell, Evidence, FarSide, Probe, Probed, RegisterFile, Session, Target, Variant};
+
+/// Guest memory of a session, bytes.
+const RAM: usize = 32 << 20;
+
+/// The cells of the default matrix, in its order.
+pub fn cells() -> Vec<Arc<dyn Target>> {
+    [targets::<Kvm, Mmio>(), targets::<Lguest, LguestPage>()].concat()
+}
+
+/// Cells that run when they are asked for by name: models that only stand in for a hypervisor.
+pub fn models() -> Vec<Arc<dyn Target>> {
+    targets::<Loopback, Mmio>()
+}
+
+/// All devices of one port over one transport.
+fn targets<P, W>() -> Vec<Arc<dyn Target>>
+where
+    P: Port,
+    W: Wire<P::Host, P::Guest>,
+{
+    Kind::ALL.iter().map(|&kind| Arc::new(Local::<P, W>::new(kind)) as Arc<dyn Target>).collect()
+}
+
+/// A hypervisor, as a cell starts it.
+pub trait Port: 'static {
+    /// Its name.
+    const NAME: &'static str;
+    /// What its results are worth.
+    const EVIDENCE: Evidence;
+    /// Its host half.
+    type Host: Host + Send + 'static;
+    /// Its guest half.
+    type Guest: Guest + 'static;
+
+    /// Whether it runs on this host; if not, one sentence that says why.
+    fn available() -> Result<(), String>;
+
+    /// Starts a machine with `ram` bytes of memory.
+    fn start(ram: usize) -> Result<(Self::Host, Arc<Self::Guest>), HypervisorError>;
+}
+
+/// A transport between the halves of a hypervisor.
+pub trait Wire<H: Host, G: Guest>: 'static {
+    /// Its name.
+    const NAME: &'static str;
+    /// Whether it carries the legacy interface.
+    const LEGACY: bool;
+
+    /// Puts `device` onto the bus of `host`.
+    fn attach<B, M>(host: &mut B, memory: M, device: Box<dyn Device<M>>) -> Result<(), HypervisorError>
+    where
+        B: Host<Place = H::Place>,
+        M: GuestMemory + Send + 'static;
+
+    /// Meets the device from the guest; the second part are its registers, if it has any.
+    fn connect(guest: &Arc<G>, place: G::Place) -> Result<Connection, TransportError>;
+}
+
+/// The driver side of a transport, and the device's registers if it has any.
+pub type Connection = (Box<dyn Transport>, Option<Box<dyn RegisterFile>>);
+
+/// What a saboteur puts in front of an honest device, to prove that the suite sees it.
+pub trait Sabotage<M: GuestMemory>: Send + Sync {
+    /// In place of the device.
+    fn device(&self, honest: Box<dyn Device<M>>) -> Box<dyn Device<M>> {
+        honest
+    }
+
+    /// In place of the device behind its transport; `memory` is what it sees.
+    fn bus_device(&self, honest: Box<dyn BusDevice>, memory: M) -> Box<dyn BusDevice> {
+        let _ = memory;
+        honest
+    }
+
+    /// In place of its interrupts.
+    fn interrupt(&self, honest: Arc<dyn Interrupt>) -> Arc<dyn Interrupt> {
+        honest
+    }
+
+    /// In place of what stands behind it.
+    fn far_side(&self, honest: Box<dyn FarSide>) -> Box<dyn FarSide> {
+        honest
+    }
+}
+
+/// Guest memory of `P` as a probed device sees it.
+pub type MemoryOf<P> = Probed<<<P as Port>::Host as Host>::Memory>;
+
+/// One hypervisor × transport × device, all in this process.
+pub struct Local<P: Port, W> {
+    kind: Kind,
+    saboteur: Option<Arc<dyn Sabotage<MemoryOf<P>>>>,
+    wire: PhantomData<fn() -> W>,
+}
+
+impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
+    /// With an honest device.
+    pub fn new(kind: Kind) -> Self {
+        Self { kind, saboteur: None, wire: PhantomData }
+    }
+
+    /// With a device that `saboteur` breaks.
+    pub fn sabotaged(kind: Kind, saboteur: Arc<dyn Sabotage<MemoryOf<P>>>) -> Self {
+        Self { kind, saboteur: Some(saboteur), wire: PhantomData }
+    }
+
+    fn open(&self, variant: Variant<'_>) -> Result<Session, String> {
+        let (mut host, guest) = P::start(RAM).map_err(|error| error.to_string())?;
+        let memory = host.memory();
+        let memory_end = memory_end(&memory, &*guest);
+        let (probe, alarm) = (Probe::default(), Alarm::default());
+        let far_side = match variant {
+            // Carrying an image is about bytes, not about accesses: with no probe in the way.
+            Variant::Image(_) => {
+                let (device, far_side) = self.kind.device(variant)?;
+                let mut bus = Guarded { host: &mut host, alarm: alarm.clone(), saboteur: None, memory: memory.clone() };
+                W::attach(&mut bus, memory, device).map_err(|error| error.to_string())?;
+                far_side
+            }
+            Variant::Plain | Variant::ReadOnly => {
+                let memory = probe.watch(memory);
+                let (mut device, mut far_side) = self.kind.device(variant)?;
+                let saboteur = self.saboteur.as_deref();
+                if let Some(saboteur) = saboteur {
+                    (device, far_side) = (saboteur.device(device), saboteur.far_side(far_side));
+                }
+                let mut bus = Guarded { host: &mut host, alarm: alarm.clone(), saboteur, memory: memory.clone() };
+                W::attach(&mut bus, memory, device).map_err(|error| error.to_string())?;
+                far_side
+            }
+        };
+        let places = guest.enumerate().map_err(|error| error.to_string())?;
+        let place = places.into_iter().next().ok_or("the guest finds no device")?;
+        let (transport, registers) = W::connect(&guest, place).map_err(|error| error.to_string())?;
+        let machine: Box<dyn Any + Send> = Box::new((guest, host));
+        let mut session = Session::new(self.cell(), transport, machine);
+        session.probe = (!matches!(variant, Variant::Image(_))).then_some(probe);
+        (session.far_side, session.registers) = (far_side, registers);
+        (session.memory_end, session.alarm) = (memory_end, alarm);
+        Ok(session)
+    }
+}
+
+impl<P: Port, W: Wire<P::Host, P::Guest>> Target for Local<P, W> {
+    fn cell(&self) -> Cell {
+        Cell {
+            hypervisor: P::NAME,
+            transport: W::NAME,
+            device: self.kind.name(),
+            device_type: self.kind.device_type(),
+            legacy: W::LEGACY,
+            evidence: P::EVIDENCE,
+        }
+    }
+
+    fn available(&self) -> Result<(), String> {
+        P::available()
+    }
+
+    fn session(&self, variant: Variant<'_>) -> Result<Session, String> {
+        self.open(variant)
+    }
+}
+
+/// Where the flat memory that drivers allocate from ends; none if every page stands for itself.
+fn memory_end(memory: &impl GuestMemory, guest: &impl Share) -> Option<u64> {
+    let pages = guest.allocate(1).ok()?;
+    let address = guest.share(&pages, Access::READ).ok()?;
+    let reaches = |len| memory.resolve(address, len, Access::READ, |_| {}).is_ok();
+    // The largest length that can be resolved, bit by bit.
+    let len = (0..48).rev().map(|bit| 1 << bit).fold(0, |len, bit| if reaches(len + bit) { len + bit } else { len });
+    let _ = guest.unshare(address);
+    (len > pages.len() as u64).then_some(address + len)
+}
