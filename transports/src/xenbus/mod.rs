@@ -1,0 +1,3 @@
+//! virtio over xenstore and event channels: the bus of a hypervisor whose domains are peers.
+
+pub mod registers;
