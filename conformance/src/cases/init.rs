@@ -3,8 +3,8 @@
 use polyvirt_core::transport::Transport;
 use polyvirt_core::{Features, Status};
 
-use super::sample::{Sample, ensure, ensure_eq, only_allowed, revive, serve, shown, touches};
 use super::features::framing;
+use super::sample::{Sample, ensure, ensure_eq, only_allowed, revive, serve, shown, touches};
 use crate::raw::Ring;
 use crate::suite::{Applies, Call, Case, Finding, Objection, Session, Verdict};
 
