@@ -54,11 +54,12 @@ fn header(out: &mut String, report: &Report) {
     _ = write!(
         out,
         "<header>\n<p class=\"name\"><b>polyvirt</b> – one virtio core, every hypervisor</p>\n\
-         <h1{}>{}</h1>\n<p class=\"lead\">{} of {} cells run in {:.1} s.</p>\n<ul class=\"totals\">\n",
+         <h1{}>{}</h1>\n<p class=\"lead\">{} of {} {} run in {:.1} s.</p>\n<ul class=\"totals\">\n",
         if summary.ok { "" } else { " class=\"failed\"" },
         Escaped(headline(report)),
         summary.cells_run,
         summary.cells,
+        if summary.cells == 1 { "cell" } else { "cells" },
         summary.seconds,
     );
     for (outcome, count) in [
