@@ -49,8 +49,8 @@ macro_rules! shim {
 
 /// Every port: a line for each.
 pub(crate) const SHIMS: &[Shim] = &[
-    shim!("kvm": "mod" "abi" "host" "guest"; "machine": "machine"; "hands": "hands"; "elsewhere": "absent"),
-    shim!("lguest": "mod" "abi" "host" "guest"; "kernel": "kernel"; "hands": "hands"; "elsewhere": "absent"),
+    shim!("kvm": "mod" "abi" "host" "guest"; "machine": "machine"; "hands": "hands"; "stub on other hosts": "absent"),
+    shim!("lguest": "mod" "abi" "host" "guest"; "launcher": "launcher"; "kernel": "kernel"; "hands": "hands"; "stub on other hosts": "absent"),
     shim!("loopback": "mod" "host" "guest"),
 ];
 

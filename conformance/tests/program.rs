@@ -8,9 +8,9 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Cells that every host can run, and that are quick.
-const QUICK: [&str; 4] = ["--hypervisor", "xen", "--device", "rng"];
+const QUICK: [&str; 4] = ["--hypervisor", "loopback", "--device", "rng"];
 /// A block cell that every host can run.
-const BLOCK: [&str; 6] = ["--hypervisor", "xen", "--transport", "xenbus", "--device", "blk"];
+const BLOCK: [&str; 6] = ["--hypervisor", "loopback", "--transport", "mmio", "--device", "blk"];
 
 fn polyvirt(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_polyvirt"));
@@ -58,15 +58,18 @@ fn assert_success(output: &Output) {
 
 #[test]
 fn unknown_names_are_mistakes_that_name_the_valid_ones() {
-    assert_mistake(&run(&["check", "--hypervisor", "kvm,qvm"]), &["no hypervisor 'qvm'", "kvm, ", "lguest", "xen"]);
-    assert_mistake(&run(&["--transport", "pigeon"]), &["no transport 'pigeon'", "mmio", "xenbus"]);
+    assert_mistake(
+        &run(&["check", "--hypervisor", "kvm,qvm"]),
+        &["no hypervisor 'qvm'", "kvm, ", "lguest", "loopback"],
+    );
+    assert_mistake(&run(&["--transport", "pigeon"]), &["no transport 'pigeon'", "mmio", "lguest"]);
     assert_mistake(&run(&["--device", "disk"]), &["no device 'disk'", "blk", "console", "rng"]);
     assert_mistake(&run(&["--device", ""]), &["no device ''"]);
 }
 
 #[test]
 fn names_that_never_meet_are_a_mistake() {
-    assert_mistake(&run(&["--hypervisor", "lguest", "--transport", "xenbus"]), &["lguest", "xenbus"]);
+    assert_mistake(&run(&["--hypervisor", "lguest", "--transport", "mmio"]), &["lguest", "mmio"]);
 }
 
 #[test]
@@ -110,7 +113,7 @@ fn the_matrix_in_a_pipe_is_plain_text_with_nothing_on_stderr() {
     assert_success(&output);
     let told = stdout(&output);
     assert!(!told.contains('\x1b'), "{told}");
-    assert!(told.contains("xen/xenbus") && told.contains("model") && told.contains("passed"), "{told}");
+    assert!(told.contains("loopback/mmio") && told.contains("model") && told.contains("passed"), "{told}");
     assert!(told.trim_end().ends_with('.'), "the last line is a sentence: {told}");
 }
 
@@ -130,7 +133,7 @@ fn json_has_every_cell_and_adds_up() {
     assert!(!cells.is_empty());
     let mut passed = 0;
     for cell in cells {
-        assert_eq!(cell["hypervisor"], "xen");
+        assert_eq!(cell["hypervisor"], "loopback");
         assert_eq!(cell["device"], "rng");
         assert_eq!(cell["evidence"], "model");
         assert!(cell["transport"].is_string());
@@ -201,7 +204,7 @@ fn the_page_is_written_into_a_new_directory() {
     assert_success(&output);
     let page = fs::read_to_string(reports.join("report.html")).unwrap();
     assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
-    assert!(page.contains("id=\"xen-xenbus-rng\""));
+    assert!(page.contains("id=\"loopback-mmio-rng\""));
     assert!(stdout(&output).contains("report.html"));
 }
 
@@ -211,14 +214,14 @@ fn list_tells_hypervisors_transports_devices_and_what_a_shim_costs() {
     assert_success(&output);
     let listed = json(&output);
     let hypervisors = listed["hypervisors"].as_array().unwrap();
-    for name in ["kvm", "lguest", "xen"] {
+    for name in ["kvm", "lguest", "loopback"] {
         let hypervisor = hypervisors.iter().find(|hypervisor| hypervisor["name"] == name).unwrap();
         assert!((1..=300).contains(&hypervisor["shim_lines"].as_u64().unwrap()), "{hypervisor}");
         let available = hypervisor["available"].as_bool().unwrap();
         assert_eq!(available, hypervisor["reason"].is_null(), "{hypervisor}");
         assert!(hypervisor["evidence"].is_string());
     }
-    for name in ["mmio", "lguest", "xenbus"] {
+    for name in ["mmio", "lguest"] {
         assert!(listed["transports"].as_array().unwrap().contains(&name.into()));
     }
     for name in ["blk", "rng", "console"] {
@@ -226,7 +229,7 @@ fn list_tells_hypervisors_transports_devices_and_what_a_shim_costs() {
     }
     let text = run(&["list"]);
     assert_success(&text);
-    assert!(["kvm", "lguest", "xenbus", "console"].iter().all(|name| stdout(&text).contains(name)));
+    assert!(["kvm", "lguest", "mmio", "console"].iter().all(|name| stdout(&text).contains(name)));
 }
 
 #[test]
@@ -267,7 +270,7 @@ fn the_ledger_names_statements_with_the_cases_that_judge_them() {
 #[test]
 fn a_reader_that_leaves_early_breaks_nothing() {
     for args in
-        [&["list"] as &[_], &["ledger", "--format", "json"], &["check", "--hypervisor", "xen", "--device", "rng"]]
+        [&["list"] as &[_], &["ledger", "--format", "json"], &["check", "--hypervisor", "loopback", "--device", "rng"]]
     {
         let mut child = polyvirt(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         drop(child.stdout.take());
@@ -293,5 +296,5 @@ fn rust_log_brings_events_to_stderr() {
     let output = polyvirt(&[&["check"], &QUICK as &[_]].concat()).env("RUST_LOG", "trace").output().unwrap();
     assert_eq!(output.status.code(), Some(0));
     assert!(!output.stderr.is_empty());
-    assert!(stdout(&output).contains("xen/xenbus"));
+    assert!(stdout(&output).contains("loopback/mmio"));
 }

@@ -15,6 +15,7 @@ pub mod features;
 pub mod hypervisor;
 pub mod memory;
 pub mod queue;
+pub mod shared;
 pub mod state;
 pub mod status;
 pub mod transport;

@@ -4,9 +4,10 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 
 use polyvirt_core::Features;
-use polyvirt_core::hypervisor::{HypervisorError, Share};
-use polyvirt_core::memory::{Access, Pages};
+use polyvirt_core::hypervisor::Share;
+use polyvirt_core::memory::Access;
 use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueConfig, QueueError, packed, split};
+use polyvirt_core::shared::Shared;
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 
 /// The three areas of a queue, each an allocation of its own, shared with the device until this is dropped.
@@ -43,14 +44,14 @@ impl Areas {
             use split::layout::{descriptors_len, device_len, driver_len};
             ((descriptors_len(size), Access::READ), driver_len(size), (device_len(size), both))
         };
-        let descriptors = Shared::new(share, descriptors.0, descriptors.1)?;
-        let driver = Shared::new(share, driver, Access::READ)?;
-        let device = Shared::new(share, device.0, device.1)?;
+        let descriptors = Shared::new(share, descriptors.0 as usize, descriptors.1)?;
+        let driver = Shared::new(share, driver as usize, Access::READ)?;
+        let device = Shared::new(share, device.0 as usize, device.1)?;
         let config = QueueConfig {
             size,
-            descriptors: descriptors.address,
-            driver: driver.address,
-            device: device.address,
+            descriptors: descriptors.address(),
+            driver: driver.address(),
+            device: device.address(),
             layout: if packed { Layout::Packed } else { Layout::Modern },
             event_idx: features.contains(Features::EVENT_IDX),
             indirect: features.contains(Features::INDIRECT_DESC),
@@ -67,34 +68,10 @@ impl Areas {
     pub(crate) fn virtqueue(&self, notify: Box<dyn Notify>) -> Virtqueue {
         Virtqueue {
             config: self.config,
-            descriptors: self.descriptors.pages.clone(),
-            driver: self.driver.pages.clone(),
-            device: self.device.pages.clone(),
+            descriptors: self.descriptors.pages().clone(),
+            driver: self.driver.pages().clone(),
+            device: self.device.pages().clone(),
             notify,
-        }
-    }
-}
-
-/// An allocation that the device may access until this is dropped.
-struct Shared {
-    share: Arc<dyn Share>,
-    pages: Pages,
-    address: u64,
-}
-
-impl Shared {
-    fn new(share: &Arc<dyn Share>, len: u64, access: Access) -> Result<Self, HypervisorError> {
-        let len = usize::try_from(len).map_err(|_| HypervisorError::Exhausted("address space"))?;
-        let pages = share.allocate(len)?;
-        let address = share.share(&pages, access)?;
-        Ok(Self { share: share.clone(), pages, address })
-    }
-}
-
-impl Drop for Shared {
-    fn drop(&mut self) {
-        if let Err(error) = self.share.unshare(self.address) {
-            tracing::debug!(%error, "a ring area stays shared");
         }
     }
 }

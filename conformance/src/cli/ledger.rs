@@ -9,12 +9,17 @@ use serde::Serialize;
 use super::output::Output;
 use super::{CliError, Format, SUCCESS};
 
+/// Normative statements of VIRTIO 1.4, N0001 to N1595.
+const CATALOGUE: usize = 1595;
+
 /// The statements that cases judge.
 #[derive(Serialize)]
 struct Ledger {
     statements: Vec<Statement>,
     /// How many statements cases judge.
     judged: usize,
+    /// How many there are.
+    catalogue: usize,
 }
 
 #[derive(Serialize)]
@@ -42,7 +47,7 @@ fn ledger() -> Ledger {
         }
     }
     let statements: Vec<_> = judged.into_iter().map(|(id, cases)| Statement { id, cases }).collect();
-    Ledger { judged: statements.len(), statements }
+    Ledger { judged: statements.len(), catalogue: CATALOGUE, statements }
 }
 
 fn text(ledger: &Ledger) -> String {
@@ -50,6 +55,6 @@ fn text(ledger: &Ledger) -> String {
     for statement in &ledger.statements {
         _ = writeln!(out, "{}  {}", statement.id, statement.cases.join(", "));
     }
-    _ = writeln!(out, "\n{} statements are judged.", ledger.judged);
+    _ = writeln!(out, "\n{} of {} statements are judged.", ledger.judged, ledger.catalogue);
     out
 }

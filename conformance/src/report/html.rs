@@ -54,11 +54,12 @@ fn header(out: &mut String, report: &Report) {
     _ = write!(
         out,
         "<header>\n<p class=\"name\"><b>polyvirt</b> – one virtio core, every hypervisor</p>\n\
-         <h1{}>{}</h1>\n<p class=\"lead\">{} of {} cells run in {:.1} s.</p>\n<ul class=\"totals\">\n",
+         <h1{}>{}</h1>\n<p class=\"lead\">{} of {} {} run in {:.1} s.</p>\n<ul class=\"totals\">\n",
         if summary.ok { "" } else { " class=\"failed\"" },
         Escaped(headline(report)),
         summary.cells_run,
         summary.cells,
+        if summary.cells == 1 { "cell" } else { "cells" },
         summary.seconds,
     );
     for (outcome, count) in [
@@ -260,10 +261,11 @@ fn sizes(out: &mut String) {
     _ = write!(
         out,
         "<h2>What a hypervisor costs</h2>\n<p>Lines of code of each shim: blank lines, comments and tests not counted. \
-         The bar ends at {}, the most that is allowed.</p>\n<div class=\"sheet\">\n<table>\n<thead><tr>\
+         The bar ends at {}, the most that is allowed. What the ports share is {} lines more.</p>\n<div class=\"sheet\">\n<table>\n<thead><tr>\
          <th scope=\"col\">Hypervisor</th><th scope=\"col\" class=\"number\">Shim</th><th scope=\"col\" style=\"width:50%\"></th>\
-         <th scope=\"col\" class=\"number\">Below it</th></tr></thead>\n<tbody>\n",
-        shims::LIMIT
+         <th scope=\"col\" class=\"below\">Below it</th></tr></thead>\n<tbody>\n",
+        shims::LIMIT,
+        shims::shared(),
     );
     for shim in shims::SHIMS {
         size_row(out, shim);
@@ -278,7 +280,7 @@ fn size_row(out: &mut String, shim: &Shim) {
     _ = writeln!(
         out,
         "<tr><th scope=\"row\">{}</th><td class=\"number\">{lines}</td><td><div class=\"size{over}\" aria-hidden=\"true\">\
-         <i style=\"width:{}%\"></i></div></td><td class=\"number soft\">{}</td></tr>",
+         <i style=\"width:{}%\"></i></div></td><td class=\"below\">{}</td></tr>",
         Escaped(shim.hypervisor),
         (lines * 100 / shims::LIMIT).min(100),
         Escaped(below.join(", ")),

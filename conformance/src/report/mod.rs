@@ -241,7 +241,8 @@ impl Display for Summary {
         let ran = if cells == cells_run { format!("{cells}") } else { format!("{cells_run} of {cells}") };
         write!(
             formatter,
-            "{ran} cells in {:.1} s: {passed} passed, {rejected} rejected, {failed} failed, {wedged} wedged, {skipped} skipped",
+            "{ran} {} in {:.1} s: {passed} passed, {rejected} rejected, {failed} failed, {wedged} wedged, {skipped} skipped",
+            if *cells == 1 { "cell" } else { "cells" },
             self.seconds
         )?;
         match (self.images, self.images_failed) {

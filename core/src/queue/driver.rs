@@ -336,6 +336,12 @@ impl<T, N: Notify> DriverQueue<T, N> {
         self.broken.is_none() && ring!(&mut self.ring, ring => ring.enable_interrupts())
     }
 
+    /// Entries.
+    pub const fn size(&self) -> u16 {
+        // At most 32768, the size that the queue was made with.
+        self.in_flight.len() as u16
+    }
+
     /// Buffers in flight.
     pub const fn in_flight(&self) -> usize {
         self.count

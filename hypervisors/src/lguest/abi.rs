@@ -34,7 +34,7 @@ pub const LHCALL_NOTIFY: u64 = 17;
 /// What an unknown hypercall returns (-ENOSYS).
 pub const UNKNOWN_CALL: u64 = -38i64 as u64;
 
-/// The flag in [`lguest_data::IRQ_ENABLED`] and in the processor's flags.
+/// The flag in [`IRQ_ENABLED`] and in the processor's flags.
 pub const X86_EFLAGS_IF: u32 = 512;
 
 /// In `struct lguest_data`, the offset of a u32: [`X86_EFLAGS_IF`] while the guest takes interrupts; delivery clears it.

@@ -206,7 +206,10 @@ impl<M: GuestMemory + Send> BusDevice for LguestDevice<M> {
         }
         let worked = self.look().and_then(|status| match status {
             0 => self.reset(),
-            _ => Ok(self.take_status()),
+            _ => {
+                self.take_status();
+                Ok(())
+            }
         });
         self.finish(worked.map(|()| false));
     }

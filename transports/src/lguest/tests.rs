@@ -31,10 +31,12 @@ struct Machine {
     ram: Pages,
     above: Pages,
     memory: Arc<FlatMemory>,
-    devices: Arc<Mutex<Vec<(HostPlace, Box<dyn BusDevice>)>>>,
+    devices: Arc<Mutex<Vec<Plugged>>>,
     pending: Arc<AtomicU64>,
     allocated: Arc<Mutex<usize>>,
 }
+
+type Plugged = (HostPlace, Box<dyn BusDevice>);
 
 impl Machine {
     fn new() -> Self {
