@@ -395,6 +395,20 @@ impl Session {
         }
     }
 
+    /// Waits for any interrupt of a queue, without looking at rings.
+    pub fn wait_interrupt(&mut self) -> Result<(), Objection> {
+        loop {
+            match self.transport.wait(WATCHDOG) {
+                Ok(interrupts) if interrupts.queues => return Ok(()),
+                Ok(_) => {}
+                Err(TransportError::Watchdog(..)) => {
+                    return Err(Objection::failed("a used buffer notification", format!("none in {WATCHDOG:?}")));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
     /// Waits for a change of the configuration to be told.
     pub fn wait_config(&mut self) -> Result<(), Objection> {
         let begun = Instant::now();
