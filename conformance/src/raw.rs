@@ -167,6 +167,11 @@ impl Ring {
         self.descriptors.store(2 * usize::from(slot) + 1, second, Ordering::SeqCst);
     }
 
+    /// The descriptor table, for whoever writes it from another thread.
+    pub fn descriptors(&self) -> Words<u64, Owner> {
+        self.descriptors.clone()
+    }
+
     /// The bytes of the whole descriptor table.
     pub fn descriptor_bytes(&self) -> Result<Vec<u8>, MemoryError> {
         let mut bytes = vec![0; layout::descriptors_len(self.size()) as usize];
@@ -353,6 +358,9 @@ impl Session {
     pub fn wait_used(&mut self, ring: &mut Ring) -> Result<(u32, u32), Objection> {
         let expected = "the buffer is used, and an interrupt tells so";
         loop {
+            if ring.config.event_idx && ring.used_index() == ring.taken {
+                ring.set_used_event(ring.taken);
+            }
             if let Some(element) = ring.take() {
                 return Ok(element);
             }
@@ -384,6 +392,20 @@ impl Session {
                 return Err(Objection::failed("the buffer is used", format!("it was not in {WATCHDOG:?}")));
             }
             std::thread::yield_now();
+        }
+    }
+
+    /// Waits for any interrupt of a queue, without looking at rings.
+    pub fn wait_interrupt(&mut self) -> Result<(), Objection> {
+        loop {
+            match self.transport.wait(WATCHDOG) {
+                Ok(interrupts) if interrupts.queues => return Ok(()),
+                Ok(_) => {}
+                Err(TransportError::Watchdog(..)) => {
+                    return Err(Objection::failed("a used buffer notification", format!("none in {WATCHDOG:?}")));
+                }
+                Err(error) => return Err(error.into()),
+            }
         }
     }
 

@@ -24,6 +24,9 @@ fn run(targets: &[Arc<dyn Target>]) {
             "{}: {} passed, {} rejected, {} failed, {} wedged in {:?}",
             result.cell, result.passed, result.rejected, result.failed, result.wedged, result.time
         );
+        for case in result.cases.iter().filter(|case| case.time.as_millis() > 100) {
+            println!("{:?} {}", case.time, case.case);
+        }
         for failure in result.failures {
             bad.push(format!(
                 "{} {}: expected {}, observed {}\n{}",

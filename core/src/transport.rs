@@ -136,6 +136,9 @@ pub enum TransportError {
     /// Nothing happened within the watchdog's time.
     #[error("nothing happened in {0:?} while waiting for {1}")]
     Watchdog(Duration, &'static str),
+    /// The device's side has closed the connection; a reset opens it again.
+    #[error("the device's side has closed the connection")]
+    Closed,
     /// The transport cannot do this.
     #[error("this transport has no {0}")]
     Unsupported(&'static str),

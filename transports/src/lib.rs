@@ -9,3 +9,4 @@ extern crate alloc;
 mod areas;
 pub mod lguest;
 pub mod mmio;
+pub mod xenbus;

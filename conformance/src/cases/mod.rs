@@ -1,13 +1,17 @@
 //! The cases, by area.
 
 pub mod chains;
+pub mod config;
 pub mod features;
 pub mod init;
+pub mod notify;
+pub mod ring;
 pub mod sample;
+pub mod scripted;
 
 use crate::suite::Case;
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [init::CASES, features::CASES, chains::CASES].concat()
+    [init::CASES, features::CASES, config::CASES, ring::CASES, notify::CASES, chains::CASES].concat()
 }

@@ -15,6 +15,8 @@ pub const RING: u64 = 0x10000;
 pub const BUFFERS: u64 = 0x100_0000;
 /// Where there is memory for indirect tables.
 pub const TABLES: u64 = 0x200_0000;
+/// No memory is here.
+pub const HOLE: u64 = 0x800_0000;
 /// Bytes of the memory for buffers and of that for tables.
 pub const SPACE: u64 = 0x10000;
 

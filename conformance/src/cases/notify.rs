@@ -1,0 +1,253 @@
+//! Notifications in both directions, and their suppression, as the device carries them out.
+
+use polyvirt_core::Features;
+use polyvirt_core::transport::Transport;
+
+use super::init::serve_next;
+use super::sample::{Sample, ensure, ensure_eq, serve};
+use crate::raw::{NO_INTERRUPT, Ring};
+use crate::suite::{Case, Finding, Objection, Session, Verdict};
+
+/// The cases of this area.
+pub const CASES: &[Case] = &[
+    Case::new("notify/interrupt-when-wanted", "with flags 0 every used buffer is told", wanted).judges(&["N0062"]),
+    Case::new("notify/no-interrupt-when-not-wanted", "with flags 1 used buffers are not told", unwanted)
+        .judges(&["N0061"]),
+    Case::new("notify/wanted-again", "interrupts come again when the driver wants them again", wanted_again)
+        .judges(&["N0061", "N0062"]),
+    Case::new("notify/used-event-ignored", "without EVENT_IDX used_event means nothing", event_ignored)
+        .judges(&["N0060"])
+        .class(&[22]),
+    Case::new("notify/used-event-reached", "with EVENT_IDX the element at used_event is told", event_reached)
+        .judges(&["N0064"]),
+    Case::new("notify/used-event-not-reached", "with EVENT_IDX elements before used_event are not told", event_ahead)
+        .judges(&["N0065"]),
+    Case::new("notify/flags-ignored", "with EVENT_IDX the available flags mean nothing", flags_ignored)
+        .judges(&["N0063"]),
+    Case::new("notify/used-event-poisoned", "any used_event at any time", event_poisoned).class(&[22]),
+    Case::new("notify/used-flags", "the used flags are 0 or 1, and 0 with EVENT_IDX", used_flags)
+        .judges(&["N0078", "N0080"]),
+    Case::new("notify/kick-asked-for", "an idle device asks for kicks", kick_asked_for).judges(&["N0082"]),
+    Case::new("notify/storm", "a storm of kicks for nothing", storm).judges(&["N0082"]).class(&[26]),
+    Case::new("notify/kicks-for-other-queues", "kicks of queues that have nothing, among good ones", other_queues)
+        .judges(&["N0082"])
+        .class(&[26]),
+];
+
+/// Puts a sample into its ring and kicks, without waiting.
+fn offer(session: &Session, rings: &mut [Ring]) -> Result<Sample, Objection> {
+    let sample = Sample::new(session)?;
+    let ring = &mut rings[usize::from(sample.queue)];
+    ring.chain(0, &sample.pieces);
+    ring.offer(0);
+    ring.kick()?;
+    Ok(sample)
+}
+
+/// Lets the device serve a sample, looking at the ring alone.
+fn serve_silently(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
+    let sample = offer(session, rings)?;
+    let (_, len) = session.poll_used(&mut rings[usize::from(sample.queue)])?;
+    sample.check(session, len)
+}
+
+fn queue(session: &Session) -> Result<usize, Objection> {
+    Ok(usize::from(Sample::new(session)?.queue))
+}
+
+fn wanted(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    let queue = queue(session)?;
+    for _ in 0..10 {
+        // Only the interrupt says that there is something: the ring is not looked at before.
+        let sample = offer(session, &mut rings)?;
+        session.wait_interrupt()?;
+        let Some((_, len)) = rings[queue].take() else {
+            return Err(Objection::failed("a used buffer with the interrupt", "the used ring is empty"));
+        };
+        sample.check(session, len)?;
+    }
+    Ok(Finding::Passed)
+}
+
+/// Three requests that the driver does not want to hear of. The interrupt for the first, if one comes, comes before the
+/// third is used.
+fn silence(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
+    while session.interrupted()? {}
+    for _ in 0..3 {
+        serve_silently(session, rings)?;
+    }
+    ensure(!session.interrupted()?, "no interrupt: the driver does not want one", "one came")
+}
+
+fn unwanted(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    let queue = queue(session)?;
+    rings[queue].set_flags(NO_INTERRUPT);
+    silence(session, &mut rings)?;
+    Ok(Finding::Passed)
+}
+
+fn wanted_again(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    let queue = queue(session)?;
+    for _ in 0..3 {
+        rings[queue].set_flags(NO_INTERRUPT);
+        silence(session, &mut rings)?;
+        rings[queue].set_flags(0);
+        serve_next(session, &mut rings)?;
+    }
+    Ok(Finding::Passed)
+}
+
+fn event_ignored(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    let queue = queue(session)?;
+    for event in [0, 1, 0x7fff, 0x8000, 0xffff] {
+        rings[queue].set_used_event(event);
+        let sample = offer(session, &mut rings)?;
+        session.wait_interrupt()?;
+        let (_, len) = session.wait_used(&mut rings[queue])?;
+        sample.check(session, len)?;
+    }
+    Ok(Finding::Passed)
+}
+
+/// A device with EVENT_IDX; skipped where it is not offered.
+fn with_event_idx(session: &mut Session) -> Result<Vec<Ring>, Objection> {
+    match session.transport.device_features()?.contains(Features::EVENT_IDX) {
+        true => session.bring_up(Features::EVENT_IDX),
+        false => Err(Objection::Skipped("the device does not offer VIRTIO_F_EVENT_IDX".into())),
+    }
+}
+
+fn event_reached(session: &mut Session) -> Verdict {
+    let mut rings = with_event_idx(session)?;
+    let queue = queue(session)?;
+    for _ in 0..10 {
+        let next = rings[queue].taken;
+        rings[queue].set_used_event(next);
+        let sample = offer(session, &mut rings)?;
+        session.wait_interrupt()?;
+        let Some((_, len)) = rings[queue].take() else {
+            return Err(Objection::failed("a used buffer with the interrupt", "the used ring is empty"));
+        };
+        sample.check(session, len)?;
+    }
+    Ok(Finding::Passed)
+}
+
+fn event_ahead(session: &mut Session) -> Verdict {
+    let mut rings = with_event_idx(session)?;
+    let queue = queue(session)?;
+    rings[queue].set_used_event(4);
+    // Elements 0, 1 and 2 are not told, element 3 is served but not told either, element 4 is.
+    silence(session, &mut rings)?;
+    serve_silently(session, &mut rings)?;
+    let sample = offer(session, &mut rings)?;
+    session.wait_interrupt()?;
+    let (_, len) = session.wait_used(&mut rings[queue])?;
+    sample.check(session, len)?;
+    Ok(Finding::Passed)
+}
+
+fn flags_ignored(session: &mut Session) -> Verdict {
+    let mut rings = with_event_idx(session)?;
+    let queue = queue(session)?;
+    rings[queue].set_flags(NO_INTERRUPT);
+    for _ in 0..3 {
+        let next = rings[queue].taken;
+        rings[queue].set_used_event(next);
+        let sample = offer(session, &mut rings)?;
+        session.wait_interrupt()?;
+        let (_, len) = session.wait_used(&mut rings[queue])?;
+        sample.check(session, len)?;
+    }
+    rings[queue].set_flags(0);
+    let passed = rings[queue].taken.wrapping_sub(1);
+    rings[queue].set_used_event(passed);
+    silence(session, &mut rings)?;
+    Ok(Finding::Passed)
+}
+
+fn event_poisoned(session: &mut Session) -> Verdict {
+    let mut rings = with_event_idx(session)?;
+    let queue = queue(session)?;
+    for event in [0xffff, 0x8000, 0x7fff, 0, 1, 2, 0x1234, 0xfffe] {
+        rings[queue].set_used_event(event);
+        serve_silently(session, &mut rings)?;
+    }
+    while session.interrupted()? {}
+    serve_next(session, &mut rings)?;
+    Ok(Finding::Passed)
+}
+
+fn used_flags(session: &mut Session) -> Verdict {
+    let offered = session.transport.device_features()?;
+    for features in [Features::empty(), offered & Features::EVENT_IDX] {
+        let mut rings = session.bring_up(features)?;
+        let queue = queue(session)?;
+        for _ in 0..5 {
+            let sample = offer(session, &mut rings)?;
+            let flags = rings[queue].used_flags();
+            ensure(flags <= 1, "used flags of 0 or 1", flags)?;
+            let (_, len) = session.wait_used(&mut rings[queue])?;
+            sample.check(session, len)?;
+            let flags = rings[queue].used_flags();
+            let allowed = if features.contains(Features::EVENT_IDX) { 0 } else { 1 };
+            ensure(flags <= allowed, format_args!("used flags of at most {allowed}"), flags)?;
+        }
+    }
+    Ok(Finding::Passed)
+}
+
+fn kick_asked_for(session: &mut Session) -> Verdict {
+    // A device that is done and asks for no kicks would never hear of more. It may say so a moment after it used the
+    // last buffer, so the one behind it is the fence.
+    let mut rings = session.bring_up(Features::empty())?;
+    let queue = queue(session)?;
+    for _ in 0..3 {
+        serve_next(session, &mut rings)?;
+    }
+    let begun = std::time::Instant::now();
+    while rings[queue].used_flags() != 0 {
+        let expected = "an idle device asks for kicks";
+        ensure(begun.elapsed() < crate::raw::WATCHDOG, expected, "its used flags stay 1")?;
+        std::thread::yield_now();
+    }
+    Ok(Finding::Passed)
+}
+
+fn storm(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    serve(session, &mut rings)?;
+    while session.interrupted()? {}
+    let queue = queue(session)?;
+    let used = rings[queue].used_index();
+    for _ in 0..500 {
+        for ring in &mut rings {
+            ring.kick()?;
+        }
+    }
+    session.transport.status()?;
+    ensure_eq("used index", rings[queue].used_index(), used)?;
+    ensure(!session.interrupted()?, "no interrupt for nothing", "one came")?;
+    serve_next(session, &mut rings)?;
+    Ok(Finding::Passed)
+}
+
+fn other_queues(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    for _ in 0..20 {
+        for ring in &mut rings {
+            ring.kick()?;
+        }
+        let sample = offer(session, &mut rings)?;
+        for ring in &mut rings {
+            ring.kick()?;
+        }
+        let (_, len) = session.wait_used(&mut rings[usize::from(sample.queue)])?;
+        sample.check(session, len)?;
+    }
+    Ok(Finding::Passed)
+}
