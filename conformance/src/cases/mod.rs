@@ -2,6 +2,7 @@
 
 pub mod chains;
 pub mod config;
+pub mod driver;
 pub mod features;
 pub mod init;
 pub mod notify;
@@ -13,5 +14,5 @@ use crate::suite::Case;
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [init::CASES, features::CASES, config::CASES, ring::CASES, notify::CASES, chains::CASES].concat()
+    [init::CASES, features::CASES, config::CASES, ring::CASES, notify::CASES, chains::CASES, driver::CASES].concat()
 }
