@@ -2,8 +2,10 @@
 
 pub mod chains;
 pub mod config;
+pub mod driver;
 pub mod features;
 pub mod init;
+pub mod mmio;
 pub mod notify;
 pub mod ring;
 pub mod sample;
@@ -13,5 +15,6 @@ use crate::suite::Case;
 
 /// All cases, in the order in which they run.
 pub fn all() -> Vec<Case> {
-    [init::CASES, features::CASES, config::CASES, ring::CASES, notify::CASES, chains::CASES].concat()
+    [init::CASES, features::CASES, config::CASES, ring::CASES, notify::CASES, chains::CASES, driver::CASES, mmio::CASES]
+        .concat()
 }
