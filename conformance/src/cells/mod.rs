@@ -6,7 +6,6 @@
 mod devices;
 mod guard;
 mod ports;
-mod standin;
 mod wires;
 
 use std::any::Any;
