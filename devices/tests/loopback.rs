@@ -16,7 +16,7 @@ type Memory = Arc<FlatMemory>;
 
 /// The driver's end of `device`, and what has to live as long.
 fn plug(device: Box<dyn Device<Memory>>) -> (loopback::Host, Box<dyn Transport>) {
-    let (mut host, guest) = loopback::new(16 << 20);
+    let (mut host, guest) = loopback::start(16 << 20).unwrap();
     let memory = host.memory();
     mmio::attach(&mut host, memory, device).unwrap();
     let guest = Arc::new(guest);

@@ -118,7 +118,7 @@ impl<M: GuestMemory<Lease: 'static>> Device<M> for Echo<M> {
 
 /// A machine with an [`Echo`]; the receiver learns when the device is gone.
 fn machine() -> (loopback::Host, Arc<Guest>, Receiver<()>) {
-    let (mut host, guest) = loopback::new(1 << 20);
+    let (mut host, guest) = loopback::start(1 << 20).unwrap();
     let (device, death) = Echo::new();
     let memory = host.memory();
     mmio::attach(&mut host, memory, Box::new(device)).unwrap();
@@ -256,7 +256,7 @@ fn an_interrupt_that_came_before_the_wait_is_not_lost_and_none_is_invented() {
 
 #[test]
 fn several_devices_have_their_own_places_and_lines() {
-    let (mut host, guest) = loopback::new(1 << 16);
+    let (mut host, guest) = loopback::start(1 << 16).unwrap();
     for number in 0..64 {
         let memory = host.memory();
         mmio::attach(&mut host, memory, Box::new(Echo::new().0)).unwrap();

@@ -89,7 +89,7 @@ pub(super) fn by_hand(memory: &FlatMemory, shape: Shape) -> Work<'static> {
     let size = shape.size;
     let mask = size - 1;
     let raw = base.as_ptr();
-    // SAFETY (of all accesses below): the ring areas are inside the region, which `base` keeps; slots are masked,
+    // SAFETY: in this and the next two, the ring areas are inside the region, which `base` keeps; slots are masked,
     // descriptor indices checked against the size; all are aligned, as the areas are.
     let load16 = move |at: u64| unsafe { AtomicU16::from_ptr(raw.add(at as usize).cast()) };
     // SAFETY: as above.

@@ -1,7 +1,10 @@
 //! The devices, and what stands behind them.
 
+use std::fs::File;
+
 use polyvirt_core::device::Device;
 use polyvirt_core::memory::GuestMemory;
+use polyvirt_devices::blk;
 
 use super::standin;
 use crate::suite::{BLK, CONSOLE, FarSide, RNG, Variant};
@@ -45,6 +48,13 @@ impl Kind {
         M: GuestMemory + Send + 'static,
         M::Lease: Send,
     {
-        standin::device(self, variant)
+        match (self, variant) {
+            (Self::Blk, Variant::Image(path)) => {
+                let file = File::options().read(true).write(true).open(path).map_err(|error| error.to_string())?;
+                let backend = blk::FileBackend::new(file).map_err(|error| error.to_string())?;
+                Ok((Box::new(blk::Device::new(backend, blk::Options::default())), Box::new(())))
+            }
+            _ => standin::device(self, variant),
+        }
     }
 }

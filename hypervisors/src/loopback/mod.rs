@@ -41,17 +41,12 @@ pub fn available() -> Result<String, HypervisorError> {
     Ok("this process".into())
 }
 
-/// [`new`], as other ports have it.
-pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
-    Ok(new(ram))
-}
-
 /// A machine with `ram` bytes of memory: its two halves.
-pub fn new(ram: usize) -> (Host, Guest) {
+pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
     let ram = Pages::allocate(ram);
     let memory = Arc::new(FlatMemory::new([(RAM, ram.clone())]));
     let bus = Arc::<Bus>::default();
-    (Host { memory, bus: bus.clone(), lines: 0..u64::BITS }, Guest { share: FlatShare::new(RAM, ram), bus })
+    Ok((Host { memory, bus: bus.clone(), lines: 0..u64::BITS }, Guest { share: FlatShare::new(RAM, ram), bus }))
 }
 
 /// What the halves have in common.
