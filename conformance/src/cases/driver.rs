@@ -102,7 +102,7 @@ fn stage(session: &mut Session, features: Features) -> Result<Stage, Objection> 
         device: device.clone(),
         notify,
     };
-    let ring = Ring::new(virtqueue(Box::new(Counter::default())), 0, session.trace.clone())?;
+    let ring = Ring::new(virtqueue(Box::<Counter>::default()), 0, session.trace.clone())?;
     let poison = |pages: &Pages| pages.fill(0, pages.len(), 0xff);
     [&descriptors, &driver, &device].into_iter().try_for_each(poison)?;
     let driver = DriverQueue::new(virtqueue(Box::new(kicks.clone())))?;
