@@ -265,9 +265,71 @@ impl Ring {
         (load(entry), load(entry + 1))
     }
 
+    /// (In the device's place) the available index.
+    pub fn available_index(&self) -> u16 {
+        fence(Ordering::SeqCst);
+        self.u16(self.driver.load(layout::INDEX, Ordering::SeqCst))
+    }
+
+    /// (In the device's place) the flags of the available ring.
+    pub fn flags(&self) -> u16 {
+        self.u16(self.driver.load(0, Ordering::SeqCst))
+    }
+
+    /// (In the device's place) an entry of the available ring.
+    pub fn entry(&self, slot: u16) -> u16 {
+        self.u16(self.driver.load(layout::available_entry(usize::from(slot % self.size())), Ordering::SeqCst))
+    }
+
+    /// (In the device's place) an entry of the descriptor table.
+    pub fn descriptor(&self, slot: u16) -> Descriptor {
+        let at = 2 * usize::from(slot % self.size());
+        let words: [u64; 2] = [at, at + 1].map(|at| self.descriptors.load(at, Ordering::SeqCst));
+        self.parse(words)
+    }
+
+    /// The reverse of [`Ring::words`].
+    pub fn parse(&self, words: [u64; 2]) -> Descriptor {
+        let rest = words[1].to_ne_bytes();
+        let (len, flags, next) = ([rest[0], rest[1], rest[2], rest[3]], [rest[4], rest[5]], [rest[6], rest[7]]);
+        match self.big {
+            true => Descriptor {
+                address: u64::from_be(words[0]),
+                len: u32::from_be_bytes(len),
+                flags: u16::from_be_bytes(flags),
+                next: u16::from_be_bytes(next),
+            },
+            false => Descriptor {
+                address: u64::from_le(words[0]),
+                len: u32::from_le_bytes(len),
+                flags: u16::from_le_bytes(flags),
+                next: u16::from_le_bytes(next),
+            },
+        }
+    }
+
+    /// (In the device's place) writes the flags of the used ring.
+    pub fn set_used_flags(&self, flags: u16) {
+        self.trace.note(format!("used flags of queue {}: {flags}", self.index));
+        self.device.store(0, self.u16(flags), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
+    /// (In the device's place) writes avail_event.
+    pub fn set_avail_event(&self, event: u16) {
+        self.trace.note(format!("avail_event of queue {}: {event}", self.index));
+        self.device.store(layout::avail_event(self.size()), self.u16(event), Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+    }
+
     /// (In the device's place) puts an element into the used ring.
     pub fn put_used(&self, position: u16, id: u32, len: u32) {
         self.trace.note(format!("used element of queue {}: id {id}, length {len}", self.index));
+        self.put_used_quietly(position, id, len);
+    }
+
+    /// [`Ring::put_used`] without a trace.
+    pub fn put_used_quietly(&self, position: u16, id: u32, len: u32) {
         let entry = layout::used_entry(usize::from(position % self.size()));
         self.device.store(entry, self.u32(id), Ordering::SeqCst);
         self.device.store(entry + 1, self.u32(len), Ordering::SeqCst);

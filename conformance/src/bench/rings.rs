@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use polyvirt_core::memory::{FlatMemory, Owner, Pages, Words};
 use polyvirt_core::queue::split::layout;
-use polyvirt_core::queue::{Buffer, DriverQueue, Layout, Queue, QueueConfig, packed};
+use polyvirt_core::queue::{Buffer, DriverQueue, Layout, Queue, QueueConfig};
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 
 use super::{Effort, Row, Work, alternate, opponents};
@@ -119,54 +119,44 @@ fn ours_split<'m>(memory: &'m FlatMemory, shape: Shape) -> Work<'m> {
     })
 }
 
-fn packed_memory() -> FlatMemory {
-    FlatMemory::new([(0, Pages::allocate(REGION))])
-}
-
-/// Our device role on a packed ring. The driver has to write descriptors here: the ring holds nothing else. It writes no
-/// more than the flags that make a chain available, as the split driver writes no more than an index.
-fn ours_packed<'m>(memory: &'m FlatMemory, shape: Shape) -> Work<'m> {
-    let mut queue = Queue::new(memory, config(shape, Layout::Packed)).unwrap();
-    let descriptors = Words::<u64, _>::new(memory.pages(DESCRIPTORS, 16 * usize::from(shape.size)).unwrap()).unwrap();
-    for slot in 0..shape.chains() * shape.chain {
-        let (address, _) = shape.piece(slot / shape.chain, slot % shape.chain);
-        descriptors.store(2 * usize::from(slot), address.to_le(), Ordering::Relaxed);
-    }
-    let mut at = packed::layout::Position::START;
+/// Both of our roles on one ring, in turns: a driver adds, a device takes and gives back, the driver takes back.
+fn round_trip(layout: Layout, batch: u16) -> Work<'static> {
+    let size = 256;
+    let ring = || Pages::allocate(4096);
+    let (descriptors, driver, device) = (ring(), ring(), ring());
+    let memory = FlatMemory::new([
+        (DESCRIPTORS, descriptors.clone()),
+        (AVAILABLE, driver.clone()),
+        (USED, device.clone()),
+        (BUFFERS, Pages::allocate(2 * 4096)),
+    ]);
+    let shape = Shape { size, chain: 2, batch, regions: 1, event_idx: true };
+    let config = config(shape, layout);
+    let mut driver = DriverQueue::new(Virtqueue { config, descriptors, driver, device, notify: Count(0) }).unwrap();
+    let header = [Buffer { address: BUFFERS, len: 16 }];
+    let data = [Buffer { address: BUFFERS + 4096, len: 4096 }];
+    // Leaked, so that the work can own a queue that borrows it.
+    let memory: &'static FlatMemory = Box::leak(Box::new(memory));
+    let mut device = Queue::new(memory, config).unwrap();
     Box::new(move |count| {
-        let (mut done, mut written, mut interrupts) = (0, 0u64, 0u64);
+        let (mut done, mut interrupts) = (0, 0u64);
         while done < count {
-            for _ in 0..shape.batch {
-                let id = at.index / shape.chain;
-                let mut first = None;
-                for piece in 0..shape.chain {
-                    let (_, len) = shape.piece(id, piece);
-                    let write = if piece > 0 || shape.chain == 1 { packed::layout::WRITE } else { 0 };
-                    let next = if piece + 1 < shape.chain { packed::layout::NEXT } else { 0 };
-                    let flags = at.available_flags() | write | next;
-                    let word = packed::layout::Tail { len, id, flags }.to_word();
-                    let index = 2 * usize::from(at.index) + 1;
-                    match first {
-                        None => first = Some((index, word)),
-                        Some(_) => descriptors.store(index, word, Ordering::Relaxed),
-                    }
-                    at = at.advanced(1, shape.size);
-                }
-                if let Some((index, word)) = first {
-                    descriptors.store(index, word, Ordering::Release);
-                }
+            for number in 0..batch {
+                driver.add_buf(&header, &data, number).unwrap();
             }
-            queue.begin_burst();
-            while let Some(mut chain) = queue.pop().unwrap() {
+            driver.kick().unwrap();
+            device.begin_burst();
+            while let Some(mut chain) = device.pop().unwrap() {
                 let writable = chain.writable_len();
                 chain.set_written(writable);
-                written += u64::from(writable);
-                queue.complete(chain).unwrap();
-                done += 1;
+                device.complete(chain).unwrap();
             }
-            interrupts += u64::from(queue.needs_interrupt());
+            interrupts += u64::from(device.needs_interrupt());
+            for _ in 0..batch {
+                done += u64::from(driver.get_buf().unwrap().is_some());
+            }
         }
-        black_box((written, interrupts));
+        black_box(interrupts);
         done
     })
 }
@@ -280,12 +270,10 @@ pub fn run(effort: Effort, mut progress: impl FnMut(&str)) -> Vec<Row> {
         });
     }
     for batch in [1, 32] {
-        let shape = Shape { size: 256, chain: 2, batch, regions: 1, event_idx: true };
-        let name = format!("device role, packed, chains of 2, batch {batch}");
+        let name = format!("both roles, packed, chains of 2, batch {batch}");
         progress(&name);
-        let memory = split_memory(shape);
-        let other = packed_memory();
-        let (ours, peer) = alternate(effort, &mut ours_packed(&other, shape), &mut ours_split(&memory, shape));
+        let (ours, peer) =
+            alternate(effort, &mut round_trip(Layout::Packed, batch), &mut round_trip(Layout::Modern, batch));
         rows.push(Row {
             name,
             ours,

@@ -6,7 +6,6 @@
 mod devices;
 mod guard;
 mod ports;
-mod standin;
 mod wires;
 
 use std::any::Any;
@@ -26,7 +25,7 @@ pub use wires::{LguestPage, Mmio};
 use crate::suite::{Alarm, Cell, Evidence, FarSide, Probe, Probed, RegisterFile, Session, Target, Variant};
 
 /// Guest memory of a session, bytes.
-const RAM: usize = 32 << 20;
+const RAM: usize = 8 << 20;
 
 /// The cells of the default matrix, in its order.
 pub fn cells() -> Vec<Arc<dyn Target>> {

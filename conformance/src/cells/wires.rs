@@ -1,12 +1,13 @@
 //! The transports.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
 use polyvirt_core::hypervisor::{Guest, Host, HypervisorError, Share};
 use polyvirt_core::memory::{Access, GuestMemory, Pages};
-use polyvirt_core::transport::TransportError;
+use polyvirt_core::transport::{Transport, TransportError};
 use polyvirt_transports::mmio::Registers;
 use polyvirt_transports::{lguest, mmio};
 
@@ -29,7 +30,8 @@ impl<H: Host<Place = mmio::Place>, G: Registers + 'static> Wire<H, G> for Mmio {
     }
 
     fn connect(guest: &Arc<G>, place: mmio::Place) -> Result<Connection, TransportError> {
-        let observed = Arc::new(Observed { guest: Arc::clone(guest), base: place.base, log: Mutex::default() });
+        let (log, lies) = (Mutex::default(), Mutex::default());
+        let observed = Arc::new(Observed { guest: Arc::clone(guest), place, log, lies });
         let driver = mmio::Driver::connect(Arc::clone(&observed), place)?;
         Ok((Box::new(driver), Some(Box::new(observed))))
     }
@@ -65,15 +67,17 @@ const LIMIT: usize = 1 << 16;
 /// A guest whose register accesses are written down.
 struct Observed<G> {
     guest: Arc<G>,
-    base: u64,
+    place: mmio::Place,
     log: Mutex<Vec<RegisterAccess>>,
+    /// By offset, what is read there instead of the truth.
+    lies: Mutex<BTreeMap<u64, u32>>,
 }
 
 impl<G> Observed<G> {
     fn note(&self, address: u64, data: &[u8], write: bool) {
         let mut value = [0; 8];
         value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
-        let offset = address.wrapping_sub(self.base);
+        let offset = address.wrapping_sub(self.place.base);
         let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
         if log.len() < LIMIT {
             log.push(RegisterAccess { offset, len: data.len(), value: u64::from_le_bytes(value), write });
@@ -115,6 +119,10 @@ impl<G: Registers> Guest for Observed<G> {
 impl<G: Registers> Registers for Observed<G> {
     fn load(&self, address: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
         self.guest.load(address, data)?;
+        let lies = self.lies.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(lie) = lies.get(&address.wrapping_sub(self.place.base)) {
+            data.iter_mut().zip(lie.to_le_bytes()).for_each(|(to, from)| *to = from);
+        }
         self.note(address, data, false);
         Ok(())
     }
@@ -125,16 +133,28 @@ impl<G: Registers> Registers for Observed<G> {
     }
 }
 
-impl<G: Registers> RegisterFile for Arc<Observed<G>> {
+impl<G: Registers + 'static> RegisterFile for Arc<Observed<G>> {
     fn load(&self, offset: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
-        self.guest.load(self.base.wrapping_add(offset), data)
+        self.guest.load(self.place.base.wrapping_add(offset), data)
     }
 
     fn store(&self, offset: u64, data: &[u8]) -> Result<(), HypervisorError> {
-        self.guest.store(self.base.wrapping_add(offset), data)
+        self.guest.store(self.place.base.wrapping_add(offset), data)
     }
 
     fn log(&self) -> Vec<RegisterAccess> {
         self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn lie(&self, offset: u64, value: Option<u32>) {
+        let mut lies = self.lies.lock().unwrap_or_else(PoisonError::into_inner);
+        match value {
+            Some(value) => lies.insert(offset, value),
+            None => lies.remove(&offset),
+        };
+    }
+
+    fn connect(&self) -> Result<Box<dyn Transport>, TransportError> {
+        Ok(Box::new(mmio::Driver::connect(Arc::clone(self), self.place)?))
     }
 }

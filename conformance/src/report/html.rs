@@ -137,6 +137,9 @@ fn matrix_cell(out: &mut String, cell: &Cell) {
     for (outcome, count) in counts {
         _ = write!(out, "<span class=\"{word}\">{count} {word}</span>", word = outcome.word());
     }
+    if cell.image.as_ref().is_some_and(|image| !image.ok) {
+        out.push_str("<span class=\"failed\">image damaged</span>");
+    }
     out.push_str("</div></a>");
 }
 
@@ -209,14 +212,14 @@ fn cells(out: &mut String, report: &Report) {
         let open = if matches!(verdict, Outcome::Failed | Outcome::Wedged) { " open" } else { "" };
         _ = write!(
             out,
-            "<details id=\"{}\"{open}><summary><span class=\"title\">{}</span><span class=\"counts\">",
-            Escaped(anchor(cell)),
+            "<details{open}><summary><span class=\"title\">{}</span><span class=\"counts\">",
             Escaped(cell.name())
         );
         for (outcome, count) in cell.counts().into_iter().filter(|&(_, count)| count > 0) {
             _ = write!(out, "<span class=\"{word}\">{count} {word}</span>", word = outcome.word());
         }
-        out.push_str("</span></summary>\n<div class=\"inside\">\n");
+        // The fragment is inside: browsers open the details around what a link leads to.
+        _ = writeln!(out, "</span></summary>\n<div class=\"inside\" id=\"{}\">", Escaped(anchor(cell)));
         if let Some(reason) = cell.unavailable() {
             _ = write!(out, "<p>Not run: {}</p>", Escaped(reason));
         }

@@ -107,6 +107,9 @@ fn told(cell: &Cell, style: Style) -> Vec<String> {
             lines.push(style.paint(outcome, &format!("{count:>4} {}", outcome.word()), COLUMN));
         }
     }
+    if cell.image.as_ref().is_some_and(|image| !image.ok) {
+        lines.push(style.paint(Outcome::Failed, "     image damaged", COLUMN));
+    }
     lines
 }
 
@@ -223,6 +226,16 @@ skipped:
      1 on xen/mmio: no <xen> here
 ";
         assert_eq!(matrix(&example(), Style::Plain), expected);
+    }
+
+    #[test]
+    fn a_damaged_image_shows_in_the_matrix_and_below_it() {
+        let mut cells = example().cells;
+        let image = cells[0].image.as_mut().unwrap();
+        (image.ok, image.error) = (false, Some("flush refused".into()));
+        let text = matrix(&Report::new(cells, example().image, 1.0), Style::Plain);
+        assert!(text.contains("kvm/mmio    real      FAILED  0.25 s") && text.contains(" image damaged"), "{text}");
+        assert!(text.contains("kvm/mmio × blk  FAILED  flush refused"), "{text}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use polyvirt_core::hypervisor::HypervisorError;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{Transport, TransportError};
 
 use super::{Cell, Objection, Probe, Recorded, Trace};
 
@@ -70,6 +70,12 @@ pub trait RegisterFile: Send {
 
     /// What the driver side of the transport did, and not [`RegisterFile::load`] and [`RegisterFile::store`].
     fn log(&self) -> Vec<RegisterAccess>;
+
+    /// From now on the driver side of the transport reads `value` at `offset`; without a value it reads the truth.
+    fn lie(&self, offset: u64, value: Option<u32>);
+
+    /// Meets the device once more, as a driver does that has just found it.
+    fn connect(&self) -> Result<Box<dyn Transport>, TransportError>;
 }
 
 /// An access to a register by the driver side of a transport.

@@ -13,7 +13,10 @@ use super::{Access, GuestMemory, Lease, MemoryError, Pages, Segment};
 /// `Arc<FlatMemory>`, whose segments own it and may go to another thread.
 #[derive(Debug)]
 pub struct FlatMemory {
-    regions: Box<[Region]>,
+    /// The first region, here where it is found without a further look; a map often has no other.
+    first: Region,
+    /// All others, by address.
+    others: Box<[Region]>,
 }
 
 #[derive(Debug)]
@@ -36,7 +39,9 @@ impl FlatMemory {
             end = u128::from(region.base) + region.pages.len() as u128;
         }
         assert!(end <= 1 << 64, "a region of guest memory reaches beyond 2^64");
-        Self { regions: regions.into() }
+        let mut regions = regions.into_iter();
+        let first = regions.next().unwrap_or_else(|| Region { base: 0, pages: Pages::empty() });
+        Self { first, others: regions.collect() }
     }
 
     /// The host memory behind `address .. address + len`, if it lies in one region: for the side that owns it.
@@ -47,12 +52,13 @@ impl FlatMemory {
 
     #[inline(always)]
     fn region(&self, address: u64) -> Option<&Region> {
-        let region = match &*self.regions {
-            [only] => only,
-            many => many.get(many.partition_point(|region| region.base <= address).checked_sub(1)?)?,
-        };
         // One comparison for both ends: below the base the difference wraps to a large number.
-        (address.wrapping_sub(region.base) < region.pages.len() as u64).then_some(region)
+        let holds = |region: &Region| address.wrapping_sub(region.base) < region.pages.len() as u64;
+        if holds(&self.first) {
+            return Some(&self.first);
+        }
+        let above = self.others.partition_point(|region| region.base <= address);
+        self.others.get(above.checked_sub(1)?).filter(|region| holds(region))
     }
 
     #[inline(always)]

@@ -171,6 +171,12 @@ impl Pages {
         unsafe { Segment::new(start, len, Arc::new(Owner(start, layout))) }
     }
 
+    /// No bytes at all.
+    pub(super) fn empty() -> Self {
+        // SAFETY: nothing can be accessed.
+        unsafe { Segment::new(NonNull::dangling(), 0, Arc::new(())) }
+    }
+
     /// The `len` bytes from `offset` on, under the same owner; none if they reach beyond the end.
     pub fn slice(&self, offset: usize, len: usize) -> Option<Pages> {
         // SAFETY: the owner is the same.

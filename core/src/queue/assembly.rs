@@ -49,16 +49,16 @@ impl<L> Chains<L> {
     pub(super) fn assemble(&mut self, head: u16) -> Assembly<L> {
         let parts = match self.spare.pop() {
             Some(parts) => parts,
-            None => Self::allocate(),
+            None => self.allocate(),
         };
-        Assembly { head, run: self.run, parts, pieces: 0, readable: 0, writable: 0 }
+        Assembly { head, parts, readable: 0, writable: 0 }
     }
 
     #[cold]
-    fn allocate() -> Box<Parts<L>> {
+    fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
         Box::new(Parts {
-            run: 0,
+            run: self.run,
             head: 0,
             entries: 0,
             readable_len: 0,
@@ -87,9 +87,7 @@ impl<L> Chains<L> {
 /// A chain that is being put together.
 pub(super) struct Assembly<L> {
     head: u16,
-    run: u32,
     parts: Box<Parts<L>>,
-    pieces: u32,
     readable: u64,
     writable: u64,
 }
@@ -98,12 +96,6 @@ impl<L: Lease> Assembly<L> {
     #[inline(always)]
     pub(super) const fn head(&self) -> u16 {
         self.head
-    }
-
-    /// Descriptors so far.
-    #[inline(always)]
-    pub(super) const fn pieces(&self) -> u32 {
-        self.pieces
     }
 
     /// Adds what one descriptor describes.
@@ -115,7 +107,6 @@ impl<L: Lease> Assembly<L> {
         len: u32,
         writable: bool,
     ) -> Result<(), QueueError> {
-        self.pieces += 1;
         let segments = &mut self.parts.segments;
         let access = if writable {
             if self.writable == 0 {
@@ -144,7 +135,6 @@ impl<L: Lease> Assembly<L> {
         if self.writable == 0 {
             parts.writable_from = parts.segments.len();
         }
-        parts.run = self.run;
         parts.head = head;
         parts.entries = entries;
         // A part may have exactly 2^32 bytes; the last of them has no use, because the used length cannot count it.

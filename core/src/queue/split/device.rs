@@ -110,9 +110,9 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     fn walk(&mut self, assembly: &mut Assembly<M::Lease>) -> Result<(), QueueError> {
         let head = assembly.head();
         let mut descriptor = self.descriptor(head);
-        for _ in 0..self.size {
+        for left in (0..self.size).rev() {
             if descriptor.flags & INDIRECT != 0 {
-                return self.walk_table(assembly, descriptor);
+                return self.walk_table(assembly, descriptor, left + 1);
             }
             assembly.add(&self.memory, descriptor.address, descriptor.len, descriptor.flags & WRITE != 0)?;
             if descriptor.flags & NEXT == 0 {
@@ -126,9 +126,14 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Err(QueueError::TooManyDescriptors { head, limit: self.size.into() })
     }
 
-    /// The rest of the chain is in the table that `descriptor` names (2.7.5.3).
+    /// The rest of the chain, at most `left` descriptors, is in the table that `descriptor` names (2.7.5.3).
     #[inline(never)]
-    fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, descriptor: Descriptor) -> Result<(), QueueError> {
+    fn walk_table(
+        &mut self,
+        assembly: &mut Assembly<M::Lease>,
+        descriptor: Descriptor,
+        left: u16,
+    ) -> Result<(), QueueError> {
         let (head, len) = (assembly.head(), descriptor.len);
         if !self.indirect {
             return Err(QueueError::IndirectNotNegotiated { head });
@@ -145,7 +150,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.memory.resolve(descriptor.address, len.into(), Access::READ, |segment| table.push(segment))?;
         let mut index = 0;
         // A chain has at most queue-size descriptors, wherever they are (2.7.5.3.1).
-        while assembly.pieces() < self.size.into() {
+        for _ in 0..left {
             if u64::from(index) >= entries {
                 return Err(QueueError::Index { index, size: entries as u32 });
             }
