@@ -23,3 +23,6 @@ pub mod lguest;
 pub mod lguest;
 
 pub mod loopback;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod xen;
