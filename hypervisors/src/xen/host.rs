@@ -83,10 +83,12 @@ impl hypervisor::Host for Host {
 
     fn place(&mut self, _device_type: u32, queues: u16) -> Result<HostPlace, HypervisorError> {
         let (id, guest, index, store) = (self.id, self.guest, self.devices.len(), self.domain.store.clone());
-        let backend = format!("/local/domain/{id}/backend/virtio/{guest}/{index}");
+        let backends = format!("/local/domain/{id}/backend/virtio/{guest}");
+        // What is made below inherits it; and the guest may see that something is no longer there.
+        store.write(&backends, "")?;
+        store.set_permissions(&backends, id, guest)?;
+        let backend = format!("{backends}/{index}");
         store.remove(&backend)?;
-        store.write(&backend, "")?;
-        store.set_permissions(&backend, id, guest)?;
         let kicks = (0..queues).map(|_| event_fd().map_err(failed)).collect::<Result<_, _>>()?;
         let (calls, listeners) = (self.domain.calls.clone(), self.domain.listeners.clone());
         let channels = Arc::new(Channels { calls, listeners, guest, kicks, ports: Mutex::default() });

@@ -83,6 +83,9 @@ struct Connection {
     broken: bool,
 }
 
+/// The four numbers of a message's header, and what follows it.
+type Message = ([u32; 4], Vec<u8>);
+
 struct Watch {
     /// As the domain wrote it, and what it means.
     asked: Vec<u8>,
@@ -241,7 +244,7 @@ impl Connection {
     }
 
     /// The next whole message. While the domain does not take what was sent to it, nothing is read.
-    fn receive(&mut self) -> Result<Option<([u32; 4], Vec<u8>)>, Broken> {
+    fn receive(&mut self) -> Result<Option<Message>, Broken> {
         if self.broken || !self.output.is_empty() {
             return Ok(None);
         }
