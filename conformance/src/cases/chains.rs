@@ -44,7 +44,9 @@ pub const CASES: &[Case] = &[
     Case::new("chains/aimed-at-descriptors", "a buffer that is the ring's own descriptor table", at_descriptors)
         .class(&[13]),
     Case::new("chains/aimed-at-used-ring", "a buffer that is the ring's own used ring", at_used).class(&[13]),
-    Case::new("chains/wrong-direction", "buffers of the wrong direction", wrong_direction).class(&[15]),
+    Case::new("chains/wrong-direction", "buffers of the wrong direction", wrong_direction)
+        .judges(&["N0041"])
+        .class(&[15]),
     Case::new("chains/writable-first", "a device-readable buffer behind a device-writable one", writable_first)
         .class(&[15]),
     Case::new("chains/memory-refused", "memory that is taken away before the device gets to it", refused).class(&[12]),
