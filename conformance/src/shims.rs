@@ -50,6 +50,7 @@ macro_rules! shim {
 /// Every port: a line for each.
 pub(crate) const SHIMS: &[Shim] = &[
     shim!("kvm": "mod" "abi" "host" "guest"; "machine": "machine"; "hands": "hands"; "stub on other hosts": "absent"),
+    shim!("xen": "mod" "abi" "host" "guest"; "xenstore client": "store" "wire"; "domain kernel": "kernel"; "model": "model/mod" "model/domain" "model/events" "model/grants" "model/memory" "model/ring" "model/tree" "model/xenstored"; "stub on other hosts": "absent"),
     shim!("lguest": "mod" "abi" "host" "guest"; "launcher": "launcher"; "kernel": "kernel"; "hands": "hands"; "stub on other hosts": "absent"),
     shim!("loopback": "mod" "host" "guest"),
 ];

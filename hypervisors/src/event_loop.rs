@@ -40,7 +40,7 @@ impl EventLoop {
             let event = EpollEvent::new(EventSet::IN, token as u64);
             epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), event)?;
         }
-        lock(&device).set_waker(Waker::from(Arc::new(WakeBy(news.try_clone()?))));
+        lock(&device).set_waker(waker(news.try_clone()?));
         let thread = Builder::new().name(name).spawn(move || serve(&epoll, &device, &kicks, &news))?;
         Ok(Self { stop, thread: Some(thread) })
     }
@@ -56,6 +56,11 @@ impl Drop for EventLoop {
             tracing::error!(reason, "an event loop did not end as it should");
         }
     }
+}
+
+/// Wakes by an event on `fd`.
+pub(crate) fn waker(fd: EventFd) -> Waker {
+    Waker::from(Arc::new(WakeBy(fd)))
 }
 
 struct WakeBy(EventFd);

@@ -23,3 +23,9 @@ pub mod lguest;
 pub mod lguest;
 
 pub mod loopback;
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod xen;
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+#[path = "xen/absent.rs"]
+pub mod xen;

@@ -10,8 +10,8 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_core::memory::Pages;
 
-/// Unmaps its memory when it is dropped.
-struct Mapping(NonNull<c_void>, usize);
+/// Unmaps its memory when it is dropped: where it is, and bytes.
+pub(crate) struct Mapping(pub(crate) NonNull<c_void>, pub(crate) usize);
 
 // SAFETY: a mapping belongs to the process, not to a thread; all that is done with it is to unmap it once.
 unsafe impl Send for Mapping {}
@@ -20,7 +20,7 @@ unsafe impl Sync for Mapping {}
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: mapped below with this length, and every handle to it is gone.
+        // SAFETY: mapped with this length by whoever made this, and every handle to it is gone.
         if let Err(error) = unsafe { munmap(self.0, self.1) } {
             tracing::error!(%error, "guest memory stays mapped");
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use polyvirt_core::memory::{FlatMemory, Owner, Pages, Words};
 use polyvirt_core::queue::split::layout;
-use polyvirt_core::queue::{Buffer, DriverQueue, Layout, Queue, QueueConfig, packed};
+use polyvirt_core::queue::{Buffer, DriverQueue, Layout, Queue, QueueConfig};
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 
 use super::{Effort, Row, Work, alternate, opponents};
@@ -119,54 +119,44 @@ fn ours_split<'m>(memory: &'m FlatMemory, shape: Shape) -> Work<'m> {
     })
 }
 
-fn packed_memory() -> FlatMemory {
-    FlatMemory::new([(0, Pages::allocate(REGION))])
-}
-
-/// Our device role on a packed ring. The driver has to write descriptors here: the ring holds nothing else. It writes no
-/// more than the flags that make a chain available, as the split driver writes no more than an index.
-fn ours_packed<'m>(memory: &'m FlatMemory, shape: Shape) -> Work<'m> {
-    let mut queue = Queue::new(memory, config(shape, Layout::Packed)).unwrap();
-    let descriptors = Words::<u64, _>::new(memory.pages(DESCRIPTORS, 16 * usize::from(shape.size)).unwrap()).unwrap();
-    for slot in 0..shape.chains() * shape.chain {
-        let (address, _) = shape.piece(slot / shape.chain, slot % shape.chain);
-        descriptors.store(2 * usize::from(slot), address.to_le(), Ordering::Relaxed);
-    }
-    let mut at = packed::layout::Position::START;
+/// Both of our roles on one ring, in turns: a driver adds, a device takes and gives back, the driver takes back.
+fn round_trip(layout: Layout, batch: u16) -> Work<'static> {
+    let size = 256;
+    let ring = || Pages::allocate(4096);
+    let (descriptors, driver, device) = (ring(), ring(), ring());
+    let memory = FlatMemory::new([
+        (DESCRIPTORS, descriptors.clone()),
+        (AVAILABLE, driver.clone()),
+        (USED, device.clone()),
+        (BUFFERS, Pages::allocate(2 * 4096)),
+    ]);
+    let shape = Shape { size, chain: 2, batch, regions: 1, event_idx: true };
+    let config = config(shape, layout);
+    let mut driver = DriverQueue::new(Virtqueue { config, descriptors, driver, device, notify: Count(0) }).unwrap();
+    let header = [Buffer { address: BUFFERS, len: 16 }];
+    let data = [Buffer { address: BUFFERS + 4096, len: 4096 }];
+    // Leaked, so that the work can own a queue that borrows it.
+    let memory: &'static FlatMemory = Box::leak(Box::new(memory));
+    let mut device = Queue::new(memory, config).unwrap();
     Box::new(move |count| {
-        let (mut done, mut written, mut interrupts) = (0, 0u64, 0u64);
+        let (mut done, mut interrupts) = (0, 0u64);
         while done < count {
-            for _ in 0..shape.batch {
-                let id = at.index / shape.chain;
-                let mut first = None;
-                for piece in 0..shape.chain {
-                    let (_, len) = shape.piece(id, piece);
-                    let write = if piece > 0 || shape.chain == 1 { packed::layout::WRITE } else { 0 };
-                    let next = if piece + 1 < shape.chain { packed::layout::NEXT } else { 0 };
-                    let flags = at.available_flags() | write | next;
-                    let word = packed::layout::Tail { len, id, flags }.to_word();
-                    let index = 2 * usize::from(at.index) + 1;
-                    match first {
-                        None => first = Some((index, word)),
-                        Some(_) => descriptors.store(index, word, Ordering::Relaxed),
-                    }
-                    at = at.advanced(1, shape.size);
-                }
-                if let Some((index, word)) = first {
-                    descriptors.store(index, word, Ordering::Release);
-                }
+            for number in 0..batch {
+                driver.add_buf(&header, &data, number).unwrap();
             }
-            queue.begin_burst();
-            while let Some(mut chain) = queue.pop().unwrap() {
+            driver.kick().unwrap();
+            device.begin_burst();
+            while let Some(mut chain) = device.pop().unwrap() {
                 let writable = chain.writable_len();
                 chain.set_written(writable);
-                written += u64::from(writable);
-                queue.complete(chain).unwrap();
-                done += 1;
+                device.complete(chain).unwrap();
             }
-            interrupts += u64::from(queue.needs_interrupt());
+            interrupts += u64::from(device.needs_interrupt());
+            for _ in 0..batch {
+                done += u64::from(driver.get_buf().unwrap().is_some());
+            }
         }
-        black_box((written, interrupts));
+        black_box(interrupts);
         done
     })
 }
@@ -241,74 +231,157 @@ fn ours_driver(batch: u16) -> Work<'static> {
     })
 }
 
+/// Bytes copied by each operation of [`two_threads`].
+const COPIED: u32 = 64;
+
+/// Driver and device on a thread each, both looking rather than sleeping: the driver writes 64 bytes, the device reads
+/// them.
+fn two_threads(layout: Layout) -> Work<'static> {
+    let size = 256u16;
+    Box::new(move |count| {
+        let ring = || Pages::allocate(4096);
+        let (descriptors, driver, device, buffers) =
+            (ring(), ring(), ring(), Pages::allocate(usize::from(size) * COPIED as usize));
+        let memory = FlatMemory::new([
+            (DESCRIPTORS, descriptors.clone()),
+            (AVAILABLE, driver.clone()),
+            (USED, device.clone()),
+            (BUFFERS, buffers.clone()),
+        ]);
+        let shape = Shape { size, chain: 1, batch: 1, regions: 1, event_idx: true };
+        let config = config(shape, layout);
+        let mut driver = DriverQueue::new(Virtqueue { config, descriptors, driver, device, notify: Count(0) }).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut device = Queue::new(&memory, config).unwrap();
+                let (mut done, mut sum) = (0, 0u64);
+                while done < count {
+                    device.begin_burst();
+                    while let Some(chain) = device.pop().unwrap() {
+                        let mut bytes = [0; COPIED as usize];
+                        chain.read(0, &mut bytes).unwrap();
+                        sum += u64::from(bytes[0]);
+                        device.complete(chain).unwrap();
+                        done += 1;
+                    }
+                    device.needs_interrupt();
+                    std::hint::spin_loop();
+                }
+                black_box(sum);
+            });
+            let (mut added, mut back, mut free) = (0, 0, (0..size).rev().collect::<Vec<_>>());
+            while back < count {
+                while added < count
+                    && let Some(slot) = free.pop()
+                {
+                    let offset = usize::from(slot) * COPIED as usize;
+                    buffers.write(offset, &[added as u8; COPIED as usize]).unwrap();
+                    let buffer = Buffer { address: BUFFERS + offset as u64, len: COPIED };
+                    driver.add_buf(&[buffer], &[], slot).unwrap();
+                    added += 1;
+                    if added % 16 == 0 || added == count {
+                        driver.kick().unwrap();
+                    }
+                }
+                while let Some((slot, _)) = driver.get_buf().unwrap() {
+                    free.push(slot);
+                    back += 1;
+                }
+                driver.kick().unwrap();
+            }
+        });
+        count
+    })
+}
+
+/// Descriptors per second of our device role on a split ring.
+fn descriptors<'m>(memory: &'m FlatMemory, shape: Shape) -> Work<'m> {
+    let mut chains = ours_split(memory, shape);
+    Box::new(move |count| chains(count / u64::from(shape.chain) + 1) * u64::from(shape.chain))
+}
+
 /// Runs all rows; `progress` is told the name of each before it runs.
-pub fn run(effort: Effort, mut progress: impl FnMut(&str)) -> Vec<Row> {
-    let mut rows = Vec::new();
+pub fn run(effort: Effort, progress: impl FnMut(&str)) -> Vec<Row> {
+    let mut table = Table { effort, rows: Vec::new(), progress: Box::new(progress) };
+    let shape = Shape { size: 256, chain: 2, batch: 32, regions: 1, event_idx: true };
     for regions in [1, 4] {
         for batch in [1, 32] {
-            let shape = Shape { size: 256, chain: 2, batch, regions, event_idx: true };
-            let name = format!("device role, split, chains of 2, batch {batch}, {regions} region(s)");
-            progress(&name);
+            let shape = Shape { batch, regions, ..shape };
             let memory = split_memory(shape);
-            let (ours, peer) = alternate(effort, &mut ours_split(&memory, shape), &mut opponents::virtio_queue(shape));
-            rows.push(Row {
-                name,
-                ours,
-                peer,
-                peer_version: opponents::VIRTIO_QUEUE.to_owned(),
-                unit: "chains/s",
-                ratio: ours / peer,
-                bar: Some(4.0),
-            });
+            table.row(
+                format!("device role, split, chains of 2, batch {batch}, {regions} region(s)"),
+                ("chains/s", opponents::VIRTIO_QUEUE, Some(4.0)),
+                &mut ours_split(&memory, shape),
+                &mut opponents::virtio_queue(shape),
+            );
         }
     }
     for batch in [1, 32] {
-        let shape = Shape { size: 256, chain: 2, batch, regions: 1, event_idx: true };
-        let name = format!("abstraction, split, chains of 2, batch {batch}");
-        progress(&name);
-        let memory = split_memory(shape);
-        let other = split_memory(shape);
-        let (ours, peer) = alternate(effort, &mut ours_split(&memory, shape), &mut opponents::by_hand(&other, shape));
-        rows.push(Row {
-            name,
-            ours,
-            peer,
-            peer_version: opponents::BY_HAND.to_owned(),
-            unit: "chains/s",
-            ratio: ours / peer,
-            bar: Some(0.98),
-        });
+        table.row(
+            format!("driver role, split, add and get, batch {batch}"),
+            ("buffers/s", opponents::VIRTIO_DRIVERS, Some(2.0)),
+            &mut ours_driver(batch),
+            &mut opponents::virtio_drivers(batch),
+        );
     }
     for batch in [1, 32] {
-        let shape = Shape { size: 256, chain: 2, batch, regions: 1, event_idx: true };
-        let name = format!("device role, packed, chains of 2, batch {batch}");
-        progress(&name);
-        let memory = split_memory(shape);
-        let other = packed_memory();
-        let (ours, peer) = alternate(effort, &mut ours_packed(&other, shape), &mut ours_split(&memory, shape));
-        rows.push(Row {
-            name,
-            ours,
-            peer,
-            peer_version: "our split ring".to_owned(),
-            unit: "chains/s",
-            ratio: ours / peer,
-            bar: Some(1.0),
-        });
+        table.row(
+            format!("both roles, packed, chains of 2, batch {batch}"),
+            ("chains/s", "our split ring", Some(1.0)),
+            &mut round_trip(Layout::Packed, batch),
+            &mut round_trip(Layout::Modern, batch),
+        );
     }
     for batch in [1, 32] {
-        let name = format!("driver role, split, add and get, batch {batch}");
-        progress(&name);
-        let (ours, peer) = alternate(effort, &mut ours_driver(batch), &mut opponents::virtio_drivers(batch));
-        rows.push(Row {
-            name,
-            ours,
-            peer,
-            peer_version: opponents::VIRTIO_DRIVERS.to_owned(),
-            unit: "buffers/s",
-            ratio: ours / peer,
-            bar: Some(2.0),
-        });
+        let shape = Shape { batch, ..shape };
+        let (memory, other) = (split_memory(shape), split_memory(shape));
+        table.row(
+            format!("abstraction, split, chains of 2, batch {batch}"),
+            ("chains/s", opponents::BY_HAND, Some(0.98)),
+            &mut ours_split(&memory, shape),
+            &mut opponents::by_hand(&other, shape),
+        );
     }
-    rows
+    let reference = split_memory(shape);
+    let sizes = [16, 64, 1024, 4096, 32768].map(|size| ("queue size", size.into(), Shape { size, batch: 8, ..shape }));
+    let regions = [2, 8, 64].map(|regions| ("regions", regions, Shape { regions, ..shape }));
+    let chains = [1, 8, 32, 128].map(|chain| ("chain length", chain.into(), Shape { chain, batch: 1, ..shape }));
+    for (what, value, other) in sizes.into_iter().chain(regions).chain(chains) {
+        let memory = split_memory(other);
+        table.row(
+            format!("growth, split, {what} {value}"),
+            ("descriptors/s", "queue size 256, 1 region, chains of 2", None),
+            &mut descriptors(&memory, other),
+            &mut descriptors(&reference, shape),
+        );
+    }
+    table.row(
+        "two threads, packed, 64 bytes copied".into(),
+        ("operations/s", "our split ring", None),
+        &mut two_threads(Layout::Packed),
+        &mut two_threads(Layout::Modern),
+    );
+    table.rows
+}
+
+/// The rows so far.
+struct Table<'p> {
+    effort: Effort,
+    rows: Vec<Row>,
+    progress: Box<dyn FnMut(&str) + 'p>,
+}
+
+impl Table<'_> {
+    /// Measures a row: its name; unit, opponent and bar; ours, and the opponent's.
+    fn row<'w>(
+        &mut self,
+        name: String,
+        (unit, opponent, bar): (&'static str, &str, Option<f64>),
+        ours: &mut Work<'w>,
+        peer: &mut Work<'w>,
+    ) {
+        (self.progress)(&name);
+        let (ours, peer) = alternate(self.effort, ours, peer);
+        self.rows.push(Row { name, ours, peer, peer_version: opponent.to_owned(), unit, ratio: ours / peer, bar });
+    }
 }

@@ -282,7 +282,12 @@ fn after_reset_silent(session: &mut Session) -> Verdict {
     while session.interrupted()? {}
     session.transport.reset()?;
     let mark = session.probe()?.mark();
-    let sample = offer(session, &mut rings)?;
+    let sample = Sample::new(session)?;
+    let ring = &mut rings[usize::from(sample.queue)];
+    ring.chain(0, &sample.pieces);
+    ring.offer(0);
+    // Where the doorbell is an event channel, the reset has closed it: then it cannot even be rung.
+    let _ = ring.kick();
     session.transport.status()?;
     untouched(session, &rings, &sample, mark, "after a reset")?;
     ensure(!session.interrupted()?, "no interrupt after a reset", "one came")?;

@@ -6,7 +6,6 @@
 mod devices;
 mod guard;
 mod ports;
-mod standin;
 mod wires;
 
 use std::any::Any;
@@ -20,8 +19,8 @@ use polyvirt_core::transport::{Transport, TransportError};
 
 pub use devices::Kind;
 use guard::Guarded;
-pub use ports::{Kvm, Lguest, Loopback};
-pub use wires::{LguestPage, Mmio};
+pub use ports::{Kvm, Lguest, Loopback, Xen};
+pub use wires::{LguestPage, Mmio, Xenbus};
 
 use crate::suite::{
     Alarm, Cell, Evidence, FarSide, MakeRole, Probe, Probed, RegisterAccess, RegisterFile, Session, Target, Variant,
@@ -32,7 +31,7 @@ const RAM: usize = 8 << 20;
 
 /// The cells of the default matrix, in its order.
 pub fn cells() -> Vec<Arc<dyn Target>> {
-    [targets::<Kvm, Mmio>(), targets::<Lguest, LguestPage>()].concat()
+    [targets::<Kvm, Mmio>(), targets::<Xen, Xenbus>(), targets::<Lguest, LguestPage>()].concat()
 }
 
 /// Cells that run when they are asked for by name: models that only stand in for a hypervisor.

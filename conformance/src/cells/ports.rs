@@ -32,6 +32,8 @@ macro_rules! ports {
 ports! {
     /// KVM.
     Kvm: kvm, Real;
+    /// Xen.
+    Xen: xen, Model;
     /// lguest.
     Lguest: lguest, Real;
     /// No hypervisor: both halves in one process.

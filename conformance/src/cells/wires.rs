@@ -9,7 +9,7 @@ use polyvirt_core::hypervisor::{Guest, Host, HypervisorError, Share};
 use polyvirt_core::memory::{Access, GuestMemory, Pages};
 use polyvirt_core::transport::{Transport, TransportError};
 use polyvirt_transports::mmio::Registers;
-use polyvirt_transports::{lguest, mmio};
+use polyvirt_transports::{lguest, mmio, xenbus};
 
 use super::{Connection, Wire};
 use crate::suite::{RegisterAccess, RegisterFile};
@@ -57,6 +57,26 @@ where
 
     fn connect(guest: &Arc<G>, place: G::Place) -> Result<Connection, TransportError> {
         Ok((Box::new(lguest::Driver::connect(Arc::clone(guest), place)?), None))
+    }
+}
+
+/// xenstore and event channels.
+pub struct Xenbus;
+
+impl<H: Host<Place = xenbus::HostPlace>, G: xenbus::Domain + 'static> Wire<H, G> for Xenbus {
+    const NAME: &'static str = "xenbus";
+    const LEGACY: bool = false;
+
+    fn attach<B, M>(host: &mut B, memory: M, device: Box<dyn Device<M>>) -> Result<(), HypervisorError>
+    where
+        B: Host<Place = H::Place>,
+        M: GuestMemory + Send + 'static,
+    {
+        xenbus::attach(host, memory, device).map(drop)
+    }
+
+    fn connect(guest: &Arc<G>, place: xenbus::GuestPlace) -> Result<Connection, TransportError> {
+        Ok((Box::new(xenbus::Driver::connect(Arc::clone(guest), place)?), None))
     }
 }
 

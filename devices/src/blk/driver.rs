@@ -200,7 +200,11 @@ impl Driver {
             Err(AddError::Notify(error)) => return Err(error.into()),
         }
         self.next_id += 1;
-        self.queue.kick()?;
+        // The request is in flight whether or not the doorbell worked: waiting for it tells what is wrong, and
+        // `recover` asks for it again.
+        if let Err(error) = self.queue.kick() {
+            tracing::debug!(%error, "the device was not kicked");
+        }
         Ok(Some(id))
     }
 

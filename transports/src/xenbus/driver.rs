@@ -163,11 +163,17 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         if status.contains(Status::DRIVER_OK) { self.enter(State::Connected) } else { Ok(()) }
     }
 
-    /// If the other side has closed the connection, opens it again.
+    /// If the other side has closed the connection, opens it again; [`TransportError::Closed`] if it is gone.
     fn reset(&mut self) -> Result<(), TransportError> {
         if !self.is_open()? {
             self.enter(State::Closed)?;
-            self.wait_for("the backend to close", |driver| Ok(driver.backend()? == State::Closed))?;
+            self.wait_for("the backend to close", |driver| {
+                Ok(matches!(driver.backend()?, State::Closed | State::Unknown))
+            })?;
+            if self.backend()? == State::Unknown {
+                // Its directory is gone: there is nobody who could come back.
+                return Err(TransportError::Closed);
+            }
             self.enter(State::Initialising)?;
             self.wait_for("the backend to come back", |driver| Ok(driver.backend()? == State::InitWait))?;
             self.number = self.number("reply")?.unwrap_or(0);
