@@ -73,7 +73,9 @@ pub const CASES: &[Case] = &[
     Case::new("chains/aimed-at-used-ring", "a buffer that is the ring's own used ring", at_used)
         .judges(REFUSED)
         .class(&[13]),
-    Case::new("chains/wrong-direction", "buffers of the wrong direction", wrong_direction).judges(REFUSED).class(&[15]),
+    Case::new("chains/wrong-direction", "buffers of the wrong direction", wrong_direction)
+        .judges(&["N0041"])
+        .class(&[15]),
     Case::new("chains/writable-first", "a device-readable buffer behind a device-writable one", writable_first)
         .judges(REFUSED)
         .class(&[15]),

@@ -218,7 +218,7 @@ fn both_ways(session: &mut Session) -> Verdict {
     let mut console = start(session)?;
     let buffers = listen(session, &mut console, 4, 16)?;
     for round in 0..20u8 {
-        let (out, back) = ([round; 5], [round ^ 0xff; 9]);
+        let (out, back) = ([round; 5], [round, 1, 2, 3, 4, 5, 6, 7, 8]);
         typed(session, &back)?;
         print(session, &mut console, &out, u32::MAX)?;
         printed(session, &out)?;

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polyvirt_core::memory::{Access, Pages};
-use polyvirt_core::queue::{AddError, Buffer, DriverQueue, QueueError};
+use polyvirt_core::queue::{AddError, Buffer, QueueError};
 use polyvirt_core::transport::{Notify, Transport, TransportError, Virtqueue, initialize};
 use polyvirt_core::{Features, Status};
 
 use super::sample::{descriptor, ensure, ensure_eq, revive};
 use super::scripted::{Script, Scripted};
 use crate::raw::{INDIRECT, Memory, NEXT, NO_NOTIFY, Ring, WRITE};
-use crate::suite::{Applies, Call, Case, Finding, Objection, Session, Verdict};
+use crate::suite::{Applies, Call, Case, DriverRole, Finding, Objection, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
@@ -82,7 +82,7 @@ impl Notify for Counter {
 
 /// Our driver's queue, and the same ring in the case's hands.
 struct Stage {
-    driver: DriverQueue<u32>,
+    driver: Box<dyn DriverRole>,
     ring: Ring,
     kicks: Counter,
     buffer: Memory,
@@ -105,7 +105,7 @@ fn stage(session: &mut Session, features: Features) -> Result<Stage, Objection> 
     let ring = Ring::new(virtqueue(Box::<Counter>::default()), 0, session.trace.clone())?;
     let poison = |pages: &Pages| pages.fill(0, pages.len(), 0xff);
     [&descriptors, &driver, &device].into_iter().try_for_each(poison)?;
-    let driver = DriverQueue::new(virtqueue(Box::new(kicks.clone())))?;
+    let driver = (session.driver_role)(virtqueue(Box::new(kicks.clone())))?;
     let buffer = Memory::new(session, 4096, Access::READ | Access::WRITE)?;
     Ok(Stage { driver, ring, kicks, buffer, config })
 }
@@ -123,7 +123,7 @@ impl Stage {
     fn add(&mut self, readable: u32, writable: u32, token: u32) -> Result<u16, Objection> {
         let position = self.ring.available_index();
         let (readable, writable) = (self.pieces(readable), self.pieces(writable));
-        let added = self.driver.add_buf(&readable, &writable, token);
+        let added = self.driver.add(&readable, &writable, token);
         added.map_err(|error| Objection::failed("room for a buffer", error))?;
         self.driver.kick()?;
         ensure_eq("available index", self.ring.available_index(), position.wrapping_add(1))?;
@@ -175,9 +175,9 @@ fn flags(session: &mut Session) -> Verdict {
         let mut stage = stage(session, features)?;
         let most = if features.is_empty() { 1 } else { 0 };
         for _ in 0..3 {
-            stage.driver.disable_cb();
+            stage.driver.disable();
             ensure(stage.ring.flags() <= most, format_args!("flags of at most {most}"), stage.ring.flags())?;
-            stage.driver.enable_cb();
+            stage.driver.enable();
             ensure_eq("flags", stage.ring.flags(), 0)?;
         }
     }
@@ -200,7 +200,7 @@ fn queue_size(session: &mut Session) -> Verdict {
     let mut stage = stage(session, Features::empty())?;
     let size = stage.ring.size();
     let pieces = vec![stage.piece(0); usize::from(size) + 1];
-    let refused = stage.driver.add_buf(&pieces, &[], 0);
+    let refused = stage.driver.add(&pieces, &[], 0);
     ensure(
         matches!(refused, Err(AddError::Pieces { .. })),
         "one piece too many is refused",
@@ -208,7 +208,7 @@ fn queue_size(session: &mut Session) -> Verdict {
     )?;
     stage.driver.kick()?;
     ensure_eq("available index", stage.ring.available_index(), 0)?;
-    let added = stage.driver.add_buf(&pieces[1..], &[], 0);
+    let added = stage.driver.add(&pieces[1..], &[], 0);
     ensure(added.is_ok(), "as many pieces as the queue has fit", format_args!("{added:?}"))?;
     stage.driver.kick()?;
     let chain = stage.chain(stage.ring.entry(0))?;
@@ -219,7 +219,7 @@ fn queue_size(session: &mut Session) -> Verdict {
 fn no_indirect(session: &mut Session) -> Verdict {
     let mut stage = stage(session, Features::empty())?;
     let tables = Memory::new(session, 65536, Access::READ)?;
-    stage.driver = stage.driver.with_indirect(tables.pages.clone(), tables.address);
+    stage.driver = stage.driver.allow_indirect(tables.pages.clone(), tables.address);
     let head = stage.add(2, 2, 0)?;
     let chain = stage.chain(head)?;
     let none = chain.iter().all(|entry| entry.flags & INDIRECT == 0);
@@ -234,7 +234,7 @@ fn indirect(session: &mut Session) -> Verdict {
     let mut stage = stage(session, Features::INDIRECT_DESC)?;
     let len = u32::from(stage.ring.size()) * 16 * 4;
     let tables = Memory::new(session, len, Access::READ)?;
-    stage.driver = stage.driver.with_indirect(tables.pages.clone(), tables.address);
+    stage.driver = stage.driver.allow_indirect(tables.pages.clone(), tables.address);
     let head = stage.add(2, 2, 0)?;
     let chain = stage.chain(head)?;
     let [named] = chain[..] else {
@@ -258,14 +258,14 @@ fn forward(session: &mut Session) -> Verdict {
     for turn in 0..0x1_0010u32 {
         let before = stage.ring.available_index();
         let piece = stage.piece(0);
-        let added = stage.driver.add_buf(&[], &[piece], turn);
+        let added = stage.driver.add(&[], &[piece], turn);
         added.map_err(|error| Objection::failed("room for a buffer", error))?;
         stage.driver.kick()?;
         let after = stage.ring.available_index();
         ensure(after == before.wrapping_add(1), format_args!("index {}", before.wrapping_add(1)), after)?;
         let head = stage.ring.entry(before);
         stage.ring.put_used_quietly(before, head.into(), 16);
-        let got = stage.driver.get_buf()?;
+        let got = stage.driver.get()?;
         ensure(got == Some((turn, 16)), "the buffer comes back", format_args!("{got:?}"))?;
     }
     Ok(Finding::Passed)
@@ -314,7 +314,7 @@ fn avail_event(session: &mut Session) -> Verdict {
     stage.ring.set_avail_event(6);
     for number in 0..4 {
         let piece = stage.piece(number);
-        let added = stage.driver.add_buf(&[piece], &[], 0);
+        let added = stage.driver.add(&[piece], &[], 0);
         added.map_err(|error| Objection::failed("room for a buffer", error))?;
     }
     stage.driver.kick()?;
@@ -326,13 +326,13 @@ fn spurious(session: &mut Session) -> Verdict {
     let mut stage = stage(session, Features::empty())?;
     stage.add(0, 1, 7)?;
     for _ in 0..3 {
-        let got = stage.driver.get_buf()?;
+        let got = stage.driver.get()?;
         ensure(got.is_none(), "nothing from an empty used ring", format_args!("{got:?}"))?;
     }
     stage.ring.put_used(0, stage.ring.entry(0).into(), 16);
-    let got = stage.driver.get_buf()?;
+    let got = stage.driver.get()?;
     ensure(got == Some((7, 16)), "the buffer", format_args!("{got:?}"))?;
-    let got = stage.driver.get_buf()?;
+    let got = stage.driver.get()?;
     ensure(got.is_none(), "nothing more", format_args!("{got:?}"))?;
     Ok(Finding::Passed)
 }
@@ -341,7 +341,7 @@ fn spurious(session: &mut Session) -> Verdict {
 fn refuses(session: &mut Session, mut stage: Stage, expected: impl Fn(QueueError) -> bool) -> Verdict {
     let in_flight = stage.driver.in_flight();
     for _ in 0..2 {
-        match stage.driver.get_buf() {
+        match stage.driver.get() {
             Err(reason) if expected(reason) => {}
             other => return Err(Objection::failed("the driver refuses the used element", format!("{other:?}"))),
         }
@@ -382,7 +382,7 @@ fn id_twice(session: &mut Session) -> Verdict {
     let head = stage.add(0, 1, 1)?;
     stage.add(0, 1, 2)?;
     stage.ring.put_used(0, head.into(), 16);
-    let got = stage.driver.get_buf()?;
+    let got = stage.driver.get()?;
     ensure(got == Some((1, 16)), "the buffer", format_args!("{got:?}"))?;
     stage.ring.put_used(1, head.into(), 16);
     refuses(session, stage, |reason| matches!(reason, QueueError::UsedId { .. }))
@@ -407,7 +407,7 @@ fn rewritten(session: &mut Session) -> Verdict {
             stage.ring.set_descriptor_quietly(slot, descriptor(u64::MAX, u32::MAX, u16::MAX, u16::MAX));
         }
         stage.ring.put_used(token as u16, head.into(), 32);
-        let got = stage.driver.get_buf()?;
+        let got = stage.driver.get()?;
         ensure(got == Some((token, 32)), "the buffer", format_args!("{got:?}"))?;
         ensure_eq("free entries", stage.driver.free(), size)?;
     }

@@ -248,6 +248,9 @@ fn other_queues(session: &mut Session) -> Verdict {
         }
         let (_, len) = session.wait_used(&mut rings[usize::from(sample.queue)])?;
         sample.check(session, len)?;
+        for ring in &rings {
+            ensure_eq("used index", ring.used_index(), ring.taken)?;
+        }
     }
     Ok(Finding::Passed)
 }

@@ -1,6 +1,7 @@
 //! The split ring, as the device carries it out.
 
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
@@ -12,7 +13,7 @@ use super::sample::{
     Attack, BLK_IN, POISON, Sample, TEXT, Tolerance, attack, blk_header, descriptor, ensure, ensure_eq, entries,
     only_allowed, revive, serve, shown, touches,
 };
-use crate::raw::{INDIRECT, Memory, NEXT, Ring, WRITE};
+use crate::raw::{INDIRECT, Memory, NEXT, Ring, WATCHDOG, WRITE};
 use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Verdict};
 
 /// The cases of this area.
@@ -391,8 +392,9 @@ fn small_queue(session: &mut Session) -> Verdict {
         }
         session.go()?;
         serve(session, &mut rings)?;
+        let mut kept = Vec::new();
         for _ in 0..3 * size {
-            serve_next(session, &mut rings)?;
+            kept.push(serve_next(session, &mut rings)?);
         }
     }
     Ok(Finding::Passed)
@@ -556,6 +558,7 @@ fn rewritten(session: &mut Session) -> Verdict {
                     }
                 }
             });
+            let begun = Instant::now();
             let mut attempt = || -> Result<(), Objection> {
                 for _ in 0..20 {
                     ring.offer(0);
@@ -564,6 +567,8 @@ fn rewritten(session: &mut Session) -> Verdict {
                         if session.needs_reset()? {
                             return Ok(());
                         }
+                        let expected = "the device serves or refuses";
+                        ensure(begun.elapsed() < WATCHDOG, expected, "it does neither")?;
                         std::thread::yield_now();
                     }
                 }
@@ -648,8 +653,9 @@ fn resized(session: &mut Session) -> Verdict {
         let fresh = session.ring_of(queue as u16, Some(size))?;
         let old = std::mem::replace(&mut rings[queue], fresh);
         serve(session, &mut rings)?;
+        let mut kept = Vec::new();
         for _ in 0..2 * size {
-            serve_next(session, &mut rings)?;
+            kept.push(serve_next(session, &mut rings)?);
         }
         drop(old);
     }

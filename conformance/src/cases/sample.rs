@@ -83,7 +83,12 @@ impl Sample {
                 let printed = session.far_side.output()?;
                 ensure(printed == TEXT, format_args!("{TEXT:?} printed"), format_args!("{printed:?}"))
             }
-            _ => ensure((1..=64).contains(&len), "1 to 64 bytes written", len),
+            _ => {
+                ensure((1..=64).contains(&len), "1 to 64 bytes written", len)?;
+                let bytes = self.pieces[0].0.bytes()?;
+                let touched = bytes[..len as usize].iter().any(|&byte| byte != POISON);
+                ensure(len < 16 || touched, "bytes in the buffer", "it is as it was")
+            }
         }
     }
 

@@ -22,7 +22,9 @@ use guard::Guarded;
 pub use ports::{Kvm, Lguest, Loopback, Xen};
 pub use wires::{LguestPage, Mmio, Xenbus};
 
-use crate::suite::{Alarm, Cell, Evidence, FarSide, Probe, Probed, RegisterFile, Session, Target, Variant};
+use crate::suite::{
+    Alarm, Cell, Evidence, FarSide, MakeRole, Probe, Probed, RegisterAccess, RegisterFile, Session, Target, Variant,
+};
 
 /// Guest memory of a session, bytes.
 const RAM: usize = 8 << 20;
@@ -102,6 +104,21 @@ pub trait Sabotage<M: GuestMemory>: Send + Sync {
         honest
     }
 
+    /// In place of the driver's transport.
+    fn driver(&self, honest: Box<dyn Transport>) -> Box<dyn Transport> {
+        honest
+    }
+
+    /// In place of the driver's queues.
+    fn driver_role(&self) -> Option<MakeRole> {
+        None
+    }
+
+    /// What becomes of the driver's accesses to registers.
+    fn register_access(&self) -> Option<fn(RegisterAccess) -> Vec<RegisterAccess>> {
+        None
+    }
+
     /// In place of what stands behind it.
     fn far_side(&self, honest: Box<dyn FarSide>) -> Box<dyn FarSide> {
         honest
@@ -162,6 +179,13 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
         session.probe = (!matches!(variant, Variant::Image(_))).then_some(probe);
         (session.far_side, session.registers) = (far_side, registers);
         (session.memory_end, session.alarm) = (memory_end, alarm);
+        if let Some(saboteur) = &self.saboteur {
+            session.break_driver(|honest| saboteur.driver(honest));
+            session.driver_role = saboteur.driver_role().unwrap_or(session.driver_role);
+            if let (Some(registers), Some(change)) = (&session.registers, saboteur.register_access()) {
+                registers.tamper(change);
+            }
+        }
         Ok(session)
     }
 }

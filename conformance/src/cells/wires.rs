@@ -1,7 +1,7 @@
 //! The transports.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
@@ -30,8 +30,7 @@ impl<H: Host<Place = mmio::Place>, G: Registers + 'static> Wire<H, G> for Mmio {
     }
 
     fn connect(guest: &Arc<G>, place: mmio::Place) -> Result<Connection, TransportError> {
-        let (log, lies) = (Mutex::default(), Mutex::default());
-        let observed = Arc::new(Observed { guest: Arc::clone(guest), place, log, lies });
+        let observed = Arc::new(Observed { guest: Arc::clone(guest), place, notes: Mutex::default() });
         let driver = mmio::Driver::connect(Arc::clone(&observed), place)?;
         Ok((Box::new(driver), Some(Box::new(observed))))
     }
@@ -88,20 +87,50 @@ const LIMIT: usize = 1 << 16;
 struct Observed<G> {
     guest: Arc<G>,
     place: mmio::Place,
-    log: Mutex<Vec<RegisterAccess>>,
-    /// By offset, what is read there instead of the truth.
-    lies: Mutex<BTreeMap<u64, u32>>,
+    notes: Mutex<Notes>,
 }
 
-impl<G> Observed<G> {
-    fn note(&self, address: u64, data: &[u8], write: bool) {
-        let mut value = [0; 8];
-        value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
-        let offset = address.wrapping_sub(self.place.base);
-        let mut log = self.log.lock().unwrap_or_else(PoisonError::into_inner);
-        if log.len() < LIMIT {
-            log.push(RegisterAccess { offset, len: data.len(), value: u64::from_le_bytes(value), write });
+#[derive(Default)]
+struct Notes {
+    log: Vec<RegisterAccess>,
+    /// By offset, what is read there instead of the truth.
+    lies: BTreeMap<u64, u32>,
+    /// What an access turns into.
+    change: Option<fn(RegisterAccess) -> Vec<RegisterAccess>>,
+}
+
+impl<G: Registers> Observed<G> {
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does `access`, or what it turns into; the value is that of the last one that reads.
+    fn access(&self, access: RegisterAccess) -> Result<u64, HypervisorError> {
+        let mut value = 0;
+        let change = self.notes().change;
+        for mut access in change.map_or(vec![access], |change| change(access)) {
+            let address = self.place.base.wrapping_add(access.offset);
+            let mut bytes = access.value.to_le_bytes();
+            let Some(part) = bytes.get_mut(..access.len) else { continue };
+            if access.write {
+                self.guest.store(address, part)?;
+            } else {
+                self.guest.load(address, part)?;
+                let lie = self.notes().lies.get(&access.offset).map(|lie| lie.to_le_bytes());
+                part.iter_mut().zip(lie.iter().flatten()).for_each(|(to, from)| *to = *from);
+                access.value = u64::from_le_bytes(bytes);
+                value = access.value;
+            }
+            let mut notes = self.notes();
+            if notes.log.len() < LIMIT {
+                notes.log.push(access);
+            }
         }
+        Ok(value)
+    }
+
+    fn offset(&self, address: u64) -> u64 {
+        address.wrapping_sub(self.place.base)
     }
 }
 
@@ -123,8 +152,7 @@ impl<G: Registers> Guest for Observed<G> {
     type Place = mmio::Place;
 
     fn notify(&self, doorbell: u64, value: u32) -> Result<(), HypervisorError> {
-        self.note(doorbell, &value.to_le_bytes(), true);
-        self.guest.notify(doorbell, value)
+        self.store(doorbell, &value.to_le_bytes())
     }
 
     fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
@@ -138,18 +166,17 @@ impl<G: Registers> Guest for Observed<G> {
 
 impl<G: Registers> Registers for Observed<G> {
     fn load(&self, address: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
-        self.guest.load(address, data)?;
-        let lies = self.lies.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(lie) = lies.get(&address.wrapping_sub(self.place.base)) {
-            data.iter_mut().zip(lie.to_le_bytes()).for_each(|(to, from)| *to = from);
-        }
-        self.note(address, data, false);
+        let access = RegisterAccess { offset: self.offset(address), len: data.len(), value: 0, write: false };
+        let value = self.access(access)?.to_le_bytes();
+        data.iter_mut().zip(value).for_each(|(to, from)| *to = from);
         Ok(())
     }
 
     fn store(&self, address: u64, data: &[u8]) -> Result<(), HypervisorError> {
-        self.note(address, data, true);
-        self.guest.store(address, data)
+        let mut value = [0; 8];
+        value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
+        let (offset, value) = (self.offset(address), u64::from_le_bytes(value));
+        self.access(RegisterAccess { offset, len: data.len(), value, write: true }).map(drop)
     }
 }
 
@@ -163,15 +190,19 @@ impl<G: Registers + 'static> RegisterFile for Arc<Observed<G>> {
     }
 
     fn log(&self) -> Vec<RegisterAccess> {
-        self.log.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.notes().log.clone()
     }
 
     fn lie(&self, offset: u64, value: Option<u32>) {
-        let mut lies = self.lies.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut notes = self.notes();
         match value {
-            Some(value) => lies.insert(offset, value),
-            None => lies.remove(&offset),
+            Some(value) => notes.lies.insert(offset, value),
+            None => notes.lies.remove(&offset),
         };
+    }
+
+    fn tamper(&self, change: fn(RegisterAccess) -> Vec<RegisterAccess>) {
+        self.notes().change = Some(change);
     }
 
     fn connect(&self) -> Result<Box<dyn Transport>, TransportError> {

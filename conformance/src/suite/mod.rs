@@ -6,6 +6,7 @@
 
 mod probe;
 mod recorded;
+mod role;
 mod run;
 mod session;
 
@@ -16,6 +17,7 @@ use polyvirt_core::transport::TransportError;
 
 pub use probe::{Mark, Probe, Probed};
 pub use recorded::{Call, Recorded, Trace};
+pub use role::{DriverRole, MakeRole};
 pub use run::{CASE_WATCHDOG, CaseResult, CellResult, Failure, Progress, Skipped, run_cell, run_cell_within};
 pub use session::{Alarm, FarSide, RegisterAccess, RegisterFile, Session};
 

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_core::transport::{Transport, TransportError};
 
+use super::role::{MakeRole, honest};
 use super::{Cell, Objection, Probe, Recorded, Trace};
 
 /// One machine, one device, the driver side of its transport.
@@ -24,6 +25,8 @@ pub struct Session {
     pub registers: Option<Box<dyn RegisterFile>>,
     /// Where flat guest memory ends, if that is what the hypervisor gives to devices.
     pub memory_end: Option<u64>,
+    /// The driver's queues that cases look at.
+    pub driver_role: MakeRole,
     /// Panics of the device.
     pub alarm: Alarm,
     /// Dropped last: the machine.
@@ -42,9 +45,16 @@ impl Session {
             far_side: Box::new(()),
             registers: None,
             memory_end: None,
+            driver_role: honest,
             alarm: Alarm::default(),
             _machine: machine,
         }
+    }
+
+    /// Puts a driver in the way that is broken on purpose: `wrap` gets what it should have used.
+    pub(crate) fn break_driver(&mut self, wrap: impl FnOnce(Box<dyn Transport>) -> Box<dyn Transport>) {
+        let honest = Box::new(self.transport.clone());
+        self.transport = Recorded::new(wrap(honest), Trace::default());
     }
 
     /// The probe; a case that needs it is skipped where there is none.
@@ -73,6 +83,9 @@ pub trait RegisterFile: Send {
 
     /// From now on the driver side of the transport reads `value` at `offset`; without a value it reads the truth.
     fn lie(&self, offset: u64, value: Option<u32>);
+
+    /// From now on each access of the driver side turns into others: for drivers that are broken on purpose.
+    fn tamper(&self, change: fn(RegisterAccess) -> Vec<RegisterAccess>);
 
     /// Meets the device once more, as a driver does that has just found it.
     fn connect(&self) -> Result<Box<dyn Transport>, TransportError>;

@@ -1,0 +1,565 @@
+//! Broken devices.
+
+use std::sync::Arc;
+use std::task::Waker;
+
+use polyvirt_core::Features;
+use polyvirt_core::device::{Device, Queues};
+use polyvirt_core::memory::GuestMemory;
+use polyvirt_core::queue::{Chain, Queue};
+use polyvirt_core::transport::Transport;
+
+use super::{Memory, Place, Saboteur};
+use crate::cases::scripted::{Script, Scripted};
+use crate::cells::{Kind, Sabotage};
+use crate::suite::{Recorded, Trace};
+
+pub(super) const SABOTEURS: &[Saboteur] = &[
+    Saboteur {
+        name: "offers a feature that nobody knows",
+        violates: &["N0019"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["features/known-only"],
+        make: || with(Tamper { features: Some(|honest| honest | Features::bit(19)), ..Tamper::NOTHING }),
+    },
+    Saboteur {
+        name: "offers CONFIG_WCE without FLUSH",
+        violates: &["N0016", "N0756", "N0757"],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["features/dependencies", "blk/flush-offered"],
+        make: || {
+            let features = |honest: Features| honest.difference(Features::bit(9)) | Features::bit(11);
+            with(Tamper { features: Some(features), ..Tamper::NOTHING })
+        },
+    },
+    Saboteur {
+        name: "offers a feature beyond the legacy word",
+        violates: &[],
+        kind: Kind::Rng,
+        place: Place::Legacy,
+        breaks: &["features/legacy-word"],
+        make: || Arc::new(LongFeatures),
+    },
+    Saboteur {
+        name: "offers zones on the legacy interface",
+        violates: &["N0761"],
+        kind: Kind::Blk,
+        place: Place::Legacy,
+        breaks: &["blk/legacy-not-zoned"],
+        make: || with(Tamper { features: Some(|honest| honest | Features::bit(17)), ..Tamper::NOTHING }),
+    },
+    Saboteur {
+        name: "never shows that its configuration changed",
+        violates: &[],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["config/change-is-told", "config/change-before-driver-ok", "blk/capacity-changes"],
+        make: || with(Tamper::NOTHING),
+    },
+    Saboteur {
+        name: "has a window of no size",
+        violates: &[],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &["console/size"],
+        make: || with(Tamper { config: Some(|config| config.fill(0)), ..Tamper::NOTHING }),
+    },
+    Saboteur {
+        name: "multiplies sectors without looking",
+        violates: &[],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["blk/driver-sectors", "blk/sector-overflows"],
+        make: || {
+            serving(|_, chain| {
+                let mut header = [0; 16];
+                let _ = chain.read(0, &mut header);
+                let (_, sector) = header.split_at(8);
+                let sector = u64::from_le_bytes(sector.try_into().unwrap_or_default());
+                assert!(sector.checked_mul(512).is_some(), "overflow");
+                status(chain, 0);
+            })
+        },
+    },
+    Saboteur {
+        name: "has padding that is not 0",
+        violates: &["N0759"],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["blk/padding"],
+        make: || {
+            with(Tamper {
+                config: Some(|config| config.iter_mut().skip(33).for_each(|byte| *byte |= 1)),
+                ..Tamper::NOTHING
+            })
+        },
+    },
+    Saboteur {
+        name: "ignores writes to emerg_wr",
+        violates: &["N0841", "N0842"],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &["console/emergency-write"],
+        make: || with(Tamper { ignores_config_writes: true, ..Tamper::NOTHING }),
+    },
+    Saboteur {
+        name: "lets the driver write a read-only field",
+        violates: &[],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["config/read-only"],
+        make: || with(Tamper { takes_config_writes: true, ..Tamper::NOTHING }),
+    },
+    Saboteur {
+        name: "lets the configuration drift",
+        violates: &[],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["config/stable"],
+        make: || with(Tamper { drifts: true, ..Tamper::NOTHING }),
+    },
+    Saboteur {
+        name: "writes into device-readable buffers",
+        violates: &["N0041"],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &["ring/readable-untouched", "ring/only-what-is-given", "init/serves-a-request"],
+        make: || {
+            serving(|_, chain| {
+                for segment in chain.readable() {
+                    let _ = segment.fill(0, segment.len(), 0xee);
+                }
+            })
+        },
+    },
+    Saboteur {
+        name: "reads device-writable buffers",
+        violates: &["N0042"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["ring/writable-not-read"],
+        make: || {
+            serving(|_, chain| {
+                for segment in chain.writable() {
+                    let _ = segment.read(0, &mut [0]);
+                }
+                fill(chain, u32::MAX);
+            })
+        },
+    },
+    Saboteur {
+        name: "claims to have written what it did not",
+        violates: &["N0067"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["ring/used-length"],
+        make: || {
+            serving(|_, chain| {
+                fill(chain, 8);
+                chain.set_written(chain.writable_len());
+            })
+        },
+    },
+    Saboteur {
+        name: "returns empty buffers",
+        violates: &["N0853"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["rng/at-least-a-byte", "rng/any-size", "rng/many", "init/serves-a-request"],
+        make: || serving(|_, _| {}),
+    },
+    Saboteur {
+        name: "gives the same bytes every time",
+        violates: &["N0853"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["rng/random", "rng/many"],
+        make: || {
+            serving(|_, chain| {
+                let _ = chain.write(0, &vec![7; chain.writable_len() as usize]);
+            })
+        },
+    },
+    Saboteur {
+        name: "leaves large buffers as they are",
+        violates: &["N0853"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["rng/any-size", "rng/large"],
+        make: || {
+            serving(|_, chain| {
+                fill(chain, 32);
+                chain.set_written(chain.writable_len());
+            })
+        },
+    },
+    Saboteur {
+        name: "takes the first descriptor for the whole request",
+        violates: &["N0037"],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &[
+            "ring/any-arrangement",
+            "console/output-in-pieces",
+            "chains/queue-size",
+            "ring/indirect-behind-direct",
+        ],
+        make: || {
+            serving(|broken, chain| {
+                let first = chain.readable().first().map_or(0, |segment| segment.len());
+                let mut bytes = vec![0; first];
+                let _ = chain.read(0, &mut bytes);
+                broken.printed.extend(bytes);
+            })
+        },
+    },
+    Saboteur {
+        name: "says that it did every request, and did none",
+        violates: &["N0802", "N0804", "N0805", "N0808", "N0817"],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &[
+            "blk/read-only",
+            "blk/unknown-flags",
+            "blk/discard-unmap",
+            "blk/write-zeroes",
+            "blk/write-zeroes-beyond",
+            "blk/zoned-requests",
+            "blk/unknown-type",
+            "blk/write-then-read",
+            "blk/first-and-last-sector",
+            "blk/large",
+            "blk/many-in-flight",
+            "blk/beyond-the-end",
+            "blk/sector-overflows",
+            "blk/odd-write",
+            "blk/segment-odd",
+            "blk/backend-fails",
+            "blk/capacity",
+            "blk/capacity-changes",
+            "blk/flush",
+        ],
+        make: || serving(|_, chain| status(chain, 0)),
+    },
+    Saboteur {
+        name: "puts the status in front of the data",
+        violates: &["N0037"],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["blk/status-is-last-byte", "init/serves-a-request"],
+        make: || {
+            serving(|_, chain| {
+                let _ = chain.write(0, &[0]);
+                chain.set_written(chain.writable_len());
+                let _ = chain.write(1, &vec![1; chain.writable_len() as usize - 1]);
+            })
+        },
+    },
+    Saboteur {
+        name: "claims to have written nothing",
+        violates: &["N0067"],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["blk/used-length-of-writes", "blk/get-id", "blk/discard"],
+        make: || {
+            serving(|_, chain| {
+                if let Some(segment) = chain.writable().last() {
+                    let _ = segment.write(segment.len() - 1, &[0]);
+                }
+            })
+        },
+    },
+    Saboteur {
+        name: "has an id of bytes that are no text",
+        violates: &[],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["blk/get-id"],
+        make: || {
+            serving(|_, chain| {
+                let len = chain.writable_len() as usize;
+                let _ = chain.write(0, &vec![0x80; len - 1]);
+                status(chain, 0);
+            })
+        },
+    },
+    Saboteur {
+        name: "fails every request",
+        violates: &[],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["blk/empty", "blk/status-is-last-byte", "init/serves-a-request", "features/none"],
+        make: || serving(|_, chain| status(chain, 3)),
+    },
+    Saboteur {
+        name: "keeps a buffer over a reset and writes it in the next run",
+        violates: &["N0022"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["init/reset-during-requests"],
+        make: || Arc::new(Wrapped(|honest| Box::new(Hoarder { honest, hoard: Vec::new() }))),
+    },
+    Saboteur {
+        name: "returns receive buffers although nothing was typed",
+        violates: &[],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &["console/no-input"],
+        make: || serving(|_, _| {}),
+    },
+    Saboteur {
+        name: "completes the same buffer under another's name",
+        violates: &[],
+        kind: Kind::Blk,
+        place: Place::Modern,
+        breaks: &["blk/many-in-flight"],
+        make: || {
+            serving(|broken, chain| {
+                // Data of the request before.
+                let len = chain.writable_len() as usize;
+                let _ = chain.write(0, &vec![broken.count as u8; len - 1]);
+                broken.count += 1;
+                status(chain, 0);
+            })
+        },
+    },
+    Saboteur {
+        name: "panics when it is reset",
+        violates: &[],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["init/status-after-reset", "init/again-after-reset"],
+        make: || Arc::new(Wrapped(|honest| Box::new(Panics(honest)))),
+    },
+];
+
+/// A chain in a broken device's hands.
+type Taken = Chain<<Memory as GuestMemory>::Lease>;
+/// How a broken device serves a chain.
+type Serve = fn(&mut Broken, &mut Taken);
+/// What a broken device is made of.
+type Made = Box<dyn Device<Memory>>;
+
+/// What to do differently.
+#[derive(Clone, Copy)]
+struct Tamper {
+    features: Option<fn(Features) -> Features>,
+    config: Option<fn(&mut [u8])>,
+    ignores_config_writes: bool,
+    takes_config_writes: bool,
+    drifts: bool,
+    serve: Option<Serve>,
+}
+
+impl Tamper {
+    const NOTHING: Self = Self {
+        features: None,
+        config: None,
+        ignores_config_writes: false,
+        takes_config_writes: false,
+        drifts: false,
+        serve: None,
+    };
+}
+
+fn with(tamper: Tamper) -> Arc<dyn Sabotage<Memory>> {
+    Arc::new(tamper)
+}
+
+/// A device that serves each chain by `serve`, whatever queue it is in.
+fn serving(serve: Serve) -> Arc<dyn Sabotage<Memory>> {
+    with(Tamper { serve: Some(serve), ..Tamper::NOTHING })
+}
+
+impl Sabotage<Memory> for Tamper {
+    fn device(&self, honest: Box<dyn Device<Memory>>) -> Box<dyn Device<Memory>> {
+        let mut config = honest.config().to_vec();
+        self.config.into_iter().for_each(|change| change(&mut config));
+        Box::new(Broken { honest, tamper: *self, config, printed: Vec::new(), count: 0 })
+    }
+}
+
+/// A device that does something differently.
+struct Broken {
+    honest: Box<dyn Device<Memory>>,
+    tamper: Tamper,
+    config: Vec<u8>,
+    printed: Vec<u8>,
+    count: usize,
+}
+
+impl Device<Memory> for Broken {
+    fn device_type(&self) -> u32 {
+        self.honest.device_type()
+    }
+
+    fn features(&self) -> Features {
+        self.tamper.features.map_or(self.honest.features(), |change| change(self.honest.features()))
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        self.honest.queue_max_sizes()
+    }
+
+    fn config(&self) -> &[u8] {
+        &self.config
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        if self.tamper.takes_config_writes {
+            self.config[offset..offset + data.len()].copy_from_slice(data);
+        } else if !self.tamper.ignores_config_writes {
+            self.honest.write_config(offset, data);
+        }
+    }
+
+    fn activate(&mut self, features: Features, waker: Waker) {
+        self.honest.activate(features, waker);
+    }
+
+    fn kick(&mut self, index: u16, queues: &mut Queues<'_, Memory>) {
+        if self.tamper.drifts
+            && let Some(first) = self.config.first_mut()
+        {
+            *first = first.wrapping_add(1);
+        }
+        let Some(serve) = self.tamper.serve else { return self.honest.kick(index, queues) };
+        let Some(queue) = queues.get(index) else { return };
+        each(queue, |chain| serve(self, chain));
+    }
+
+    fn poll(&mut self, queues: &mut Queues<'_, Memory>) {
+        self.honest.poll(queues);
+    }
+
+    fn reset_queue(&mut self, index: u16) {
+        self.honest.reset_queue(index);
+    }
+
+    fn reset(&mut self) {
+        self.honest.reset();
+    }
+}
+
+fn each(queue: &mut Queue<Memory>, mut serve: impl FnMut(&mut Taken)) {
+    while let Ok(Some(mut chain)) = queue.pop() {
+        serve(&mut chain);
+        let _ = queue.complete(chain);
+    }
+}
+
+/// Fills at most `most` bytes with something that is different each time.
+fn fill(chain: &mut Taken, most: u32) {
+    let len = chain.writable_len().min(most) as usize;
+    let seed = std::ptr::from_ref(chain).addr() ^ usize::from(chain.head());
+    let bytes: Vec<_> = (0..len).map(|at| (seed.wrapping_mul(31).wrapping_add(at * at * 7 + at) >> 3) as u8).collect();
+    let _ = chain.write(0, &bytes);
+}
+
+/// Writes a block request's status, and claims that all before it was written.
+fn status(chain: &mut Taken, status: u8) {
+    let Some(at) = chain.writable_len().checked_sub(1) else { return };
+    let _ = chain.write(at, &[status]);
+    chain.set_written(at + 1);
+}
+
+/// A device in place of the honest one.
+struct Wrapped(fn(Made) -> Made);
+
+impl Sabotage<Memory> for Wrapped {
+    fn device(&self, honest: Box<dyn Device<Memory>>) -> Box<dyn Device<Memory>> {
+        (self.0)(honest)
+    }
+}
+
+/// Does not complete its first chain of a run, and writes to it when the next run begins.
+struct Hoarder {
+    honest: Box<dyn Device<Memory>>,
+    hoard: Vec<Taken>,
+}
+
+/// Panics at a reset of a running device.
+struct Panics(Box<dyn Device<Memory>>);
+
+macro_rules! honest {
+    ($($field:tt)+) => {
+        fn device_type(&self) -> u32 {
+            self.$($field)+.device_type()
+        }
+        fn features(&self) -> Features {
+            self.$($field)+.features()
+        }
+        fn queue_max_sizes(&self) -> &[u16] {
+            self.$($field)+.queue_max_sizes()
+        }
+        fn config(&self) -> &[u8] {
+            self.$($field)+.config()
+        }
+        fn write_config(&mut self, offset: usize, data: &[u8]) {
+            self.$($field)+.write_config(offset, data);
+        }
+        fn poll(&mut self, queues: &mut Queues<'_, Memory>) {
+            self.$($field)+.poll(queues);
+        }
+        fn reset_queue(&mut self, index: u16) {
+            self.$($field)+.reset_queue(index);
+        }
+    };
+}
+
+impl Device<Memory> for Hoarder {
+    honest!(honest);
+
+    fn activate(&mut self, features: Features, waker: Waker) {
+        for chain in &self.hoard {
+            for segment in chain.writable() {
+                let _ = segment.fill(0, segment.len(), 0xee);
+            }
+        }
+        self.honest.activate(features, waker);
+    }
+
+    fn kick(&mut self, index: u16, queues: &mut Queues<'_, Memory>) {
+        if self.hoard.is_empty()
+            && let Some(queue) = queues.get(index)
+            && let Ok(Some(chain)) = queue.pop()
+        {
+            self.hoard.push(chain);
+        }
+        self.honest.kick(index, queues);
+    }
+
+    fn reset(&mut self) {
+        self.honest.reset();
+    }
+}
+
+impl Device<Memory> for Panics {
+    honest!(0);
+
+    fn activate(&mut self, features: Features, waker: Waker) {
+        self.0.activate(features, waker);
+    }
+
+    fn kick(&mut self, index: u16, queues: &mut Queues<'_, Memory>) {
+        self.0.kick(index, queues);
+    }
+
+    fn reset(&mut self) {
+        panic!("reset")
+    }
+}
+
+/// On lguest's device page: has more feature bytes than the legacy interface knows.
+struct LongFeatures;
+
+impl Sabotage<Memory> for LongFeatures {
+    fn driver(&self, honest: Box<dyn Transport>) -> Box<dyn Transport> {
+        Box::new(Scripted::new(
+            Recorded::new(honest, Trace::default()),
+            Script { offered: Some(Features::VERSION_1), ..Script::default() },
+        ))
+    }
+}

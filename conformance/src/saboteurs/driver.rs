@@ -1,0 +1,451 @@
+//! Broken drivers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use polyvirt_core::hypervisor::Share;
+use polyvirt_core::memory::Pages;
+use polyvirt_core::queue::split::layout::Descriptor;
+use polyvirt_core::queue::{AddError, Buffer, QueueError};
+use polyvirt_core::transport::{Interrupts, Transport, TransportError, Virtqueue};
+use polyvirt_core::{Features, Status};
+use polyvirt_transports::mmio::registers::*;
+
+use super::{Memory, Place, Saboteur};
+use crate::cells::{Kind, Sabotage};
+use crate::raw::{INDIRECT, NEXT, NO_NOTIFY, Ring, WRITE};
+use crate::suite::{DriverRole, MakeRole, RegisterAccess, Trace};
+
+macro_rules! saboteurs {
+    ($($name:literal, [$($violates:literal),*], [$($breaks:literal),*], $sabotage:expr;)*) => {
+        &[$(Saboteur {
+            name: $name,
+            violates: &[$($violates),*],
+            kind: Kind::Rng,
+            place: Place::Modern,
+            breaks: &[$($breaks),*],
+            make: || $sabotage,
+        }),*]
+    };
+}
+
+pub(super) const SABOTEURS: &[Saboteur] = saboteurs! {
+    "(driver) accepts features that are not offered", ["N0008", "N0010", "N0012"], ["features/driver-subset"],
+        transport(Transports { features: |honest| honest | Features::bit(60), ..Transports::HONEST });
+    "(driver) does not accept VERSION_1", ["N1573"], ["features/driver-version-1"],
+        transport(Transports { features: |honest| honest & !Features::VERSION_1, ..Transports::HONEST });
+    "(driver) says DRIVER_OK before its queues are set up", ["N0258"], ["init/driver-sequence"],
+        transport(Transports { early_driver_ok: true, ..Transports::HONEST });
+    "(driver) clears status bits", ["N0002"], ["init/driver-sequence"],
+        transport(Transports { status: |_, new| if new.contains(Status::DRIVER_OK) { Status::DRIVER_OK } else { new }, ..Transports::HONEST });
+    "(driver) leaves out ACKNOWLEDGE", ["N0001", "N0258"], ["init/driver-sequence"],
+        transport(Transports { status: |_, new| new & !Status::ACKNOWLEDGE, ..Transports::HONEST });
+    "(driver) kicks before DRIVER_OK", ["N0264"], ["init/driver-sequence"],
+        transport(Transports { early_kick: true, ..Transports::HONEST });
+    "(driver) does not say FAILED", ["N0262"], ["driver/features-ok-refused"],
+        transport(Transports { status: |_, new| new & !Status::FAILED, ..Transports::HONEST });
+    "(driver) sets up a queue although FEATURES_OK is refused", ["N0263"], ["driver/features-ok-refused"],
+        transport(Transports { early_queue: true, ..Transports::HONEST });
+    "(driver) does not reset before it starts over", ["N0003"], ["driver/reset-after-failed"],
+        transport(Transports { no_reset: true, ..Transports::HONEST });
+    "(driver) goes on without VERSION_1", ["N1574"], ["driver/version-1-missing"],
+        transport(Transports { legacy: true, ..Transports::HONEST });
+    "(driver) places its rings anywhere", ["N0036"], ["driver/alignment"],
+        transport(Transports { misaligned: true, ..Transports::HONEST });
+
+    "(driver) takes any number for the size of a queue", [], ["mmio/driver-device-sizes"],
+        transport(Transports { odd_size: true, ..Transports::HONEST });
+
+    "(driver) reads registers byte by byte", ["N0404"], ["mmio/driver-widths"],
+        registers(|access| match access.write {
+            true => vec![access],
+            false => vec![RegisterAccess { len: 1, ..access }, access],
+        });
+    "(driver) reads features before it selects them", ["N0412", "N0413"], ["mmio/driver-order"],
+        registers(|access| if access.offset == DEVICE_FEATURES_SEL && access.write { vec![] } else { vec![access] });
+    "(driver) writes features before it selects them", ["N0413"], ["mmio/driver-order"],
+        registers(|access| if access.offset == DRIVER_FEATURES_SEL && access.write { vec![] } else { vec![access] });
+    "(driver) sets a queue up after it made it ready", ["N0415"], ["mmio/driver-order"],
+        registers(|access| {
+            let late = RegisterAccess { offset: QUEUE_SIZE, value: 4, ..access };
+            if access.offset == QUEUE_READY && access.write { vec![access, late] } else { vec![access] }
+        });
+    "(driver) takes a larger queue than there is", ["N0414"], ["mmio/driver-order"],
+        registers(|access| {
+            let larger = RegisterAccess { value: 0x8000, ..access };
+            vec![if access.offset == QUEUE_SIZE && access.write { larger } else { access }]
+        });
+    "(driver) acknowledges everything", ["N0419", "N0420"], ["mmio/driver-acknowledges"],
+        registers(|access| {
+            let all = RegisterAccess { value: u64::from(u32::MAX), ..access };
+            vec![if access.offset == INTERRUPT_ACK { all } else { access }]
+        });
+    "(driver) does not acknowledge", ["N0430", "N0432"], ["mmio/driver-acknowledges"],
+        registers(|access| if access.offset == INTERRUPT_ACK { vec![] } else { vec![access] });
+    "(driver) acknowledges bits that it does not know", ["N0418"], ["mmio/driver-undefined-interrupt-bits"],
+        registers(|access| {
+            let all = RegisterAccess { value: 0xff, ..access };
+            vec![if access.offset == INTERRUPT_ACK { all } else { access }]
+        });
+    "(driver) writes to whatever answers", ["N0406", "N0408", "N0410"], ["mmio/driver-not-virtio"],
+        registers(|access| match access.offset {
+            MAGIC_VALUE => vec![access, RegisterAccess { offset: STATUS, write: true, value: 0, ..access }],
+            _ => vec![access],
+        });
+    "(driver) reads the device type before the magic value", ["N0424", "N0425"], ["mmio/driver-not-virtio"],
+        registers(|access| match access.offset {
+            MAGIC_VALUE => vec![RegisterAccess { offset: DEVICE_ID, ..access }, access],
+            _ => vec![access],
+        });
+    "(driver) does not wait for a queue to be reset", ["N0421"], ["mmio/driver-stops-queue"],
+        registers(|access| match (access.offset, access.write) {
+            (QUEUE_RESET, true) => vec![access, RegisterAccess { offset: QUEUE_SEL, value: 0, ..access }],
+            _ => vec![access],
+        });
+
+    "(driver) starts with what the rings held", ["N0071"], ["driver/clean-start"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { dirty: true, ..Fault::NONE }));
+    "(driver) sets flags that do not exist", ["N0055", "N0057"], ["driver/flags"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { odd_flags: true, ..Fault::NONE }));
+    "(driver) puts device-writable pieces first", ["N0039"], ["driver/readable-first"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { reversed: true, ..Fault::NONE }));
+    "(driver) makes chains longer than the queue", ["N0049"], ["driver/queue-size"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { too_long: true, ..Fault::NONE }));
+    "(driver) uses indirect descriptors unasked", ["N0047"], ["driver/no-indirect-unasked"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { indirect: INDIRECT, ..Fault::NONE }));
+    "(driver) sets INDIRECT and NEXT", ["N0050"], ["driver/indirect-well-formed"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { indirect: INDIRECT | NEXT, ..Fault::NONE }));
+    "(driver) nests indirect descriptors", ["N0048"], ["driver/indirect-well-formed"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { indirect: INDIRECT, nested: true, ..Fault::NONE }));
+    "(driver) takes the available index back", ["N0054"], ["driver/index-forward"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { wraps_at: 1000, ..Fault::NONE }));
+    "(driver) never kicks", ["N0074", "N0076"], ["driver/kicks-when-asked", "driver/avail-event", "driver/kicks-not-when-not-asked"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { kicks: Some(false), ..Fault::NONE }));
+    "(driver) always kicks", ["N0073", "N0077"], ["driver/kicks-not-when-not-asked", "driver/avail-event"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { kicks: Some(true), ..Fault::NONE }));
+    "(driver) heeds avail_event although it was not negotiated", ["N0072"], ["driver/kicks-when-asked"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { event_idx: true, ..Fault::NONE }));
+    "(driver) heeds the used flags although avail_event is negotiated", ["N0075"], ["driver/avail-event"],
+        role(|virtqueue| Naive::make(virtqueue, Fault::NONE));
+    "(driver) takes every interrupt for a buffer", ["N0059"], ["driver/spurious-interrupt"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { eager: true, ..Fault::NONE }));
+    "(driver) believes the device", ["N0069"],
+        [
+            "driver/used-id-beyond",
+            "driver/used-id-not-in-flight",
+            "driver/used-id-no-head",
+            "driver/used-id-twice",
+            "driver/used-length-beyond",
+            "driver/rewritten-descriptors"
+        ],
+        role(|virtqueue| Naive::make(virtqueue, Fault::NONE));
+};
+
+fn transport(broken: Transports) -> Arc<dyn Sabotage<Memory>> {
+    Arc::new(broken)
+}
+
+fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabotage<Memory>> {
+    struct Registers(fn(RegisterAccess) -> Vec<RegisterAccess>);
+    impl Sabotage<Memory> for Registers {
+        fn register_access(&self) -> Option<fn(RegisterAccess) -> Vec<RegisterAccess>> {
+            Some(self.0)
+        }
+    }
+    Arc::new(Registers(change))
+}
+
+fn role(make: MakeRole) -> Arc<dyn Sabotage<Memory>> {
+    struct Role(MakeRole);
+    impl Sabotage<Memory> for Role {
+        fn driver_role(&self) -> Option<MakeRole> {
+            Some(self.0)
+        }
+    }
+    Arc::new(Role(make))
+}
+
+/// What a driver does differently on its transport.
+#[derive(Clone, Copy)]
+struct Transports {
+    features: fn(Features) -> Features,
+    /// Old and new status.
+    status: fn(Status, Status) -> Status,
+    early_driver_ok: bool,
+    early_kick: bool,
+    early_queue: bool,
+    no_reset: bool,
+    legacy: bool,
+    misaligned: bool,
+    odd_size: bool,
+}
+
+impl Transports {
+    const HONEST: Self = Self {
+        features: |honest| honest,
+        status: |_, new| new,
+        early_driver_ok: false,
+        early_kick: false,
+        early_queue: false,
+        no_reset: false,
+        legacy: false,
+        misaligned: false,
+        odd_size: false,
+    };
+}
+
+impl Sabotage<Memory> for Transports {
+    fn driver(&self, honest: Box<dyn Transport>) -> Box<dyn Transport> {
+        Box::new(Clumsy { honest, broken: *self, status: Status::empty() })
+    }
+}
+
+struct Clumsy {
+    honest: Box<dyn Transport>,
+    broken: Transports,
+    status: Status,
+}
+
+impl Transport for Clumsy {
+    fn device_type(&self) -> u32 {
+        self.honest.device_type()
+    }
+
+    fn is_legacy(&self) -> bool {
+        self.broken.legacy
+    }
+
+    fn device_features(&mut self) -> Result<Features, TransportError> {
+        self.honest.device_features()
+    }
+
+    fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {
+        self.honest.set_driver_features((self.broken.features)(features))
+    }
+
+    fn status(&mut self) -> Result<Status, TransportError> {
+        self.honest.status()
+    }
+
+    fn set_status(&mut self, status: Status) -> Result<(), TransportError> {
+        let status = (self.broken.status)(self.status, status);
+        self.status = status;
+        self.honest.set_status(status)?;
+        if self.broken.early_queue && status.contains(Status::FEATURES_OK) {
+            self.honest.find_vq(0, None)?;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), TransportError> {
+        if self.broken.no_reset { Ok(()) } else { self.honest.reset() }
+    }
+
+    fn config_generation(&mut self) -> Result<u32, TransportError> {
+        self.honest.config_generation()
+    }
+
+    fn read_config(&mut self, offset: u32, data: &mut [u8]) -> Result<(), TransportError> {
+        self.honest.read_config(offset, data)
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), TransportError> {
+        self.honest.write_config(offset, data)
+    }
+
+    fn queue_max_size(&mut self, index: u16) -> Result<u16, TransportError> {
+        self.honest.queue_max_size(index)
+    }
+
+    fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
+        if self.broken.early_driver_ok {
+            self.set_status(self.status | Status::DRIVER_OK)?;
+        }
+        let mut found = self.honest.find_vq(index, size)?;
+        if self.broken.early_kick {
+            found.notify.notify()?;
+        }
+        if self.broken.misaligned {
+            found.config.descriptors += 8;
+        }
+        if self.broken.odd_size {
+            found.config.size = 3;
+        }
+        Ok(found)
+    }
+
+    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+        self.honest.reset_vq(index)
+    }
+
+    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
+        self.honest.wait(watchdog)
+    }
+
+    fn share(&self) -> Arc<dyn Share> {
+        self.honest.share()
+    }
+}
+
+/// What is wrong with a naive driver, besides that it believes the device.
+#[derive(Clone, Copy)]
+struct Fault {
+    dirty: bool,
+    odd_flags: bool,
+    reversed: bool,
+    too_long: bool,
+    indirect: u16,
+    nested: bool,
+    wraps_at: u16,
+    kicks: Option<bool>,
+    event_idx: bool,
+    eager: bool,
+}
+
+impl Fault {
+    const NONE: Self = Self {
+        dirty: false,
+        odd_flags: false,
+        reversed: false,
+        too_long: false,
+        indirect: 0,
+        nested: false,
+        wraps_at: 0,
+        kicks: None,
+        event_idx: false,
+        eager: false,
+    };
+}
+
+/// The driver that everyone writes first: it keeps nothing for itself, and believes what the ring says.
+struct Naive {
+    ring: Ring,
+    fault: Fault,
+    next: u16,
+    pending: u16,
+    tokens: Vec<u32>,
+    in_flight: usize,
+    free: u16,
+    used: u16,
+    tables: Option<(Pages, u64)>,
+}
+
+impl Naive {
+    fn make(virtqueue: Virtqueue, fault: Fault) -> Result<Box<dyn DriverRole>, QueueError> {
+        let size = virtqueue.config.size;
+        let ring = Ring::new(virtqueue, 0, Trace::default()).map_err(|_| QueueError::Size { size: 0, max: 0 })?;
+        if fault.dirty {
+            ring.set_used_flags(0xffff);
+        }
+        let tokens = vec![0; size.into()];
+        Ok(Box::new(Self { ring, fault, next: 0, pending: 0, tokens, in_flight: 0, free: size, used: 0, tables: None }))
+    }
+}
+
+impl DriverRole for Naive {
+    fn add(&mut self, readable: &[Buffer], writable: &[Buffer], token: u32) -> Result<(), AddError<u32>> {
+        let (pieces, size) = (readable.len() + writable.len(), self.ring.size());
+        if pieces > size.into() && !self.fault.too_long {
+            return Err(AddError::Pieces { token, pieces, size });
+        }
+        let head = self.next;
+        let mut all: Vec<_> = readable.iter().map(|piece| (piece, 0)).collect();
+        all.extend(writable.iter().map(|piece| (piece, WRITE)));
+        if self.fault.reversed {
+            all.reverse();
+        }
+        let last = all.len() - 1;
+        let table = self.tables.as_ref().filter(|_| self.fault.indirect != 0).map_or(0, |(_, address)| *address);
+        let mut inside = Vec::new();
+        for (number, (piece, flags)) in all.into_iter().enumerate() {
+            let flags = flags | if number < last { NEXT } else { 0 };
+            let nested = if self.fault.nested { INDIRECT } else { 0 };
+            if table != 0 {
+                let next = number as u16 + 1;
+                inside.push(Descriptor { address: piece.address, len: piece.len, flags: flags | nested, next });
+                continue;
+            }
+            let (slot, next) = ((head + number as u16) % size, (head + number as u16 + 1) % size);
+            self.ring.set_descriptor_quietly(slot, Descriptor { address: piece.address, len: piece.len, flags, next });
+        }
+        if let Some((pages, address)) = self.tables.as_ref().filter(|_| table != 0) {
+            let bytes = self.ring.table(&inside);
+            let _ = pages.write(0, &bytes);
+            let named = Descriptor { address: *address, len: bytes.len() as u32, flags: self.fault.indirect, next: 0 };
+            self.ring.set_descriptor_quietly(head, named);
+            self.next = (head + 1) % size;
+        } else {
+            self.next = (head + pieces as u16) % size;
+        }
+        self.free = self.free.wrapping_sub(pieces as u16);
+        self.tokens[usize::from(head)] = token;
+        self.ring.set_entry(self.ring.available.wrapping_add(self.pending), head);
+        self.pending += 1;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn kick(&mut self) -> Result<bool, TransportError> {
+        let (old, mut new) = (self.ring.available, self.ring.available.wrapping_add(self.pending));
+        if self.fault.wraps_at > 0 {
+            new %= self.fault.wraps_at;
+        }
+        self.pending = 0;
+        self.ring.set_available(new);
+        let wanted = match self.fault.kicks {
+            Some(wanted) => wanted,
+            None if self.fault.event_idx => self.ring.avail_event() == old,
+            None => self.ring.used_flags() & NO_NOTIFY == 0,
+        };
+        if wanted {
+            self.ring.kick()?;
+        }
+        Ok(wanted)
+    }
+
+    fn get(&mut self) -> Result<Option<(u32, u32)>, QueueError> {
+        if self.ring.used_index() == self.used && !self.fault.eager {
+            return Ok(None);
+        }
+        let (id, len) = self.ring.used_element(self.used);
+        self.used = self.used.wrapping_add(1);
+        // The chain is read back from the table.
+        let mut at = id as u16;
+        for _ in 0..2 * self.ring.size() {
+            let Descriptor { flags, next, .. } = self.ring.descriptor(at);
+            self.free = self.free.wrapping_add(1);
+            at = next;
+            if flags & NEXT == 0 {
+                break;
+            }
+        }
+        self.in_flight = self.in_flight.saturating_sub(1);
+        Ok(Some((self.tokens[id as usize % self.tokens.len()], len)))
+    }
+
+    fn disable(&mut self) {
+        self.ring.set_flags(if self.fault.odd_flags { 2 } else { 1 });
+    }
+
+    fn enable(&mut self) -> bool {
+        self.ring.set_flags(0);
+        true
+    }
+
+    fn allow_indirect(mut self: Box<Self>, tables: Pages, address: u64) -> Box<dyn DriverRole> {
+        self.tables = Some((tables, address));
+        self
+    }
+
+    fn in_flight(&self) -> usize {
+        self.in_flight
+    }
+
+    fn free(&self) -> u16 {
+        self.free
+    }
+
+    fn drain(&mut self) -> Vec<u32> {
+        std::mem::take(&mut self.tokens)
+    }
+}

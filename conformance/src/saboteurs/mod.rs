@@ -1,0 +1,60 @@
+//! Devices and drivers that are broken on purpose: the test of the suite itself.
+//!
+//! Each breaks one thing and names the cases that have to notice. Nearly all live on the loopback, where everything happens
+//! in the caller's thread, so that what they do to a ring is done before the driver looks.
+
+mod bus;
+mod device;
+mod driver;
+mod far_side;
+mod registers;
+mod rings;
+
+use std::sync::Arc;
+
+use crate::cells::{Kind, Lguest, LguestPage, Local, Loopback, MemoryOf, Mmio, Sabotage};
+use crate::suite::Target;
+
+/// Guest memory as a saboteur sees it: flat.
+type Memory = MemoryOf<Loopback>;
+
+/// Where a saboteur sits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On the loopback.
+    Modern,
+    /// On lguest, for what only the legacy interface has. Not every host can run it.
+    Legacy,
+}
+
+/// Something broken.
+pub struct Saboteur {
+    /// What it does wrong.
+    pub name: &'static str,
+    /// The statements of VIRTIO 1.4 that it violates; none if it is a matter of robustness.
+    pub violates: &'static [&'static str],
+    /// The device that it sits on.
+    pub kind: Kind,
+    /// Where it sits.
+    pub place: Place,
+    /// The cases that have to fail.
+    pub breaks: &'static [&'static str],
+    make: fn() -> Arc<dyn Sabotage<Memory>>,
+}
+
+impl Saboteur {
+    /// A target with it inside.
+    pub fn target(&self) -> Arc<dyn Target> {
+        match self.place {
+            Place::Modern => Arc::new(Local::<Loopback, Mmio>::sabotaged(self.kind, (self.make)())),
+            Place::Legacy => Arc::new(Local::<Lguest, LguestPage>::sabotaged(self.kind, (self.make)())),
+        }
+    }
+}
+
+/// All of them.
+pub fn all() -> impl Iterator<Item = &'static Saboteur> {
+    [device::SABOTEURS, registers::SABOTEURS, rings::SABOTEURS, far_side::SABOTEURS, driver::SABOTEURS]
+        .into_iter()
+        .flatten()
+}

@@ -1,0 +1,75 @@
+//! The suite notices what is broken on purpose.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Mutex;
+
+use polyvirt_conformance::suite::{Case, Outcome, run_cell};
+use polyvirt_conformance::{cases, saboteurs};
+
+/// Runs `work` on several threads: most of the time a saboteur's case waits for something that does not come.
+fn in_parallel<T: Send>(items: Vec<T>, work: impl Fn(T) + Sync) {
+    let items = Mutex::new(items.into_iter());
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                while let Some(item) = { items.lock().unwrap().next() } {
+                    work(item);
+                }
+            });
+        }
+    });
+}
+
+#[test]
+fn every_saboteur_is_caught_by_the_cases_that_it_names() {
+    let cases: BTreeMap<_, _> = cases::all().into_iter().map(|case| (case.name, case)).collect();
+    let escaped = Mutex::new(Vec::new());
+    in_parallel(saboteurs::all().collect(), |saboteur| {
+        if let Err(reason) = saboteur.target().available() {
+            println!("skipped: {} ({reason})", saboteur.name);
+            return;
+        }
+        for name in saboteur.breaks {
+            let Some(case) = cases.get(name) else {
+                escaped.lock().unwrap().push(format!("{}: there is no case {name}", saboteur.name));
+                continue;
+            };
+            let result = run_cell(&saboteur.target(), std::slice::from_ref(case), &mut |_| {});
+            let outcome = result.cases.first().map(|result| result.outcome.clone());
+            if !matches!(outcome, Some(Outcome::Failed { .. })) {
+                escaped.lock().unwrap().push(format!("{} escaped {name}: {outcome:?}", saboteur.name));
+            }
+        }
+    });
+    let escaped = escaped.into_inner().unwrap();
+    assert!(escaped.is_empty(), "{}", escaped.join("\n"));
+}
+
+#[test]
+fn saboteurs_violate_what_a_case_that_notices_them_judges() {
+    let cases: BTreeMap<_, _> = cases::all().into_iter().map(|case| (case.name, case)).collect();
+    for saboteur in saboteurs::all() {
+        let judged: BTreeSet<_> =
+            saboteur.breaks.iter().filter_map(|name| cases.get(name)).flat_map(|c| c.statements).collect();
+        for statement in saboteur.violates {
+            assert!(judged.contains(statement), "{}: no case that it breaks judges {statement}", saboteur.name);
+        }
+    }
+    assert!(saboteurs::all().count() >= 15);
+}
+
+/// Cases that nothing breaks, with the reason.
+const UNBROKEN: &[(&str, &str)] =
+    &[("config/never-settles", "the bound is in core's read_config, which the case calls as drivers do")];
+
+#[test]
+fn every_case_can_fail() {
+    let broken: BTreeSet<_> = saboteurs::all().flat_map(|saboteur| saboteur.breaks).copied().collect();
+    let excused: BTreeSet<_> = UNBROKEN.iter().map(|(name, _)| *name).collect();
+    let all: Vec<Case> = cases::all();
+    let never: Vec<_> = all.iter().map(|case| case.name).filter(|name| !broken.contains(name)).collect();
+    let unexcused: Vec<_> = never.iter().filter(|name| !excused.contains(*name)).collect();
+    assert!(unexcused.is_empty(), "no saboteur breaks {unexcused:?}");
+    let needless: Vec<_> = excused.iter().filter(|name| !never.contains(name)).collect();
+    assert!(needless.is_empty(), "excused without need: {needless:?}");
+}
