@@ -9,57 +9,95 @@ use super::sample::{BLK_IN, BLK_OUT};
 use crate::raw::{INDIRECT, Memory, NEXT, Ring, WRITE, link};
 use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, RNG, Session, Verdict};
 
+/// What every attack judges: the device says that it cannot go on, where it cannot; it writes neither to what it may only
+/// read, nor to descriptors.
+const REFUSED: &[&str] = &["N0006", "N0041", "N0044"];
+
 /// The cases of this area.
 pub const CASES: &[Case] = &[
-    Case::new("chains/loop", "a chain whose last descriptor links back to its first", looped).class(&[1]),
-    Case::new("chains/self-loop", "a descriptor that links to itself", self_looped).class(&[1]),
+    Case::new("chains/loop", "a chain whose last descriptor links back to its first", looped)
+        .judges(REFUSED)
+        .class(&[1]),
+    Case::new("chains/self-loop", "a descriptor that links to itself", self_looped).judges(REFUSED).class(&[1]),
     Case::new("chains/next-beyond-table", "a link to a descriptor that the table does not have", next_beyond)
+        .judges(REFUSED)
         .class(&[2]),
     Case::new("chains/queue-size", "a chain of as many descriptors as the queue has is served", queue_size)
         .judges(&["N0037", "N0038"])
         .class(&[3]),
     Case::new("chains/above-queue-size", "an indirect chain with one descriptor more than the queue", above_queue_size)
+        .judges(REFUSED)
         .class(&[3]),
-    Case::new("chains/indirect-loop", "an indirect table that loops", indirect_loop).class(&[1]),
+    Case::new("chains/indirect-loop", "an indirect table that loops", indirect_loop).judges(REFUSED).class(&[1]),
     Case::new("chains/indirect-next-beyond-table", "a link beyond the end of an indirect table", indirect_beyond)
+        .judges(REFUSED)
         .class(&[2]),
-    Case::new("chains/indirect-nested", "an indirect descriptor in an indirect table", indirect_nested).class(&[4]),
-    Case::new("chains/indirect-with-next", "a descriptor with both INDIRECT and NEXT", indirect_next).class(&[5]),
-    Case::new("chains/indirect-empty", "an indirect table of length 0", indirect_empty).class(&[6]),
+    Case::new("chains/indirect-nested", "an indirect descriptor in an indirect table", indirect_nested)
+        .judges(REFUSED)
+        .class(&[4]),
+    Case::new("chains/indirect-with-next", "a descriptor with both INDIRECT and NEXT", indirect_next)
+        .judges(REFUSED)
+        .class(&[5]),
+    Case::new("chains/indirect-empty", "an indirect table of length 0", indirect_empty).judges(REFUSED).class(&[6]),
     Case::new("chains/indirect-odd-length", "an indirect table that is no multiple of 16 long", indirect_odd)
+        .judges(REFUSED)
         .class(&[6]),
-    Case::new("chains/indirect-huge", "an indirect table of 4 GiB", indirect_huge).class(&[6]),
-    Case::new("chains/indirect-nowhere", "an indirect table where no memory is", indirect_nowhere).class(&[7]),
+    Case::new("chains/indirect-huge", "an indirect table of 4 GiB", indirect_huge).judges(REFUSED).class(&[6]),
+    Case::new("chains/indirect-nowhere", "an indirect table where no memory is", indirect_nowhere)
+        .judges(REFUSED)
+        .class(&[7]),
     Case::new("chains/indirect-at-the-edge", "an indirect table across the end of memory", indirect_edge)
+        .judges(REFUSED)
         .class(&[7, 12]),
     Case::new("chains/indirect-not-negotiated", "an indirect descriptor without the feature", indirect_unasked)
+        .judges(REFUSED)
         .class(&[8]),
-    Case::new("chains/address-wraps", "a buffer whose end wraps around 2^64", wraps).class(&[9]),
-    Case::new("chains/length-zero", "a descriptor of length 0 beside good ones", zero).class(&[10]),
-    Case::new("chains/only-length-zero", "a chain of nothing but a descriptor of length 0", only_zero).class(&[10, 14]),
-    Case::new("chains/above-4-gib", "buffers that add up to more than 2^32 bytes", above_4_gib).class(&[11]),
-    Case::new("chains/nowhere", "a buffer where no memory is", nowhere).class(&[12]),
-    Case::new("chains/edge-of-memory", "a buffer that reaches one byte beyond the end of memory", edge).class(&[12]),
-    Case::new("chains/last-byte-of-memory", "a buffer that ends where memory ends is served", last_byte).class(&[12]),
+    Case::new("chains/address-wraps", "a buffer whose end wraps around 2^64", wraps).judges(REFUSED).class(&[9]),
+    Case::new("chains/length-zero", "a descriptor of length 0 beside good ones", zero).judges(REFUSED).class(&[10]),
+    Case::new("chains/only-length-zero", "a chain of nothing but a descriptor of length 0", only_zero)
+        .judges(REFUSED)
+        .class(&[10, 14]),
+    Case::new("chains/above-4-gib", "buffers that add up to more than 2^32 bytes", above_4_gib)
+        .judges(REFUSED)
+        .class(&[11]),
+    Case::new("chains/nowhere", "a buffer where no memory is", nowhere).judges(REFUSED).class(&[12]),
+    Case::new("chains/edge-of-memory", "a buffer that reaches one byte beyond the end of memory", edge)
+        .judges(REFUSED)
+        .class(&[12]),
+    Case::new("chains/last-byte-of-memory", "a buffer that ends where memory ends is served", last_byte)
+        .judges(REFUSED)
+        .class(&[12]),
     Case::new("chains/aimed-at-descriptors", "a buffer that is the ring's own descriptor table", at_descriptors)
+        .judges(REFUSED)
         .class(&[13]),
-    Case::new("chains/aimed-at-used-ring", "a buffer that is the ring's own used ring", at_used).class(&[13]),
+    Case::new("chains/aimed-at-used-ring", "a buffer that is the ring's own used ring", at_used)
+        .judges(REFUSED)
+        .class(&[13]),
     Case::new("chains/wrong-direction", "buffers of the wrong direction", wrong_direction)
         .judges(&["N0041"])
         .class(&[15]),
     Case::new("chains/writable-first", "a device-readable buffer behind a device-writable one", writable_first)
+        .judges(REFUSED)
         .class(&[15]),
-    Case::new("chains/memory-refused", "memory that is taken away before the device gets to it", refused).class(&[12]),
+    Case::new("chains/memory-refused", "memory that is taken away before the device gets to it", refused)
+        .judges(REFUSED)
+        .class(&[12]),
     Case::new("chains/blk-header-only", "a block request with nothing but its header", blk_header_only)
+        .judges(REFUSED)
         .class(&[14])
         .on(Applies::to(BLK)),
     Case::new("chains/blk-short-header", "a block request with a header of 15 bytes", blk_short_header)
+        .judges(REFUSED)
         .class(&[14])
         .on(Applies::to(BLK)),
     Case::new("chains/blk-no-status", "a block write with no byte for its status", blk_no_status)
+        .judges(REFUSED)
         .class(&[14])
         .on(Applies::to(BLK)),
-    Case::new("chains/blk-odd-length", "a block read of 511 bytes", blk_odd_length).class(&[16]).on(Applies::to(BLK)),
+    Case::new("chains/blk-odd-length", "a block read of 511 bytes", blk_odd_length)
+        .judges(REFUSED)
+        .class(&[16])
+        .on(Applies::to(BLK)),
 ];
 
 fn ring<'a>(rings: &'a mut [Ring], sample: &Sample) -> &'a mut Ring {
