@@ -15,9 +15,6 @@ use crate::suite::{Objection, Session, Trace};
 
 pub use polyvirt_core::queue::split::layout::{INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, WRITE};
 
-/// How long a case waits for an event. Far more than any takes: it only bounds a hang.
-pub const WATCHDOG: Duration = Duration::from_secs(5);
-
 /// A piece of guest memory that the device may access.
 #[derive(Clone)]
 pub struct Memory {
@@ -426,7 +423,7 @@ impl Session {
             if let Some(element) = ring.take() {
                 return Ok(element);
             }
-            match self.transport.wait(WATCHDOG) {
+            match self.transport.wait(self.watchdog) {
                 Ok(_) if ring.used_index() == ring.taken && self.needs_reset()? => {
                     return Err(Objection::failed(expected, "the device needs a reset"));
                 }
@@ -436,7 +433,7 @@ impl Session {
                         Some(_) => "the buffer was used, but no interrupt came",
                         None => "the buffer was not used",
                     };
-                    return Err(Objection::failed(expected, format!("{observed} in {WATCHDOG:?}")));
+                    return Err(Objection::failed(expected, format!("{observed} in {:?}", self.watchdog)));
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -450,8 +447,8 @@ impl Session {
             if let Some(element) = ring.take() {
                 return Ok(element);
             }
-            if begun.elapsed() > WATCHDOG {
-                return Err(Objection::failed("the buffer is used", format!("it was not in {WATCHDOG:?}")));
+            if begun.elapsed() > self.watchdog {
+                return Err(Objection::failed("the buffer is used", format!("it was not in {:?}", self.watchdog)));
             }
             std::thread::yield_now();
         }
@@ -460,11 +457,14 @@ impl Session {
     /// Waits for any interrupt of a queue, without looking at rings.
     pub fn wait_interrupt(&mut self) -> Result<(), Objection> {
         loop {
-            match self.transport.wait(WATCHDOG) {
+            match self.transport.wait(self.watchdog) {
                 Ok(interrupts) if interrupts.queues => return Ok(()),
                 Ok(_) => {}
                 Err(TransportError::Watchdog(..)) => {
-                    return Err(Objection::failed("a used buffer notification", format!("none in {WATCHDOG:?}")));
+                    return Err(Objection::failed(
+                        "a used buffer notification",
+                        format!("none in {:?}", self.watchdog),
+                    ));
                 }
                 Err(error) => return Err(error.into()),
             }
@@ -475,12 +475,12 @@ impl Session {
     pub fn wait_config(&mut self) -> Result<(), Objection> {
         let begun = Instant::now();
         loop {
-            match self.transport.wait(WATCHDOG) {
+            match self.transport.wait(self.watchdog) {
                 Ok(interrupts) if interrupts.config => return Ok(()),
-                Ok(_) if begun.elapsed() < WATCHDOG => {}
+                Ok(_) if begun.elapsed() < self.watchdog => {}
                 Ok(_) | Err(TransportError::Watchdog(..)) => {
                     let expected = "a configuration change notification";
-                    return Err(Objection::failed(expected, format!("none in {WATCHDOG:?}")));
+                    return Err(Objection::failed(expected, format!("none in {:?}", self.watchdog)));
                 }
                 Err(error) => return Err(error.into()),
             }

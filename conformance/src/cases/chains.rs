@@ -351,14 +351,34 @@ fn indirect_nowhere(session: &mut Session) -> Verdict {
     Ok(Finding::Rejected)
 }
 
-/// Where guest memory ends.
-fn memory_end(session: &Session) -> Result<u64, Objection> {
-    session.memory_end.ok_or_else(|| Objection::Skipped("the device's memory has no one end".into()))
+/// Where the memory that the device may see ends, and what keeps it so: flat memory ends for all, a grant for itself.
+fn memory_end(session: &Session, rings: &[Ring], sample: &Sample) -> Result<(u64, Vec<Memory>), Objection> {
+    if let Some(end) = session.memory_end {
+        return Ok((end, Vec::new()));
+    }
+    let others = rings.iter().flat_map(Ring::areas).chain(sample.ranges()).map(|(address, ..)| address).max();
+    let mut kept = Vec::new();
+    for _ in 0..64 {
+        let page = Memory::new(session, 4096, Access::READ | Access::WRITE)?;
+        let last = kept.iter().map(|memory: &Memory| memory.address).chain(others).max() < Some(page.address);
+        let end = page.address + 4096;
+        kept.push(page);
+        if last {
+            return Ok((end, kept));
+        }
+    }
+    Err(Objection::Skipped("no memory with nothing behind it was found".into()))
 }
 
 fn indirect_edge(session: &mut Session) -> Verdict {
-    let end = memory_end(session)?;
-    indirect_at(session, end - 16, 32)
+    need_indirect(session)?;
+    attack(session, Features::INDIRECT_DESC, |session, rings, sample| {
+        let (end, kept) = memory_end(session, rings, sample)?;
+        let ring = ring(rings, sample);
+        ring.set_descriptor(0, descriptor(end - 16, 32, INDIRECT, 0));
+        ring.offer(0);
+        Ok(Attack { kept, ..Attack::new(session, sample, Tolerance::None) })
+    })
 }
 
 fn indirect_unasked(session: &mut Session) -> Verdict {
@@ -406,14 +426,23 @@ fn nowhere(session: &mut Session) -> Verdict {
 }
 
 fn edge(session: &mut Session) -> Verdict {
-    let end = memory_end(session)?;
-    aimed(session, end - 511, 512, Tolerance::None)
+    attack(session, Features::empty(), |session, rings, sample| {
+        let (end, kept) = memory_end(session, rings, sample)?;
+        let ring = ring(rings, sample);
+        ring.chain(0, &sample.pieces);
+        let slot = data_piece(sample);
+        let mut changed = sample.entries()[usize::from(slot)];
+        (changed.address, changed.len) = (end - 511, 512);
+        ring.set_descriptor(slot, changed);
+        ring.offer(0);
+        Ok(Attack { kept, ..Attack::new(session, sample, Tolerance::None) })
+    })
 }
 
 fn last_byte(session: &mut Session) -> Verdict {
-    let end = memory_end(session)?;
     let mut rings = session.bring_up(Features::empty())?;
     let sample = Sample::new(session)?;
+    let (end, _kept) = memory_end(session, &rings, &sample)?;
     let ring = ring(&mut rings, &sample);
     ring.chain(0, &sample.pieces);
     let slot = data_piece(&sample);

@@ -4,7 +4,7 @@ use polyvirt_core::Features;
 use polyvirt_core::transport::{Transport, read_config};
 
 use super::sample::{POISON, ensure, ensure_eq};
-use crate::raw::{Memory, Ring, WATCHDOG};
+use crate::raw::{Memory, Ring};
 use crate::suite::{Applies, CONSOLE, Case, Finding, Objection, Session, Verdict};
 
 /// The cases of this area.
@@ -293,7 +293,7 @@ fn appears(session: &mut Session, bytes: &[u8]) -> Result<(), Objection> {
     let mut printed = Vec::new();
     while printed != bytes {
         printed.extend(session.far_side.output()?);
-        let differs = !bytes.starts_with(&printed) || begun.elapsed() > WATCHDOG;
+        let differs = !bytes.starts_with(&printed) || begun.elapsed() > session.watchdog;
         ensure(!differs, format_args!("{bytes:x?} printed"), format_args!("{printed:x?}"))?;
         std::thread::yield_now();
     }
@@ -339,7 +339,7 @@ fn readable_in_receiveq(session: &mut Session) -> Verdict {
     typed(session, b"z")?;
     let begun = std::time::Instant::now();
     while !session.needs_reset()? && console.receive.used_index() == 0 {
-        ensure(begun.elapsed() < WATCHDOG, "the buffer is refused", "nothing happens")?;
+        ensure(begun.elapsed() < session.watchdog, "the buffer is refused", "nothing happens")?;
         std::thread::yield_now();
     }
     if let Some((_, len)) = console.receive.take() {

@@ -43,7 +43,6 @@ pub const CASES: &[Case] = &[
         .class(&[101]),
     Case::new("driver/used-id-twice", "the device returns a buffer twice", id_twice).class(&[101]),
     Case::new("driver/used-length-beyond", "the device claims more bytes than the buffer has", length_beyond)
-        .judges(&["N0069"])
         .class(&[102]),
     Case::new("driver/rewritten-descriptors", "the device rewrites the descriptor table", rewritten).class(&[103]),
     Case::new("driver/features-ok-refused", "the device does not keep FEATURES_OK", features_refused)

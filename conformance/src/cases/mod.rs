@@ -5,6 +5,7 @@ pub mod chains;
 pub mod config;
 pub mod console;
 pub mod driver;
+pub mod drivers;
 pub mod features;
 pub mod init;
 pub mod mmio;
@@ -30,6 +31,7 @@ pub fn all() -> Vec<Case> {
         blk::CASES,
         rng::CASES,
         console::CASES,
+        drivers::CASES,
     ]
     .concat()
 }

@@ -216,7 +216,7 @@ fn kick_asked_for(session: &mut Session) -> Verdict {
     let begun = std::time::Instant::now();
     while rings[queue].used_flags() != 0 {
         let expected = "an idle device asks for kicks";
-        ensure(begun.elapsed() < crate::raw::WATCHDOG, expected, "its used flags stay 1")?;
+        ensure(begun.elapsed() < session.watchdog, expected, "its used flags stay 1")?;
         std::thread::yield_now();
     }
     Ok(Finding::Passed)

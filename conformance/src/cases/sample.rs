@@ -5,7 +5,7 @@ use polyvirt_core::memory::{Access, Accessed};
 use polyvirt_core::queue::split::layout::Descriptor;
 use polyvirt_core::transport::{Transport, TransportError};
 
-use crate::raw::{Memory, Ring, WATCHDOG, link};
+use crate::raw::{Memory, Ring, link};
 use crate::suite::{BLK, CONSOLE, Finding, Mark, Objection, Session, Verdict};
 
 /// A block request's type: read.
@@ -161,13 +161,15 @@ pub struct Attack {
     pub tolerance: Tolerance,
     /// Where a block request's status goes.
     pub status: Option<Memory>,
+    /// Memory that has to stay until the attack is over.
+    pub kept: Vec<Memory>,
 }
 
 impl Attack {
     /// One chain, made of what `sample` holds.
     pub fn new(session: &Session, sample: &Sample, tolerance: Tolerance) -> Self {
         let status = sample.status(session);
-        Self { queue: sample.queue, chains: 1, ranges: sample.ranges(), tolerance, status }
+        Self { queue: sample.queue, chains: 1, ranges: sample.ranges(), tolerance, status, kept: Vec::new() }
     }
 
     /// The attack, with as many chains.
@@ -218,11 +220,11 @@ pub fn attack(
             break;
         }
         // An interrupt for one of several chains may come before the others are done.
-        match session.transport.wait(WATCHDOG) {
+        match session.transport.wait(session.watchdog) {
             Ok(_) if idle < 1000 => idle += 1,
             Ok(_) | Err(TransportError::Watchdog(..)) => {
                 let expected = "the device says that it needs a reset, or uses the chain";
-                return Err(Objection::failed(expected, format!("neither in {WATCHDOG:?}")));
+                return Err(Objection::failed(expected, format!("neither in {:?}", session.watchdog)));
             }
             Err(error) => return Err(error.into()),
         }

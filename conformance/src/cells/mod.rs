@@ -11,6 +11,7 @@ mod wires;
 use std::any::Any;
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::time::Duration;
 
 use polyvirt_core::device::Device;
 use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, Share};
@@ -28,6 +29,8 @@ use crate::suite::{
 
 /// Guest memory of a session, bytes.
 const RAM: usize = 8 << 20;
+/// How long a case waits for what a saboteur may never do.
+const SABOTEUR_WATCHDOG: Duration = Duration::from_secs(1);
 
 /// The cells of the default matrix, in its order.
 pub fn cells() -> Vec<Arc<dyn Target>> {
@@ -150,6 +153,7 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
         let (mut host, guest) = P::start(RAM).map_err(|error| error.to_string())?;
         let memory = host.memory();
         let memory_end = memory_end(&memory, &*guest);
+        let seen = memory.clone();
         let (probe, alarm) = (Probe::default(), Alarm::default());
         let far_side = match variant {
             // Carrying an image is about bytes, not about accesses: with no probe in the way.
@@ -179,7 +183,10 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
         session.probe = (!matches!(variant, Variant::Image(_))).then_some(probe);
         (session.far_side, session.registers) = (far_side, registers);
         (session.memory_end, session.alarm) = (memory_end, alarm);
+        session.peek = Some(Box::new(move |address, bytes| peek(&seen, address, bytes)));
         if let Some(saboteur) = &self.saboteur {
+            // Most of what is broken shows by something that does not come.
+            session.watchdog = SABOTEUR_WATCHDOG;
             session.break_driver(|honest| saboteur.driver(honest));
             session.driver_role = saboteur.driver_role().unwrap_or(session.driver_role);
             if let (Some(registers), Some(change)) = (&session.registers, saboteur.register_access()) {
@@ -220,4 +227,15 @@ fn memory_end(memory: &impl GuestMemory, guest: &impl Share) -> Option<u64> {
     let len = (0..48).rev().map(|bit| 1 << bit).fold(0, |len, bit| if reaches(len + bit) { len + bit } else { len });
     let _ = guest.unshare(address);
     (len > pages.len() as u64).then_some(address + len)
+}
+
+/// Reads guest memory in the device's place.
+fn peek(memory: &impl GuestMemory, address: u64, bytes: &mut [u8]) -> bool {
+    let mut at = 0;
+    let resolved = memory.resolve(address, bytes.len() as u64, Access::READ, |segment| {
+        let end = at + segment.len();
+        let read = bytes.get_mut(at..end).map(|part| segment.read(0, part));
+        at = if matches!(read, Some(Ok(()))) { end } else { usize::MAX };
+    });
+    resolved.is_ok() && at == bytes.len()
 }

@@ -7,7 +7,7 @@ use polyvirt_core::hypervisor::Share;
 use polyvirt_core::memory::Pages;
 use polyvirt_core::queue::split::layout::Descriptor;
 use polyvirt_core::queue::{AddError, Buffer, QueueError};
-use polyvirt_core::transport::{Interrupts, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers::*;
 
@@ -17,11 +17,11 @@ use crate::raw::{INDIRECT, NEXT, NO_NOTIFY, Ring, WRITE};
 use crate::suite::{DriverRole, MakeRole, RegisterAccess, Trace};
 
 macro_rules! saboteurs {
-    ($($name:literal, [$($violates:literal),*], [$($breaks:literal),*], $sabotage:expr;)*) => {
+    ($($name:literal, $kind:ident, [$($violates:literal),*], [$($breaks:literal),*], $sabotage:expr;)*) => {
         &[$(Saboteur {
             name: $name,
             violates: &[$($violates),*],
-            kind: Kind::Rng,
+            kind: Kind::$kind,
             place: Place::Modern,
             breaks: &[$($breaks),*],
             make: || $sabotage,
@@ -30,106 +30,115 @@ macro_rules! saboteurs {
 }
 
 pub(super) const SABOTEURS: &[Saboteur] = saboteurs! {
-    "(driver) accepts features that are not offered", ["N0008", "N0010", "N0012"], ["features/driver-subset"],
+    "(driver) accepts features that are not offered", Rng, ["N0008", "N0010", "N0012"], ["features/driver-subset"],
         transport(Transports { features: |honest| honest | Features::bit(60), ..Transports::HONEST });
-    "(driver) does not accept VERSION_1", ["N1573"], ["features/driver-version-1"],
+    "(driver) does not accept VERSION_1", Rng, ["N1573"], ["features/driver-version-1"],
         transport(Transports { features: |honest| honest & !Features::VERSION_1, ..Transports::HONEST });
-    "(driver) says DRIVER_OK before its queues are set up", ["N0258"], ["init/driver-sequence"],
+    "(driver) says DRIVER_OK before its queues are set up", Rng, ["N0258"], ["init/driver-sequence"],
         transport(Transports { early_driver_ok: true, ..Transports::HONEST });
-    "(driver) clears status bits", ["N0002"], ["init/driver-sequence"],
+    "(driver) clears status bits", Rng, ["N0002"], ["init/driver-sequence"],
         transport(Transports { status: |_, new| if new.contains(Status::DRIVER_OK) { Status::DRIVER_OK } else { new }, ..Transports::HONEST });
-    "(driver) leaves out ACKNOWLEDGE", ["N0001", "N0258"], ["init/driver-sequence"],
+    "(driver) leaves out ACKNOWLEDGE", Rng, ["N0001", "N0258"], ["init/driver-sequence"],
         transport(Transports { status: |_, new| new & !Status::ACKNOWLEDGE, ..Transports::HONEST });
-    "(driver) kicks before DRIVER_OK", ["N0264"], ["init/driver-sequence"],
+    "(driver) kicks before DRIVER_OK", Rng, ["N0264"], ["init/driver-sequence"],
         transport(Transports { early_kick: true, ..Transports::HONEST });
-    "(driver) does not say FAILED", ["N0262"], ["driver/features-ok-refused"],
+    "(driver) does not say FAILED", Rng, ["N0262"], ["driver/features-ok-refused"],
         transport(Transports { status: |_, new| new & !Status::FAILED, ..Transports::HONEST });
-    "(driver) sets up a queue although FEATURES_OK is refused", ["N0263"], ["driver/features-ok-refused"],
+    "(driver) sets up a queue although FEATURES_OK is refused", Rng, ["N0263"], ["driver/features-ok-refused"],
         transport(Transports { early_queue: true, ..Transports::HONEST });
-    "(driver) does not reset before it starts over", ["N0003"], ["driver/reset-after-failed"],
+    "(driver) does not reset before it starts over", Rng, ["N0003"], ["driver/reset-after-failed"],
         transport(Transports { no_reset: true, ..Transports::HONEST });
-    "(driver) goes on without VERSION_1", ["N1574"], ["driver/version-1-missing"],
+    "(driver) goes on without VERSION_1", Rng, ["N1574"], ["driver/version-1-missing"],
         transport(Transports { legacy: true, ..Transports::HONEST });
-    "(driver) places its rings anywhere", ["N0036"], ["driver/alignment"],
+    "(driver) places its rings anywhere", Rng, ["N0036"], ["driver/alignment"],
         transport(Transports { misaligned: true, ..Transports::HONEST });
 
-    "(driver) takes any number for the size of a queue", [], ["mmio/driver-device-sizes"],
+    "(driver) takes any number for the size of a queue", Rng, [], ["mmio/driver-device-sizes"],
         transport(Transports { odd_size: true, ..Transports::HONEST });
 
-    "(driver) reads registers byte by byte", ["N0404"], ["mmio/driver-widths"],
+    "(driver) puts block requests the wrong way round", Blk, ["N0039"], ["drivers/blk-requests"],
+        transport(Transports { turned: true, ..Transports::HONEST });
+    "(driver) puts device-readable buffers into an entropy queue", Rng, ["N0851"], ["drivers/rng"],
+        transport(Transports { turned: true, ..Transports::HONEST });
+    "(driver) puts device-writable buffers into a transmit queue", Console, ["N0843", "N0844"], ["drivers/console"],
+        transport(Transports { turned: true, ..Transports::HONEST });
+    "(driver) does not accept VIRTIO_BLK_F_RO", Blk, ["N0776"], ["drivers/blk-read-only"],
+        transport(Transports { features: |honest| honest & !Features::bit(5), ..Transports::HONEST });
+
+    "(driver) reads registers byte by byte", Rng, ["N0404"], ["mmio/driver-widths"],
         registers(|access| match access.write {
             true => vec![access],
             false => vec![RegisterAccess { len: 1, ..access }, access],
         });
-    "(driver) reads features before it selects them", ["N0412", "N0413"], ["mmio/driver-order"],
+    "(driver) reads features before it selects them", Rng, ["N0412", "N0413"], ["mmio/driver-order"],
         registers(|access| if access.offset == DEVICE_FEATURES_SEL && access.write { vec![] } else { vec![access] });
-    "(driver) writes features before it selects them", ["N0413"], ["mmio/driver-order"],
+    "(driver) writes features before it selects them", Rng, ["N0413"], ["mmio/driver-order"],
         registers(|access| if access.offset == DRIVER_FEATURES_SEL && access.write { vec![] } else { vec![access] });
-    "(driver) sets a queue up after it made it ready", ["N0415"], ["mmio/driver-order"],
+    "(driver) sets a queue up after it made it ready", Rng, ["N0415"], ["mmio/driver-order"],
         registers(|access| {
             let late = RegisterAccess { offset: QUEUE_SIZE, value: 4, ..access };
             if access.offset == QUEUE_READY && access.write { vec![access, late] } else { vec![access] }
         });
-    "(driver) takes a larger queue than there is", ["N0414"], ["mmio/driver-order"],
+    "(driver) takes a larger queue than there is", Rng, ["N0414"], ["mmio/driver-order"],
         registers(|access| {
             let larger = RegisterAccess { value: 0x8000, ..access };
             vec![if access.offset == QUEUE_SIZE && access.write { larger } else { access }]
         });
-    "(driver) acknowledges everything", ["N0419", "N0420"], ["mmio/driver-acknowledges"],
+    "(driver) acknowledges everything", Rng, ["N0419", "N0420"], ["mmio/driver-acknowledges"],
         registers(|access| {
             let all = RegisterAccess { value: u64::from(u32::MAX), ..access };
             vec![if access.offset == INTERRUPT_ACK { all } else { access }]
         });
-    "(driver) does not acknowledge", ["N0430", "N0432"], ["mmio/driver-acknowledges"],
+    "(driver) does not acknowledge", Rng, ["N0430", "N0432"], ["mmio/driver-acknowledges"],
         registers(|access| if access.offset == INTERRUPT_ACK { vec![] } else { vec![access] });
-    "(driver) acknowledges bits that it does not know", ["N0418"], ["mmio/driver-undefined-interrupt-bits"],
+    "(driver) acknowledges bits that it does not know", Rng, ["N0418"], ["mmio/driver-undefined-interrupt-bits"],
         registers(|access| {
             let all = RegisterAccess { value: 0xff, ..access };
             vec![if access.offset == INTERRUPT_ACK { all } else { access }]
         });
-    "(driver) writes to whatever answers", ["N0406", "N0408", "N0410"], ["mmio/driver-not-virtio"],
+    "(driver) writes to whatever answers", Rng, ["N0406", "N0408", "N0410"], ["mmio/driver-not-virtio"],
         registers(|access| match access.offset {
             MAGIC_VALUE => vec![access, RegisterAccess { offset: STATUS, write: true, value: 0, ..access }],
             _ => vec![access],
         });
-    "(driver) reads the device type before the magic value", ["N0424", "N0425"], ["mmio/driver-not-virtio"],
+    "(driver) reads the device type before the magic value", Rng, ["N0424", "N0425"], ["mmio/driver-not-virtio"],
         registers(|access| match access.offset {
             MAGIC_VALUE => vec![RegisterAccess { offset: DEVICE_ID, ..access }, access],
             _ => vec![access],
         });
-    "(driver) does not wait for a queue to be reset", ["N0421"], ["mmio/driver-stops-queue"],
+    "(driver) does not wait for a queue to be reset", Rng, ["N0421"], ["mmio/driver-stops-queue"],
         registers(|access| match (access.offset, access.write) {
             (QUEUE_RESET, true) => vec![access, RegisterAccess { offset: QUEUE_SEL, value: 0, ..access }],
             _ => vec![access],
         });
 
-    "(driver) starts with what the rings held", ["N0071"], ["driver/clean-start"],
+    "(driver) starts with what the rings held", Rng, ["N0071"], ["driver/clean-start"],
         role(|virtqueue| Naive::make(virtqueue, Fault { dirty: true, ..Fault::NONE }));
-    "(driver) sets flags that do not exist", ["N0055", "N0057"], ["driver/flags"],
+    "(driver) sets flags that do not exist", Rng, ["N0055", "N0057"], ["driver/flags"],
         role(|virtqueue| Naive::make(virtqueue, Fault { odd_flags: true, ..Fault::NONE }));
-    "(driver) puts device-writable pieces first", ["N0039"], ["driver/readable-first"],
+    "(driver) puts device-writable pieces first", Rng, ["N0039"], ["driver/readable-first"],
         role(|virtqueue| Naive::make(virtqueue, Fault { reversed: true, ..Fault::NONE }));
-    "(driver) makes chains longer than the queue", ["N0049"], ["driver/queue-size"],
+    "(driver) makes chains longer than the queue", Rng, ["N0049"], ["driver/queue-size"],
         role(|virtqueue| Naive::make(virtqueue, Fault { too_long: true, ..Fault::NONE }));
-    "(driver) uses indirect descriptors unasked", ["N0047"], ["driver/no-indirect-unasked"],
+    "(driver) uses indirect descriptors unasked", Rng, ["N0047"], ["driver/no-indirect-unasked"],
         role(|virtqueue| Naive::make(virtqueue, Fault { indirect: INDIRECT, ..Fault::NONE }));
-    "(driver) sets INDIRECT and NEXT", ["N0050"], ["driver/indirect-well-formed"],
+    "(driver) sets INDIRECT and NEXT", Rng, ["N0050"], ["driver/indirect-well-formed"],
         role(|virtqueue| Naive::make(virtqueue, Fault { indirect: INDIRECT | NEXT, ..Fault::NONE }));
-    "(driver) nests indirect descriptors", ["N0048"], ["driver/indirect-well-formed"],
+    "(driver) nests indirect descriptors", Rng, ["N0048"], ["driver/indirect-well-formed"],
         role(|virtqueue| Naive::make(virtqueue, Fault { indirect: INDIRECT, nested: true, ..Fault::NONE }));
-    "(driver) takes the available index back", ["N0054"], ["driver/index-forward"],
+    "(driver) takes the available index back", Rng, ["N0054"], ["driver/index-forward"],
         role(|virtqueue| Naive::make(virtqueue, Fault { wraps_at: 1000, ..Fault::NONE }));
-    "(driver) never kicks", ["N0074", "N0076"], ["driver/kicks-when-asked", "driver/avail-event", "driver/kicks-not-when-not-asked"],
+    "(driver) never kicks", Rng, ["N0074", "N0076"], ["driver/kicks-when-asked", "driver/avail-event", "driver/kicks-not-when-not-asked"],
         role(|virtqueue| Naive::make(virtqueue, Fault { kicks: Some(false), ..Fault::NONE }));
-    "(driver) always kicks", ["N0073", "N0077"], ["driver/kicks-not-when-not-asked", "driver/avail-event"],
+    "(driver) always kicks", Rng, ["N0073", "N0077"], ["driver/kicks-not-when-not-asked", "driver/avail-event"],
         role(|virtqueue| Naive::make(virtqueue, Fault { kicks: Some(true), ..Fault::NONE }));
-    "(driver) heeds avail_event although it was not negotiated", ["N0072"], ["driver/kicks-when-asked"],
+    "(driver) heeds avail_event although it was not negotiated", Rng, ["N0072"], ["driver/kicks-when-asked"],
         role(|virtqueue| Naive::make(virtqueue, Fault { event_idx: true, ..Fault::NONE }));
-    "(driver) heeds the used flags although avail_event is negotiated", ["N0075"], ["driver/avail-event"],
+    "(driver) heeds the used flags although avail_event is negotiated", Rng, ["N0075"], ["driver/avail-event"],
         role(|virtqueue| Naive::make(virtqueue, Fault::NONE));
-    "(driver) takes every interrupt for a buffer", ["N0059"], ["driver/spurious-interrupt"],
+    "(driver) takes every interrupt for a buffer", Rng, ["N0059"], ["driver/spurious-interrupt"],
         role(|virtqueue| Naive::make(virtqueue, Fault { eager: true, ..Fault::NONE }));
-    "(driver) believes the device", ["N0069"],
+    "(driver) believes the device", Rng, [],
         [
             "driver/used-id-beyond",
             "driver/used-id-not-in-flight",
@@ -178,6 +187,8 @@ struct Transports {
     legacy: bool,
     misaligned: bool,
     odd_size: bool,
+    /// Descriptors get the other direction just before the kick.
+    turned: bool,
 }
 
 impl Transports {
@@ -191,6 +202,7 @@ impl Transports {
         legacy: false,
         misaligned: false,
         odd_size: false,
+        turned: false,
     };
 }
 
@@ -268,6 +280,10 @@ impl Transport for Clumsy {
         if self.broken.misaligned {
             found.config.descriptors += 8;
         }
+        if self.broken.turned {
+            let inner = found.notify;
+            found.notify = Box::new(Turning { inner, descriptors: found.descriptors.clone() });
+        }
         if self.broken.odd_size {
             found.config.size = 3;
         }
@@ -284,6 +300,21 @@ impl Transport for Clumsy {
 
     fn share(&self) -> Arc<dyn Share> {
         self.honest.share()
+    }
+}
+
+/// Turns the direction of the first descriptors before it kicks.
+struct Turning {
+    inner: Box<dyn Notify>,
+    descriptors: Pages,
+}
+
+impl Notify for Turning {
+    fn notify(&mut self) -> Result<(), TransportError> {
+        let mut flags = [0];
+        let _ = self.descriptors.read(12, &mut flags);
+        let _ = self.descriptors.write(12, &[flags[0] ^ WRITE as u8]);
+        self.inner.notify()
     }
 }
 

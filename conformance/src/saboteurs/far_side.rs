@@ -73,7 +73,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         violates: &[],
         kind: Kind::Blk,
         place: Place::Modern,
-        breaks: &["blk/write-then-read", "blk/discard"],
+        breaks: &["blk/write-then-read", "blk/discard", "drivers/blk"],
         make: || with(Broken { blank: true, ..Broken::NOTHING }),
     },
     Saboteur {

@@ -355,7 +355,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
     },
     Saboteur {
         name: "says that no queue is ready",
-        violates: &["N0396"],
+        violates: &[],
         kind: Kind::Rng,
         place: Place::Modern,
         breaks: &["mmio/queue-ready-reads-back"],
@@ -395,7 +395,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
     },
     Saboteur {
         name: "says that a queue is being reset when it is not",
-        violates: &["N0397"],
+        violates: &["N0396", "N0397"],
         kind: Kind::Rng,
         place: Place::Modern,
         breaks: &["mmio/queue-reset"],
@@ -440,8 +440,9 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
                 if register == QUEUE_READY && value == 1 {
                     // Whatever the driver wrote about the queue since the last honest set-up is forgotten.
                     let seen = meddler.queues[0];
-                    if !seen.size.is_power_of_two() || seen.size > 128 {
-                        meddler.tell(QUEUE_SIZE, 128);
+                    let max = meddler.ask(QUEUE_SIZE_MAX);
+                    if !seen.size.is_power_of_two() || u32::from(seen.size) > max {
+                        meddler.tell(QUEUE_SIZE, max);
                     }
                     let registers = [QUEUE_DESC_LOW, QUEUE_DRIVER_LOW, QUEUE_DEVICE_LOW];
                     for (low, area) in registers.into_iter().zip(seen.areas) {

@@ -565,7 +565,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         breaks: &["chains/queue-size"],
         make: || {
             before(|meddler, queue| {
-                let long = any_descriptor(meddler, queue, |_, position| position > 63);
+                let long = any_descriptor(meddler, queue, |_, position| position > 6);
                 if long {
                     discard(meddler, queue, 0);
                 }

@@ -19,7 +19,7 @@ pub use probe::{Mark, Probe, Probed};
 pub use recorded::{Call, Recorded, Trace};
 pub use role::{DriverRole, MakeRole};
 pub use run::{CASE_WATCHDOG, CaseResult, CellResult, Failure, Progress, Skipped, run_cell, run_cell_within};
-pub use session::{Alarm, FarSide, RegisterAccess, RegisterFile, Session};
+pub use session::{Alarm, FarSide, Peek, RegisterAccess, RegisterFile, Session};
 
 /// The device type of the block device (chapter 5).
 pub const BLK: u32 = 2;

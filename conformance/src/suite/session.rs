@@ -2,12 +2,19 @@
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_core::transport::{Transport, TransportError};
 
 use super::role::{MakeRole, honest};
 use super::{Cell, Objection, Probe, Recorded, Trace};
+
+/// How long a case waits for an event if nobody says otherwise.
+const EVENT_WATCHDOG: Duration = Duration::from_secs(5);
+
+/// Reads guest memory as the device sees it.
+pub type Peek = Box<dyn Fn(u64, &mut [u8]) -> bool + Send>;
 
 /// One machine, one device, the driver side of its transport.
 pub struct Session {
@@ -27,6 +34,10 @@ pub struct Session {
     pub memory_end: Option<u64>,
     /// The driver's queues that cases look at.
     pub driver_role: MakeRole,
+    /// How long a case waits for an event. Far more than any takes: it only bounds a hang.
+    pub watchdog: Duration,
+    /// Reads what the device would read at an address; false where it may not.
+    pub peek: Option<Peek>,
     /// Panics of the device.
     pub alarm: Alarm,
     /// Dropped last: the machine.
@@ -46,6 +57,8 @@ impl Session {
             registers: None,
             memory_end: None,
             driver_role: honest,
+            watchdog: EVENT_WATCHDOG,
+            peek: None,
             alarm: Alarm::default(),
             _machine: machine,
         }

@@ -13,7 +13,7 @@ use polyvirt_core::memory::GuestMemory;
 use polyvirt_core::state::{Area, Interface, VirtioDevice};
 use polyvirt_core::{Features, Status, device};
 
-use super::registers::{HostPlace, Request, State, decode_features, encode_bytes, encode_features};
+use super::registers::{HostPlace, Request, State, decode_features, encode_config, encode_features};
 
 /// Puts `device` onto the bus of `host`. `memory` is [`Host::memory`], perhaps wrapped. The handle closes the connection
 /// from this side.
@@ -131,14 +131,9 @@ impl<M: GuestMemory> Device<M> {
     fn show(&mut self) -> Result<(), HypervisorError> {
         self.config_changed.changed.store(false, Ordering::SeqCst);
         let (generation, status) = (self.state.config_generation(), self.state.status());
-        if self.shown.config[..] != *self.state.config() {
-            self.shown.config = self.state.config().into();
-            self.write("config", encode_bytes(&self.shown.config))?;
-        }
-        // After the bytes: who reads them between two equal generations has read them whole.
-        if self.shown.generation != generation {
-            self.shown.generation = generation;
-            self.write("config-generation", generation)?;
+        if self.shown.generation != generation || self.shown.config[..] != *self.state.config() {
+            (self.shown.generation, self.shown.config) = (generation, self.state.config().into());
+            self.write("config", encode_config(generation, &self.shown.config))?;
         }
         if self.shown.status != status {
             self.shown.status = status;

@@ -5,13 +5,14 @@ use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::time::Duration;
 
 use polyvirt_core::hypervisor::Share;
 use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
-use super::registers::{Channel, Domain, GuestPlace, Request, State, decode_bytes, decode_features, encode_features};
+use super::registers::{Channel, Domain, GuestPlace, Request, State, decode_config, decode_features, encode_features};
 use crate::areas::Areas;
 
 /// How long the other side may take to answer.
@@ -121,9 +122,14 @@ impl<G: Domain + 'static> Driver<G> {
     }
 
     fn look(&self) -> Result<Seen, TransportError> {
-        let generation = self.number("config-generation")?.unwrap_or(0);
+        let (generation, _) = self.config()?;
         let status = Status::from_bits_retain(self.number("status")?.unwrap_or(0));
         Ok(Seen { generation, needs_reset: status.contains(Status::DEVICE_NEEDS_RESET) || !self.is_open()? })
+    }
+
+    /// The configuration and its generation.
+    fn config(&self) -> Result<(u32, Vec<u8>), TransportError> {
+        Ok(self.read("config")?.and_then(|text| decode_config(&text)).unwrap_or_default())
     }
 
     fn forget_queues(&mut self) -> Result<(), TransportError> {
@@ -188,12 +194,12 @@ impl<G: Domain + 'static> Transport for Driver<G> {
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
-        Ok(self.number("config-generation")?.unwrap_or(0))
+        Ok(self.config()?.0)
     }
 
     /// Bytes beyond the end of the configuration read as 0.
     fn read_config(&mut self, offset: u32, data: &mut [u8]) -> Result<(), TransportError> {
-        let config = self.read("config")?.and_then(|text| decode_bytes(&text)).unwrap_or_default();
+        let (_, config) = self.config()?;
         let config = config.get(offset as usize..).unwrap_or_default();
         let len = data.len().min(config.len());
         data[..len].copy_from_slice(&config[..len]);

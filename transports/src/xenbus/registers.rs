@@ -10,7 +10,7 @@
 //! | `device-type`, `num-queues` | numbers |
 //! | `features` | offered, one hexadecimal number |
 //! | `queue-N/max-size` | entries |
-//! | `config`, `config-generation` | bytes, number |
+//! | `config` | its generation and its bytes, `NUMBER BYTES`: in one node, so that they change at once |
 //! | `status` | the device status |
 //! | `reply` | number of the request that was carried out last |
 //!
@@ -200,6 +200,17 @@ pub fn decode_bytes(text: &str) -> Option<Vec<u8>> {
     }
     let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
     digits.chunks_exact(2).map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
+}
+
+/// A configuration and its generation.
+pub fn encode_config(generation: u32, bytes: &[u8]) -> String {
+    format!("{generation} {}", encode_bytes(bytes))
+}
+
+/// The reverse of [`encode_config`].
+pub fn decode_config(text: &str) -> Option<(u32, Vec<u8>)> {
+    let (generation, bytes) = text.split_once(' ')?;
+    Some((generation.parse().ok()?, decode_bytes(bytes)?))
 }
 
 /// A set of features as one hexadecimal number.
