@@ -11,7 +11,7 @@ use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, RNG, Session
 
 /// What every attack judges: the device says that it cannot go on, where it cannot; it writes neither to what it may only
 /// read, nor to descriptors.
-const REFUSED: &[&str] = &["N0006", "N0041", "N0044"];
+pub(super) const REFUSED: &[&str] = &["N0006", "N0041", "N0044"];
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[

@@ -8,6 +8,7 @@ use polyvirt_core::memory::Access;
 use polyvirt_core::queue::split::layout::Descriptor;
 use polyvirt_core::transport::Transport;
 
+use super::chains::REFUSED;
 use super::init::serve_next;
 use super::sample::{
     Attack, BLK_IN, POISON, Sample, TEXT, Tolerance, attack, blk_header, descriptor, ensure, ensure_eq, entries,
@@ -40,7 +41,8 @@ pub const CASES: &[Case] = &[
     .judges(&["N0041"]),
     Case::new("ring/any-arrangement", "how a request is cut into descriptors makes no difference", arrangement)
         .judges(&["N0037"]),
-    Case::new("ring/scattered-slots", "a chain may wander through the table in any order", scattered),
+    Case::new("ring/scattered-slots", "a chain may wander through the table in any order", scattered)
+        .judges(&["N0037"]),
     Case::new("ring/whole-queue", "as many chains as the queue has entries, in one go", whole_queue),
     Case::new("ring/wrap", "the rings wrap, and go on", wrap),
     Case::new("ring/index-wrap", "the 16-bit indices wrap, and go on", index_wrap),
@@ -51,13 +53,17 @@ pub const CASES: &[Case] = &[
         .judges(&["N0053"]),
     Case::new("ring/indirect-write-flag", "the WRITE flag beside INDIRECT means nothing", indirect_write)
         .judges(&["N0052"]),
-    Case::new("ring/indirect-out-of-order", "an indirect table in any order", indirect_scattered),
-    Case::new("ring/head-beyond-table", "a head that the table does not have", head_beyond).class(&[19]),
+    Case::new("ring/indirect-out-of-order", "an indirect table in any order", indirect_scattered).judges(&["N0037"]),
+    Case::new("ring/head-beyond-table", "a head that the table does not have", head_beyond)
+        .judges(REFUSED)
+        .class(&[19]),
     Case::new("ring/index-jump", "an available index further ahead than the queue is long", index_jump)
+        .judges(REFUSED)
         .class(&[19, 21]),
-    Case::new("ring/index-back", "an available index that goes back", index_back).class(&[19]),
-    Case::new("ring/same-head-twice", "the same head made available twice at once", twice).class(&[20]),
+    Case::new("ring/index-back", "an available index that goes back", index_back).judges(REFUSED).class(&[19]),
+    Case::new("ring/same-head-twice", "the same head made available twice at once", twice).judges(REFUSED).class(&[20]),
     Case::new("ring/same-head-in-flight", "a head that the device still holds is made available again", in_flight)
+        .judges(REFUSED)
         .class(&[20, 21])
         .on(Applies::to(CONSOLE)),
     Case::new("ring/rewritten", "descriptors that change while the device reads them", rewritten).class(&[24]),
