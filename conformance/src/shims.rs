@@ -49,14 +49,15 @@ macro_rules! shim {
 
 /// Every port: a line for each.
 pub(crate) const SHIMS: &[Shim] = &[
-    shim!("kvm": "mod" "abi" "host" "guest"; "machine": "machine"; "hands": "hands"; "stub on other hosts": "absent"),
-    shim!("xen": "mod" "abi" "host" "guest"; "xenstore client": "store" "wire"; "domain kernel": "kernel"; "model": "model/mod" "model/domain" "model/events" "model/grants" "model/memory" "model/ring" "model/tree" "model/xenstored"; "stub on other hosts": "absent"),
-    shim!("lguest": "mod" "abi" "host" "guest"; "launcher": "launcher"; "kernel": "kernel"; "hands": "hands"; "stub on other hosts": "absent"),
+    shim!("kvm": "mod" "abi" "host" "guest"; "machine": "machine"; "hands": "hands"),
+    shim!("xen": "mod" "abi" "host" "guest"; "xenstore client": "store" "wire"; "domain kernel": "kernel"; "model": "model/mod" "model/domain" "model/events" "model/grants" "model/memory" "model/ring" "model/tree" "model/xenstored"),
+    shim!("lguest": "mod" "abi" "host" "guest"; "launcher": "launcher"; "kernel": "kernel"; "hands": "hands"),
     shim!("loopback": "mod" "host" "guest"),
 ];
 
 /// What ports share: no port's own, and counted apart.
-const SHARED: &[Source] = &[source!("event_loop.rs"), source!("flat_share.rs"), source!("mapping.rs")];
+const SHARED: &[Source] =
+    &[source!("absent.rs"), source!("event_loop.rs"), source!("flat_share.rs"), source!("mapping.rs")];
 
 impl Shim {
     /// Lines of code of the shim itself.

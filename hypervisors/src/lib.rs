@@ -4,6 +4,7 @@
 //! no ring. [`loopback`] is the smallest one there can be, and the one to read first. What only a port's own kind of
 //! guest needs (a vCPU, a trapped process, a model of the hypervisor) stands below the shim, in the same folder.
 
+pub mod absent;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 mod event_loop;
 mod flat_share;
@@ -12,20 +13,21 @@ mod mapping;
 
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod kvm;
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-#[path = "kvm/absent.rs"]
-pub mod kvm;
-
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod lguest;
-#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-#[path = "lguest/absent.rs"]
-pub mod lguest;
-
 pub mod loopback;
-
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod xen;
+
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-#[path = "xen/absent.rs"]
-pub mod xen;
+mod elsewhere {
+    use polyvirt_transports::{lguest as page, mmio, xenbus};
+
+    use crate::absent::absent;
+
+    absent!(kvm: Kvm, "KVM", super::mmio::Place, super::mmio::Place);
+    absent!(lguest: Lguest, "lguest", super::page::HostPlace, super::page::GuestPlace);
+    absent!(xen: Xen, "Xen", super::xenbus::HostPlace, super::xenbus::GuestPlace);
+}
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+pub use elsewhere::{kvm, lguest, xen};
