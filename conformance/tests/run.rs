@@ -5,8 +5,8 @@ use std::time::Duration;
 
 use polyvirt_conformance::cells;
 use polyvirt_conformance::suite::{
-    Applies, BLK, Case, Cell, Finding, NO_VARIANT, Objection, Outcome, RNG, Session, Target, Variant, Verdict, run_cell,
-    run_cell_within,
+    Applies, BLK, Case, Cell, Finding, NO_VARIANT, Objection, Outcome, RNG, Session, Target, Variant, Verdict,
+    run_cell, run_cell_within,
 };
 
 fn rng() -> Arc<dyn Target> {

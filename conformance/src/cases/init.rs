@@ -53,6 +53,7 @@ pub const CASES: &[Case] = &[
     )
     .judges(&["N0006", "N0007"]),
     Case::new("init/needs-reset-lasts", "a device that needs a reset serves nothing before it", needs_reset_lasts)
+        .judges(&["N0006"])
         .class(&[27]),
     Case::new("init/driver-sequence", "the driver takes the steps of initialization in their order", driver_sequence)
         .judges(&["N0258", "N0264", "N0001", "N0002"]),

@@ -8,18 +8,23 @@ use polyvirt_core::memory::Access;
 use polyvirt_core::queue::split::layout::Descriptor;
 use polyvirt_core::transport::Transport;
 
+use super::chains::REFUSED;
 use super::sample::{Attack, POISON, Sample, Tolerance, attack, ensure, only_allowed, revive};
 use crate::raw::Memory;
 use crate::suite::{Applies, CONSOLE, Case, Finding, Objection, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
-    Case::new("ring/head-beyond-table", "a head that the table does not have", head_beyond).class(&[19]),
+    Case::new("ring/head-beyond-table", "a head that the table does not have", head_beyond)
+        .judges(REFUSED)
+        .class(&[19]),
     Case::new("ring/index-jump", "an available index further ahead than the queue is long", index_jump)
+        .judges(REFUSED)
         .class(&[19, 21]),
-    Case::new("ring/index-back", "an available index that goes back", index_back).class(&[19]),
-    Case::new("ring/same-head-twice", "the same head made available twice at once", twice).class(&[20]),
+    Case::new("ring/index-back", "an available index that goes back", index_back).judges(REFUSED).class(&[19]),
+    Case::new("ring/same-head-twice", "the same head made available twice at once", twice).judges(REFUSED).class(&[20]),
     Case::new("ring/same-head-in-flight", "a head that the device still holds is made available again", in_flight)
+        .judges(REFUSED)
         .class(&[20, 21])
         .on(Applies::to(CONSOLE)),
     Case::new("ring/rewritten", "descriptors that change while the device reads them", rewritten).class(&[24]),

@@ -234,7 +234,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
     /// Adds a buffer: `readable` pieces, then `writable` ones. It is published by [`DriverQueue::kick`].
     ///
     /// If the queue is full, publishes what was added before, kicks even if the device asked for no kicks, and says so.
-    #[inline]
+    #[inline(always)]
     pub fn add_buf(&mut self, readable: &[Buffer], writable: &[Buffer], token: T) -> Result<(), AddError<T>> {
         if let Some(reason) = self.broken {
             return Err(AddError::Broken(reason));
@@ -284,7 +284,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
 
     /// Publishes what was added, and notifies the device unless it asked not to. True if it was notified; a latched queue
     /// is left alone.
-    #[inline]
+    #[inline(always)]
     pub fn kick(&mut self) -> Result<bool, TransportError> {
         let wanted = self.broken.is_none() && ring!(&mut self.ring, ring => ring.publish());
         if wanted {
@@ -298,7 +298,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
     ///
     /// An interrupt can be relied on only for what is used after this has returned none (or [`DriverQueue::enable_cb`]
     /// true): look before waiting.
-    #[inline]
+    #[inline(always)]
     pub fn get_buf(&mut self) -> Result<Option<(T, u32)>, QueueError> {
         if let Some(reason) = self.broken {
             return Err(reason);

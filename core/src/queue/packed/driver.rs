@@ -100,7 +100,7 @@ impl Ring {
     }
 
     /// Publishes what was added; whether the device wants to be notified of it.
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn publish(&mut self) -> bool {
         let Some((first, word)) = self.unpublished.take() else { return false };
         // Release: everything that was added is visible before the descriptor that comes first.
@@ -117,7 +117,7 @@ impl Ring {
     }
 
     /// The next used descriptor: buffer id and length, unchecked.
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn used(&mut self) -> Option<(u32, u32)> {
         let mut tail = self.look();
         if !self.next_used.is_used(tail.flags) {
@@ -135,7 +135,7 @@ impl Ring {
     }
 
     /// Reads what stands where the next used descriptor is expected.
-    #[inline]
+    #[inline(always)]
     fn look(&self) -> Tail {
         // Acquire: the buffer is read after the flags that make it used.
         Tail::from_word(self.descriptors.load(2 * usize::from(self.next_used.index) + 1, Ordering::Acquire))

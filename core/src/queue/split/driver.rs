@@ -103,7 +103,7 @@ impl<O: Order> Ring<O> {
     }
 
     /// Publishes what was added; whether the device wants to be notified of it.
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn publish(&mut self) -> bool {
         let (old, new) = (self.published, self.next_available);
         if old == new {
@@ -123,7 +123,7 @@ impl<O: Order> Ring<O> {
     }
 
     /// The next used element: id and length, unchecked.
-    #[inline]
+    #[inline(always)]
     pub(in crate::queue) fn used(&mut self) -> Option<(u32, u32)> {
         if self.next_used == self.used && !self.look() {
             // Only here, where the driver may go to sleep, does it have to say from where on it wants an interrupt.
@@ -139,7 +139,7 @@ impl<O: Order> Ring<O> {
     }
 
     /// Reads the used index; whether there is more than before.
-    #[inline]
+    #[inline(always)]
     fn look(&mut self) -> bool {
         // Acquire: elements and buffers are read after the index that covers them.
         self.used = O::u16(self.device.load(INDEX, Ordering::Acquire));
