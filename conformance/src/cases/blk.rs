@@ -21,18 +21,6 @@ pub const CASES: &[Case] = &[
         .judges(&["N0037"]),
     case("blk/used-length-of-writes", "a write's used length is its status byte", write_length).judges(&["N0067"]),
     case("blk/flush-offered", "VIRTIO_BLK_F_FLUSH is offered", flush_offered).judges(&["N0756", "N0757"]),
-    case("blk/flush", "a flush reaches the backend before it is used", flush).judges(&["N0812"]),
-    case("blk/get-id", "the device has an id of 20 bytes", get_id),
-    case("blk/unknown-type", "a request of an unknown type is unsupported", unknown_type),
-    case("blk/zoned-requests", "zone requests without the feature are unsupported", zoned).judges(&["N0817"]),
-    case("blk/discard", "a discard is carried out", discard),
-    case("blk/discard-unmap", "a discard with the unmap flag is unsupported", discard_unmap).judges(&["N0805"]),
-    case("blk/unknown-flags", "discard and write-zeroes with unknown flags are unsupported", unknown_flags)
-        .judges(&["N0804"]),
-    case("blk/write-zeroes", "written zeroes are read back, and nothing around them changes", write_zeroes)
-        .judges(&["N0808"]),
-    case("blk/write-zeroes-beyond", "zeroes beyond the last sector fail and touch nothing", zeroes_beyond).class(&[16]),
-    case("blk/segment-odd", "discard and write-zeroes with no whole number of segments fail", odd_segment).class(&[16]),
     case("blk/read-only", "a disk that cannot be written says so, and fails writes", read_only)
         .judges(&["N0802", "N0803"])
         .with(Variant::ReadOnly),
@@ -52,40 +40,41 @@ pub const CASES: &[Case] = &[
         .class(&[9, 16]),
 ];
 
-const fn case(name: &'static str, about: &'static str, run: fn(&mut Session) -> Verdict) -> Case {
+pub(super) const fn case(name: &'static str, about: &'static str, run: fn(&mut Session) -> Verdict) -> Case {
     Case::new(name, about, run).on(Applies::to(BLK))
 }
 
-const IOERR: u8 = 1;
-const UNSUPP: u8 = 2;
-const FLUSH: u32 = 4;
-const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
+pub(super) const IOERR: u8 = 1;
+pub(super) const UNSUPP: u8 = 2;
+pub(super) const FLUSH: u32 = 4;
+pub(super) const GET_ID: u32 = 8;
+pub(super) const DISCARD: u32 = 11;
+pub(super) const WRITE_ZEROES: u32 = 13;
 
 /// VIRTIO_BLK_F_RO.
 const RO: Features = Features::bit(5);
 /// VIRTIO_BLK_F_FLUSH.
-const F_FLUSH: Features = Features::bit(9);
+pub(super) const F_FLUSH: Features = Features::bit(9);
 /// VIRTIO_BLK_F_CONFIG_WCE.
 const CONFIG_WCE: Features = Features::bit(11);
 /// VIRTIO_BLK_F_DISCARD.
-const F_DISCARD: Features = Features::bit(13);
+pub(super) const F_DISCARD: Features = Features::bit(13);
 /// VIRTIO_BLK_F_WRITE_ZEROES.
-const F_WRITE_ZEROES: Features = Features::bit(14);
+pub(super) const F_WRITE_ZEROES: Features = Features::bit(14);
 
 /// What came of a request.
 #[derive(Debug, PartialEq)]
-struct Done {
-    status: u8,
+pub(super) struct Done {
+    /// The status byte.
+    pub(super) status: u8,
     /// The used length.
-    len: u32,
+    pub(super) len: u32,
     /// The device-writable bytes in front of the status.
-    data: Vec<u8>,
+    pub(super) data: Vec<u8>,
 }
 
 /// A running device with all that is offered for disks.
-fn start(session: &mut Session) -> Result<Ring, Objection> {
+pub(super) fn start(session: &mut Session) -> Result<Ring, Objection> {
     start_with(session, F_FLUSH | F_DISCARD | F_WRITE_ZEROES | RO)
 }
 
@@ -136,7 +125,7 @@ fn request(
 }
 
 /// A request that has to be done.
-fn good(
+pub(super) fn good(
     session: &mut Session,
     ring: &mut Ring,
     kind: u32,
@@ -150,7 +139,7 @@ fn good(
 }
 
 /// A request that has to end with `status`.
-fn bad(
+pub(super) fn bad(
     session: &mut Session,
     ring: &mut Ring,
     (kind, sector): (u32, u64),
@@ -170,18 +159,18 @@ fn sectors(session: &mut Session) -> Result<u64, Objection> {
 }
 
 /// Bytes that tell where they are from.
-fn pattern(seed: u64, len: usize) -> Vec<u8> {
+pub(super) fn pattern(seed: u64, len: usize) -> Vec<u8> {
     (0..len as u64).map(|at| (seed.wrapping_mul(131) + at / 512 * 7 + at % 251) as u8).collect()
 }
 
-fn need(session: &mut Session, feature: Features, name: &str) -> Result<(), Objection> {
+pub(super) fn need(session: &mut Session, feature: Features, name: &str) -> Result<(), Objection> {
     match session.transport.device_features()?.contains(feature) {
         true => Ok(()),
         false => Err(Objection::Skipped(format!("the device does not offer {name}"))),
     }
 }
 
-fn on_disk(session: &mut Session, sector: u64, expected: &[u8]) -> Result<(), Objection> {
+pub(super) fn on_disk(session: &mut Session, sector: u64, expected: &[u8]) -> Result<(), Objection> {
     let mut bytes = vec![0; expected.len()];
     session.far_side.read_disk(sector * 512, &mut bytes)?;
     ensure(
@@ -259,7 +248,7 @@ fn many(session: &mut Session) -> Verdict {
 }
 
 /// Fills the whole disk, lets `attempts` fail, and sees that nothing changed.
-fn unchanged(
+pub(super) fn unchanged(
     session: &mut Session,
     attempts: impl FnOnce(&mut Session, &mut Ring, u64) -> Result<(), Objection>,
 ) -> Verdict {
@@ -358,130 +347,6 @@ fn flush_offered(session: &mut Session) -> Verdict {
     ensure(offered.contains(F_FLUSH), "VIRTIO_BLK_F_FLUSH", format_args!("{:#x}", offered.bits()))?;
     ensure(!offered.contains(CONFIG_WCE) || offered.contains(F_FLUSH), "FLUSH with CONFIG_WCE", "CONFIG_WCE alone")?;
     Ok(Finding::Passed)
-}
-
-fn flush(session: &mut Session) -> Verdict {
-    need(session, F_FLUSH, "VIRTIO_BLK_F_FLUSH")?;
-    let mut ring = start(session)?;
-    for _ in 0..3 {
-        good(session, &mut ring, BLK_OUT, 2, &pattern(2, 512), 0)?;
-        let before = session.far_side.flushes()?;
-        let done = good(session, &mut ring, FLUSH, 0, &[], 0)?;
-        ensure_eq("used length of a flush", done.len, 1)?;
-        let after = session.far_side.flushes()?;
-        ensure(after > before, "the backend was told to flush", "it was not")?;
-    }
-    Ok(Finding::Passed)
-}
-
-fn get_id(session: &mut Session) -> Verdict {
-    let mut ring = start(session)?;
-    let done = good(session, &mut ring, GET_ID, 0, &[], 20)?;
-    ensure_eq("used length", done.len, 21)?;
-    let text: Vec<_> = done.data.iter().take_while(|&&byte| byte != 0).collect();
-    ensure(
-        text.iter().all(|byte| byte.is_ascii_graphic() || **byte == b' '),
-        "an id in ASCII",
-        format_args!("{text:x?}"),
-    )?;
-    ensure(
-        done.data[text.len()..].iter().all(|&byte| byte == 0),
-        "zeroes behind the id",
-        format_args!("{:x?}", done.data),
-    )?;
-    Ok(Finding::Passed)
-}
-
-fn unknown_type(session: &mut Session) -> Verdict {
-    unchanged(session, |session, ring, _| {
-        for kind in [3, 5, 6, 7, 9, 12, 27, 0x100, 0x8000_0000, u32::MAX] {
-            bad(session, ring, (kind, 0), (&[0xee; 512], 0), UNSUPP)?;
-            bad(session, ring, (kind, 0), (&[], 512), UNSUPP)?;
-        }
-        Ok(())
-    })
-}
-
-fn zoned(session: &mut Session) -> Verdict {
-    unchanged(session, |session, ring, _| {
-        // APPEND 15, REPORT 16, OPEN 18, CLOSE 20, FINISH 22, RESET 24, RESET_ALL 26.
-        for kind in [15, 16, 18, 20, 22, 24, 26] {
-            bad(session, ring, (kind, 0), (&[], 512), UNSUPP)?;
-        }
-        Ok(())
-    })
-}
-
-/// The range of a discard or write-zeroes request.
-fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
-    [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
-}
-
-fn discard(session: &mut Session) -> Verdict {
-    need(session, F_DISCARD, "VIRTIO_BLK_F_DISCARD")?;
-    let mut ring = start(session)?;
-    let bytes = pattern(8, 8 * 512);
-    good(session, &mut ring, BLK_OUT, 0, &bytes, 0)?;
-    let done = good(session, &mut ring, DISCARD, 0, &segment(2, 3, 0), 0)?;
-    ensure_eq("used length", done.len, 1)?;
-    // What was discarded reads as anything; what was not stays.
-    on_disk(session, 0, &bytes[..2 * 512])?;
-    on_disk(session, 5, &bytes[5 * 512..])?;
-    Ok(Finding::Passed)
-}
-
-fn discard_unmap(session: &mut Session) -> Verdict {
-    need(session, F_DISCARD, "VIRTIO_BLK_F_DISCARD")?;
-    unchanged(session, |session, ring, _| bad(session, ring, (DISCARD, 0), (&segment(0, 1, 1), 0), UNSUPP))
-}
-
-fn unknown_flags(session: &mut Session) -> Verdict {
-    need(session, F_DISCARD | F_WRITE_ZEROES, "VIRTIO_BLK_F_DISCARD and VIRTIO_BLK_F_WRITE_ZEROES")?;
-    unchanged(session, |session, ring, _| {
-        for flags in [2, 3, 0x8000_0000, u32::MAX] {
-            bad(session, ring, (DISCARD, 0), (&segment(0, 1, flags), 0), UNSUPP)?;
-            bad(session, ring, (WRITE_ZEROES, 0), (&segment(0, 1, flags), 0), UNSUPP)?;
-        }
-        Ok(())
-    })
-}
-
-fn write_zeroes(session: &mut Session) -> Verdict {
-    need(session, F_WRITE_ZEROES, "VIRTIO_BLK_F_WRITE_ZEROES")?;
-    let mut ring = start(session)?;
-    for unmap in [0, 1] {
-        let bytes = pattern(8, 8 * 512);
-        good(session, &mut ring, BLK_OUT, 0, &bytes, 0)?;
-        let done = good(session, &mut ring, WRITE_ZEROES, 0, &segment(2, 3, unmap), 0)?;
-        ensure_eq("used length", done.len, 1)?;
-        let read = good(session, &mut ring, BLK_IN, 0, &[], 8 * 512)?;
-        let mut expected = bytes;
-        expected[2 * 512..5 * 512].fill(0);
-        ensure(read.data == expected, "zeroes in sectors 2 to 4, the rest as it was", "something else")?;
-    }
-    Ok(Finding::Passed)
-}
-
-fn zeroes_beyond(session: &mut Session) -> Verdict {
-    need(session, F_WRITE_ZEROES, "VIRTIO_BLK_F_WRITE_ZEROES")?;
-    unchanged(session, |session, ring, sectors| {
-        for (sector, count) in [(sectors, 1), (sectors - 1, 2), (u64::MAX, 2), (1 << 55, 1), (0, u32::MAX)] {
-            bad(session, ring, (WRITE_ZEROES, 0), (&segment(sector, count, 0), 0), IOERR)?;
-        }
-        Ok(())
-    })
-}
-
-fn odd_segment(session: &mut Session) -> Verdict {
-    need(session, F_DISCARD | F_WRITE_ZEROES, "VIRTIO_BLK_F_DISCARD and VIRTIO_BLK_F_WRITE_ZEROES")?;
-    unchanged(session, |session, ring, _| {
-        for kind in [DISCARD, WRITE_ZEROES] {
-            for len in [1, 15, 17, 31] {
-                bad(session, ring, (kind, 0), (&vec![0; len], 0), IOERR)?;
-            }
-        }
-        Ok(())
-    })
 }
 
 fn read_only(session: &mut Session) -> Verdict {

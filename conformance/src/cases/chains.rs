@@ -4,6 +4,7 @@ use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
 use polyvirt_core::transport::Transport;
 
+use super::indirect::need_indirect;
 use super::sample::{Attack, POISON, Sample, Tolerance, attack, blk_header, descriptor, ensure_eq, entries};
 use super::sample::{BLK_IN, BLK_OUT};
 use crate::raw::{INDIRECT, Memory, NEXT, Ring, WRITE, link};
@@ -28,30 +29,6 @@ pub const CASES: &[Case] = &[
     Case::new("chains/above-queue-size", "an indirect chain with one descriptor more than the queue", above_queue_size)
         .judges(REFUSED)
         .class(&[3]),
-    Case::new("chains/indirect-loop", "an indirect table that loops", indirect_loop).judges(REFUSED).class(&[1]),
-    Case::new("chains/indirect-next-beyond-table", "a link beyond the end of an indirect table", indirect_beyond)
-        .judges(REFUSED)
-        .class(&[2]),
-    Case::new("chains/indirect-nested", "an indirect descriptor in an indirect table", indirect_nested)
-        .judges(REFUSED)
-        .class(&[4]),
-    Case::new("chains/indirect-with-next", "a descriptor with both INDIRECT and NEXT", indirect_next)
-        .judges(REFUSED)
-        .class(&[5]),
-    Case::new("chains/indirect-empty", "an indirect table of length 0", indirect_empty).judges(REFUSED).class(&[6]),
-    Case::new("chains/indirect-odd-length", "an indirect table that is no multiple of 16 long", indirect_odd)
-        .judges(REFUSED)
-        .class(&[6]),
-    Case::new("chains/indirect-huge", "an indirect table of 4 GiB", indirect_huge).judges(REFUSED).class(&[6]),
-    Case::new("chains/indirect-nowhere", "an indirect table where no memory is", indirect_nowhere)
-        .judges(REFUSED)
-        .class(&[7]),
-    Case::new("chains/indirect-at-the-edge", "an indirect table across the end of memory", indirect_edge)
-        .judges(REFUSED)
-        .class(&[7, 12]),
-    Case::new("chains/indirect-not-negotiated", "an indirect descriptor without the feature", indirect_unasked)
-        .judges(REFUSED)
-        .class(&[8]),
     Case::new("chains/address-wraps", "a buffer whose end wraps around 2^64", wraps).judges(REFUSED).class(&[9]),
     Case::new("chains/length-zero", "a descriptor of length 0 beside good ones", zero).judges(REFUSED).class(&[10]),
     Case::new("chains/only-length-zero", "a chain of nothing but a descriptor of length 0", only_zero)
@@ -100,7 +77,7 @@ pub const CASES: &[Case] = &[
         .on(Applies::to(BLK)),
 ];
 
-fn ring<'a>(rings: &'a mut [Ring], sample: &Sample) -> &'a mut Ring {
+pub(super) fn ring<'a>(rings: &'a mut [Ring], sample: &Sample) -> &'a mut Ring {
     &mut rings[usize::from(sample.queue)]
 }
 
@@ -139,30 +116,6 @@ fn with_pieces(
         let status = status.map(|(memory, _)| memory.clone());
         Ok(Attack { status, ..Attack::new(session, &changed, tolerance) })
     })
-}
-
-/// An attack by an indirect descriptor; `make` writes the table and says its length, if it is not the honest one.
-fn with_table(
-    session: &mut Session,
-    tolerance: Tolerance,
-    make: impl FnOnce(&Ring, &Sample) -> (Vec<u8>, Option<u32>),
-) -> Verdict {
-    need_indirect(session)?;
-    attack(session, Features::INDIRECT_DESC, |session, rings, sample| {
-        let ring = ring(rings, sample);
-        let (bytes, len) = make(ring, sample);
-        let table = Memory::readable(session, &bytes)?;
-        ring.set_descriptor(0, descriptor(table.address, len.unwrap_or(table.len), INDIRECT, 0));
-        ring.offer(0);
-        Ok(Attack::new(session, sample, tolerance).and(&table, Access::READ))
-    })
-}
-
-fn need_indirect(session: &mut Session) -> Result<(), Objection> {
-    match session.transport.device_features()?.contains(Features::INDIRECT_DESC) {
-        true => Ok(()),
-        false => Err(Objection::Skipped("the device does not offer indirect descriptors".into())),
-    }
 }
 
 fn looped(session: &mut Session) -> Verdict {
@@ -268,91 +221,11 @@ fn above_queue_size(session: &mut Session) -> Verdict {
     })
 }
 
-fn indirect_loop(session: &mut Session) -> Verdict {
-    with_table(session, Tolerance::None, |ring, sample| {
-        let mut table = sample.entries();
-        let last = table.len() - 1;
-        table[last].flags |= NEXT;
-        table[last].next = last as u16;
-        (ring.table(&table), None)
-    })
-}
-
-fn indirect_beyond(session: &mut Session) -> Verdict {
-    with_table(session, Tolerance::None, |ring, sample| {
-        let mut table = sample.entries();
-        let last = table.len() - 1;
-        table[last].flags |= NEXT;
-        table[last].next = last as u16 + 1;
-        (ring.table(&table), None)
-    })
-}
-
-fn indirect_nested(session: &mut Session) -> Verdict {
-    need_indirect(session)?;
-    attack(session, Features::INDIRECT_DESC, |session, rings, sample| {
-        let ring = ring(rings, sample);
-        let inner = Memory::readable(session, &ring.table(&sample.entries()))?;
-        let outer = Memory::readable(session, &ring.table(&[descriptor(inner.address, inner.len, INDIRECT, 0)]))?;
-        ring.set_descriptor(0, descriptor(outer.address, outer.len, INDIRECT, 0));
-        ring.offer(0);
-        let attack = Attack::new(session, sample, Tolerance::Lenient);
-        Ok(attack.and(&inner, Access::READ).and(&outer, Access::READ))
-    })
-}
-
-fn indirect_next(session: &mut Session) -> Verdict {
-    need_indirect(session)?;
-    attack(session, Features::INDIRECT_DESC, |session, rings, sample| {
-        let ring = ring(rings, sample);
-        let table = Memory::readable(session, &ring.table(&sample.entries()))?;
-        ring.set_descriptor(0, descriptor(table.address, table.len, INDIRECT | NEXT, 1));
-        let (memory, writable) = &sample.pieces[sample.pieces.len() - 1];
-        ring.set_descriptor(1, link(memory, *writable, None));
-        ring.offer(0);
-        Ok(Attack::new(session, sample, Tolerance::Lenient).and(&table, Access::READ))
-    })
-}
-
-fn indirect_empty(session: &mut Session) -> Verdict {
-    with_table(session, Tolerance::None, |ring, sample| (ring.table(&sample.entries()), Some(0)))
-}
-
-fn indirect_odd(session: &mut Session) -> Verdict {
-    with_table(session, Tolerance::Lenient, |ring, sample| {
-        let mut bytes = ring.table(&sample.entries());
-        bytes.extend([0; 15]);
-        (bytes, None)
-    })
-}
-
-fn indirect_huge(session: &mut Session) -> Verdict {
-    with_table(session, Tolerance::Lenient, |ring, sample| (ring.table(&sample.entries()), Some(!15)))
-}
-
 /// An address where no guest memory is, on any hypervisor.
-const NOWHERE: u64 = 0x7fff_ffff_ffff_0000;
-
-fn indirect_at(session: &mut Session, address: u64, len: u32) -> Verdict {
-    need_indirect(session)?;
-    attack(session, Features::INDIRECT_DESC, |session, rings, sample| {
-        let ring = ring(rings, sample);
-        ring.set_descriptor(0, descriptor(address, len, INDIRECT, 0));
-        ring.offer(0);
-        Ok(Attack::new(session, sample, Tolerance::None))
-    })
-}
-
-fn indirect_nowhere(session: &mut Session) -> Verdict {
-    for (address, len) in [(NOWHERE, 32), (u64::MAX - 15, 32), (u64::MAX - 15, 16)] {
-        indirect_at(session, address, len)?;
-        session.transport.reset()?;
-    }
-    Ok(Finding::Rejected)
-}
+pub(super) const NOWHERE: u64 = 0x7fff_ffff_ffff_0000;
 
 /// Where the memory that the device may see ends, and what keeps it so: flat memory ends for all, a grant for itself.
-fn memory_end(session: &Session, rings: &[Ring], sample: &Sample) -> Result<(u64, Vec<Memory>), Objection> {
+pub(super) fn memory_end(session: &Session, rings: &[Ring], sample: &Sample) -> Result<(u64, Vec<Memory>), Objection> {
     if let Some(end) = session.memory_end {
         return Ok((end, Vec::new()));
     }
@@ -368,27 +241,6 @@ fn memory_end(session: &Session, rings: &[Ring], sample: &Sample) -> Result<(u64
         }
     }
     Err(Objection::Skipped("no memory with nothing behind it was found".into()))
-}
-
-fn indirect_edge(session: &mut Session) -> Verdict {
-    need_indirect(session)?;
-    attack(session, Features::INDIRECT_DESC, |session, rings, sample| {
-        let (end, kept) = memory_end(session, rings, sample)?;
-        let ring = ring(rings, sample);
-        ring.set_descriptor(0, descriptor(end - 16, 32, INDIRECT, 0));
-        ring.offer(0);
-        Ok(Attack { kept, ..Attack::new(session, sample, Tolerance::None) })
-    })
-}
-
-fn indirect_unasked(session: &mut Session) -> Verdict {
-    attack(session, Features::empty(), |session, rings, sample| {
-        let ring = ring(rings, sample);
-        let table = Memory::readable(session, &ring.table(&sample.entries()))?;
-        ring.set_descriptor(0, descriptor(table.address, table.len, INDIRECT, 0));
-        ring.offer(0);
-        Ok(Attack::new(session, sample, Tolerance::Lenient).and(&table, Access::READ))
-    })
 }
 
 /// The sample with the address and length of the piece that carries its data replaced.

@@ -1,17 +1,21 @@
 //! The cases, by area.
 
 pub mod blk;
+pub mod blk_commands;
 pub mod chains;
 pub mod config;
 pub mod console;
 pub mod driver;
 pub mod drivers;
 pub mod features;
+pub mod indirect;
 pub mod init;
 pub mod mmio;
+pub mod mmio_driver;
 pub mod notify;
 pub mod ring;
 pub mod rng;
+pub mod rogue;
 pub mod sample;
 pub mod scripted;
 
@@ -24,11 +28,15 @@ pub fn all() -> Vec<Case> {
         features::CASES,
         config::CASES,
         ring::CASES,
+        rogue::CASES,
         notify::CASES,
         chains::CASES,
+        indirect::CASES,
         driver::CASES,
         mmio::CASES,
+        mmio_driver::CASES,
         blk::CASES,
+        blk_commands::CASES,
         rng::CASES,
         console::CASES,
         drivers::CASES,

@@ -1,20 +1,14 @@
 //! The split ring, as the device carries it out.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
-
 use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
-use polyvirt_core::queue::split::layout::Descriptor;
 use polyvirt_core::transport::Transport;
 
-use super::chains::REFUSED;
 use super::init::serve_next;
 use super::sample::{
-    Attack, BLK_IN, POISON, Sample, TEXT, Tolerance, attack, blk_header, descriptor, ensure, ensure_eq, entries,
-    only_allowed, revive, serve, shown, touches,
+    BLK_IN, POISON, Sample, TEXT, blk_header, ensure, ensure_eq, entries, only_allowed, serve, shown, touches,
 };
-use crate::raw::{INDIRECT, Memory, NEXT, Ring, WRITE};
+use crate::raw::{Memory, NEXT, Ring};
 use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Verdict};
 
 /// The cases of this area.
@@ -48,31 +42,6 @@ pub const CASES: &[Case] = &[
     Case::new("ring/index-wrap", "the 16-bit indices wrap, and go on", index_wrap),
     Case::new("ring/small-queue", "a queue of fewer entries than the maximum, down to one chain", small_queue)
         .on(Applies::MODERN),
-    Case::new("ring/indirect", "a chain in an indirect table is served", indirect).judges(&["N0053"]),
-    Case::new("ring/indirect-behind-direct", "direct descriptors, then an indirect one, make one chain", mixed)
-        .judges(&["N0053"]),
-    Case::new("ring/indirect-write-flag", "the WRITE flag beside INDIRECT means nothing", indirect_write)
-        .judges(&["N0052"]),
-    Case::new("ring/indirect-out-of-order", "an indirect table in any order", indirect_scattered).judges(&["N0037"]),
-    Case::new("ring/head-beyond-table", "a head that the table does not have", head_beyond)
-        .judges(REFUSED)
-        .class(&[19]),
-    Case::new("ring/index-jump", "an available index further ahead than the queue is long", index_jump)
-        .judges(REFUSED)
-        .class(&[19, 21]),
-    Case::new("ring/index-back", "an available index that goes back", index_back).judges(REFUSED).class(&[19]),
-    Case::new("ring/same-head-twice", "the same head made available twice at once", twice).judges(REFUSED).class(&[20]),
-    Case::new("ring/same-head-in-flight", "a head that the device still holds is made available again", in_flight)
-        .judges(REFUSED)
-        .class(&[20, 21])
-        .on(Applies::to(CONSOLE)),
-    Case::new("ring/rewritten", "descriptors that change while the device reads them", rewritten).class(&[24]),
-    Case::new(
-        "ring/malformed-not-retried",
-        "a malformed chain is looked at once, however often it is kicked",
-        not_retried,
-    )
-    .class(&[26, 27]),
     Case::new("ring/reset-alone", "a queue that is reset alone is left alone, starts over, and serves", reset_alone)
         .judges(&["N0030", "N0031"])
         .on(Applies::MODERN),
@@ -236,7 +205,7 @@ fn only_given(session: &mut Session) -> Verdict {
 }
 
 /// The sample in pieces of at most `most` bytes.
-fn cut(sample: &Sample, most: u32) -> Vec<(Memory, bool)> {
+pub(super) fn cut(sample: &Sample, most: u32) -> Vec<(Memory, bool)> {
     let mut pieces = Vec::new();
     for (memory, writable) in &sample.pieces {
         let mut at = 0;
@@ -405,216 +374,6 @@ fn small_queue(session: &mut Session) -> Verdict {
         }
     }
     Ok(Finding::Passed)
-}
-
-fn need_indirect(session: &mut Session) -> Result<(), Objection> {
-    match session.transport.device_features()?.contains(Features::INDIRECT_DESC) {
-        true => Ok(()),
-        false => Err(Objection::Skipped("the device does not offer indirect descriptors".into())),
-    }
-}
-
-/// Lets the device serve a sample of which the last `inside` descriptors are in an indirect table, as `arrange` puts it.
-fn serve_indirect(
-    session: &mut Session,
-    direct: usize,
-    flags: u16,
-    arrange: impl Fn(Vec<Descriptor>) -> Vec<Descriptor>,
-) -> Verdict {
-    need_indirect(session)?;
-    let mut rings = session.bring_up(Features::INDIRECT_DESC)?;
-    let sample = Sample::new(session)?;
-    let pieces = cut(&sample, if session.cell.device_type == BLK { 512 } else { 5 });
-    let ring = &mut rings[usize::from(sample.queue)];
-    let direct = direct.min(pieces.len() - 1);
-    for (slot, (memory, writable)) in pieces[..direct].iter().enumerate() {
-        let slot = slot as u16;
-        ring.set_descriptor(slot, crate::raw::link(memory, *writable, Some(slot + 1)));
-    }
-    let table = Memory::readable(session, &ring.table(&arrange(entries(&pieces[direct..]))))?;
-    ring.set_descriptor(direct as u16, descriptor(table.address, table.len, INDIRECT | flags, 0));
-    ring.offer(0);
-    ring.kick()?;
-    let (id, len) = session.wait_used(ring)?;
-    ensure_eq("used id", id, 0)?;
-    sample.check(session, len)?;
-    Ok(Finding::Passed)
-}
-
-fn indirect(session: &mut Session) -> Verdict {
-    serve_indirect(session, 0, 0, |table| table)
-}
-
-fn mixed(session: &mut Session) -> Verdict {
-    serve_indirect(session, 1, 0, |table| table)
-}
-
-fn indirect_write(session: &mut Session) -> Verdict {
-    serve_indirect(session, 0, WRITE, |table| table)
-}
-
-fn indirect_scattered(session: &mut Session) -> Verdict {
-    serve_indirect(session, 0, 0, |table| {
-        // The first stays first, the others come in reverse, behind a gap.
-        let count = table.len();
-        let place = |number: usize| if number == 0 { 0 } else { count + 1 - number };
-        let mut turned = vec![descriptor(0, 0, 0, 0); count + 1];
-        for (number, mut entry) in table.into_iter().enumerate() {
-            if entry.flags & NEXT != 0 {
-                entry.next = place(number + 1) as u16;
-            }
-            turned[place(number)] = entry;
-        }
-        turned
-    })
-}
-
-fn head_beyond(session: &mut Session) -> Verdict {
-    for beyond in [0, 1, u16::MAX] {
-        attack(session, Features::empty(), |session, rings, sample| {
-            let ring = &mut rings[usize::from(sample.queue)];
-            ring.chain(0, &sample.pieces);
-            ring.offer(ring.size().saturating_add(beyond));
-            Ok(Attack::new(session, sample, Tolerance::None))
-        })?;
-        session.transport.reset()?;
-    }
-    Ok(Finding::Rejected)
-}
-
-fn index_jump(session: &mut Session) -> Verdict {
-    for jump in [1, 0x4000] {
-        attack(session, Features::empty(), |session, rings, sample| {
-            let ring = &mut rings[usize::from(sample.queue)];
-            ring.chain(0, &sample.pieces);
-            for slot in 0..ring.size() {
-                ring.set_entry(slot, 0);
-            }
-            ring.set_available(ring.size() + jump);
-            Ok(Attack::new(session, sample, Tolerance::None).chains(u16::MAX))
-        })?;
-        session.transport.reset()?;
-    }
-    Ok(Finding::Rejected)
-}
-
-fn index_back(session: &mut Session) -> Verdict {
-    attack(session, Features::empty(), |session, rings, sample| {
-        let ring = &mut rings[usize::from(sample.queue)];
-        ring.chain(0, &sample.pieces);
-        // What is used before the index goes back was good.
-        ring.offer(0);
-        ring.kick()?;
-        session.wait_used(ring)?;
-        if session.cell.device_type == CONSOLE {
-            session.far_side.output()?;
-        }
-        ring.set_available(0);
-        Ok(Attack::new(session, sample, Tolerance::None).chains(u16::MAX))
-    })
-}
-
-fn twice(session: &mut Session) -> Verdict {
-    attack(session, Features::empty(), |session, rings, sample| {
-        let ring = &mut rings[usize::from(sample.queue)];
-        ring.chain(0, &sample.pieces);
-        ring.offer_all(&[0, 0]);
-        Ok(Attack::new(session, sample, Tolerance::Lenient).chains(2))
-    })
-}
-
-fn in_flight(session: &mut Session) -> Verdict {
-    attack(session, Features::empty(), |session, rings, sample| {
-        // Nobody types, so the device keeps what is in its receive queue.
-        let buffer = Memory::writable(session, 16, POISON)?;
-        let ring = &mut rings[0];
-        ring.chain(0, &[(buffer.clone(), true)]);
-        ring.offer(0);
-        ring.kick()?;
-        ring.offer(0);
-        ring.kick()?;
-        // A device that takes buffers only when it has something to put into them learns of it now.
-        session.far_side.input(b"ab")?;
-        ring.offer_all(&[0, 0]);
-        let attack = Attack { queue: 0, ..Attack::new(session, sample, Tolerance::Lenient) };
-        Ok(attack.and(&buffer, Access::WRITE))
-    })
-}
-
-fn rewritten(session: &mut Session) -> Verdict {
-    // A thread turns descriptor 0 into nonsense and back while requests are made; whatever the device sees, it reads
-    // it once, so it either serves or refuses.
-    for _ in 0..20 {
-        let mut rings = session.bring_up(Features::empty())?;
-        let sample = Sample::new(session)?;
-        let mark = session.probe.as_ref().map(crate::suite::Probe::mark);
-        let ring = &mut rings[usize::from(sample.queue)];
-        ring.chain(0, &sample.pieces);
-        let good = sample.entries()[0];
-        let bad = Descriptor { address: u64::MAX - 3, len: u32::MAX, ..good };
-        let stop = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let table = ring.descriptors();
-            let (good, bad) = (ring.words(good), ring.words(bad));
-            let stop = &stop;
-            scope.spawn(move || {
-                while !stop.load(Ordering::SeqCst) {
-                    for [first, second] in [bad, good] {
-                        table.store(0, first, Ordering::SeqCst);
-                        table.store(1, second, Ordering::SeqCst);
-                    }
-                }
-            });
-            let begun = Instant::now();
-            let mut attempt = || -> Result<(), Objection> {
-                for _ in 0..20 {
-                    ring.offer(0);
-                    ring.kick()?;
-                    while ring.take().is_none() {
-                        if session.needs_reset()? {
-                            return Ok(());
-                        }
-                        let expected = "the device serves or refuses";
-                        ensure(begun.elapsed() < session.watchdog, expected, "it does neither")?;
-                        std::thread::yield_now();
-                    }
-                }
-                Ok(())
-            };
-            let served = attempt();
-            stop.store(true, Ordering::SeqCst);
-            served
-        })?;
-        if let Some(mark) = mark {
-            only_allowed(session, mark, &rings, &sample.ranges())?;
-        }
-        if session.cell.device_type == CONSOLE {
-            session.far_side.output()?;
-        }
-        revive(session, rings)?;
-    }
-    Ok(Finding::Passed)
-}
-
-fn not_retried(session: &mut Session) -> Verdict {
-    let mut rings = session.bring_up(Features::empty())?;
-    let sample = Sample::new(session)?;
-    let ring = &mut rings[usize::from(sample.queue)];
-    ring.chain(0, &sample.pieces);
-    ring.offer(ring.size());
-    ring.kick()?;
-    session.wait_config()?;
-    ensure(session.needs_reset()?, "DEVICE_NEEDS_RESET", "it is not set")?;
-    let mark = session.probe()?.mark();
-    let ring = &mut rings[usize::from(sample.queue)];
-    for _ in 0..200 {
-        ring.kick()?;
-    }
-    session.transport.status()?;
-    let again = session.probe()?.since(mark)?.len();
-    ensure(again == 0, "a broken queue is not looked at again", format_args!("{again} accesses in 200 kicks"))?;
-    revive(session, rings)?;
-    Ok(Finding::Rejected)
 }
 
 /// Brings the device up with queue reset; skipped where it is not offered.

@@ -3,10 +3,13 @@
 //! Each breaks one thing and names the cases that have to notice. Nearly all live on the loopback, where everything happens
 //! in the caller's thread, so that what they do to a ring is done before the driver looks.
 
+mod broken;
 mod bus;
+mod careless;
 mod device;
 mod driver;
 mod far_side;
+mod parsers;
 mod registers;
 mod rings;
 
@@ -54,7 +57,15 @@ impl Saboteur {
 
 /// All of them.
 pub fn all() -> impl Iterator<Item = &'static Saboteur> {
-    [device::SABOTEURS, registers::SABOTEURS, rings::SABOTEURS, far_side::SABOTEURS, driver::SABOTEURS]
-        .into_iter()
-        .flatten()
+    [
+        device::SABOTEURS,
+        registers::SABOTEURS,
+        careless::SABOTEURS,
+        rings::SABOTEURS,
+        parsers::SABOTEURS,
+        far_side::SABOTEURS,
+        driver::SABOTEURS,
+    ]
+    .into_iter()
+    .flatten()
 }
