@@ -4,7 +4,7 @@ use polyvirt_core::transport::Transport;
 use polyvirt_core::{Features, Status};
 
 use super::features::framing;
-use super::sample::{Sample, ensure, ensure_eq, only_allowed, revive, serve, shown, touches};
+use super::sample::{Sample, ensure, ensure_eq, offer, only_allowed, revive, serve, serve_told, shown, touches};
 use crate::raw::Ring;
 use crate::suite::{Applies, Call, Case, Finding, Objection, Session, Verdict};
 
@@ -121,16 +121,6 @@ fn again(session: &mut Session) -> Verdict {
     let rings = session.bring_up(Features::empty())?;
     revive(session, rings)?;
     Ok(Finding::Passed)
-}
-
-/// Puts a sample into its ring and kicks.
-fn offer(session: &Session, rings: &mut [Ring]) -> Result<Sample, Objection> {
-    let sample = Sample::new(session)?;
-    let ring = &mut rings[usize::from(sample.queue)];
-    ring.chain(0, &sample.pieces);
-    ring.offer(0);
-    ring.kick()?;
-    Ok(sample)
 }
 
 /// Fails if the device used anything or touched anything that belongs to the rings or the sample.
@@ -278,9 +268,7 @@ fn no_queue(session: &mut Session) -> Verdict {
 
 fn after_reset_silent(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
-    serve(session, &mut rings)?;
-    // What is pending belongs to before the reset.
-    while session.interrupted()? {}
+    serve_told(session, &mut rings)?;
     session.transport.reset()?;
     let mark = session.probe()?.mark();
     let sample = Sample::new(session)?;

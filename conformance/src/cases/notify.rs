@@ -4,7 +4,7 @@ use polyvirt_core::Features;
 use polyvirt_core::transport::Transport;
 
 use super::init::serve_next;
-use super::sample::{Sample, ensure, ensure_eq, serve};
+use super::sample::{Sample, ensure, ensure_eq, offer, serve_told};
 use crate::raw::{NO_INTERRUPT, Ring};
 use crate::suite::{Case, Finding, Objection, Session, Verdict};
 
@@ -34,16 +34,6 @@ pub const CASES: &[Case] = &[
         .class(&[26]),
 ];
 
-/// Puts a sample into its ring and kicks, without waiting.
-fn offer(session: &Session, rings: &mut [Ring]) -> Result<Sample, Objection> {
-    let sample = Sample::new(session)?;
-    let ring = &mut rings[usize::from(sample.queue)];
-    ring.chain(0, &sample.pieces);
-    ring.offer(0);
-    ring.kick()?;
-    Ok(sample)
-}
-
 /// Lets the device serve a sample, looking at the ring alone.
 fn serve_silently(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
     let sample = offer(session, rings)?;
@@ -57,15 +47,8 @@ fn queue(session: &Session) -> Result<usize, Objection> {
 
 fn wanted(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
-    let queue = queue(session)?;
     for _ in 0..10 {
-        // Only the interrupt says that there is something: the ring is not looked at before.
-        let sample = offer(session, &mut rings)?;
-        session.wait_interrupt()?;
-        let Some((_, len)) = rings[queue].take() else {
-            return Err(Objection::failed("a used buffer with the interrupt", "the used ring is empty"));
-        };
-        sample.check(session, len)?;
+        serve_told(session, &mut rings)?;
     }
     Ok(Finding::Passed)
 }
@@ -96,10 +79,7 @@ fn wanted_again(session: &mut Session) -> Verdict {
         silence(session, &mut rings)?;
         rings[queue].set_flags(0);
         // The interrupt is waited for, so that none is still on its way when silence is asked for again.
-        let sample = offer(session, &mut rings)?;
-        session.wait_interrupt()?;
-        let (_, len) = session.wait_used(&mut rings[queue])?;
-        sample.check(session, len)?;
+        serve_told(session, &mut rings)?;
     }
     Ok(Finding::Passed)
 }
@@ -109,10 +89,7 @@ fn event_ignored(session: &mut Session) -> Verdict {
     let queue = queue(session)?;
     for event in [0, 1, 0x7fff, 0x8000, 0xffff] {
         rings[queue].set_used_event(event);
-        let sample = offer(session, &mut rings)?;
-        session.wait_interrupt()?;
-        let (_, len) = session.wait_used(&mut rings[queue])?;
-        sample.check(session, len)?;
+        serve_told(session, &mut rings)?;
     }
     Ok(Finding::Passed)
 }
@@ -131,12 +108,7 @@ fn event_reached(session: &mut Session) -> Verdict {
     for _ in 0..10 {
         let next = rings[queue].taken;
         rings[queue].set_used_event(next);
-        let sample = offer(session, &mut rings)?;
-        session.wait_interrupt()?;
-        let Some((_, len)) = rings[queue].take() else {
-            return Err(Objection::failed("a used buffer with the interrupt", "the used ring is empty"));
-        };
-        sample.check(session, len)?;
+        serve_told(session, &mut rings)?;
     }
     Ok(Finding::Passed)
 }
@@ -148,10 +120,7 @@ fn event_ahead(session: &mut Session) -> Verdict {
     // Elements 0, 1 and 2 are not told, element 3 is served but not told either, element 4 is.
     silence(session, &mut rings)?;
     serve_silently(session, &mut rings)?;
-    let sample = offer(session, &mut rings)?;
-    session.wait_interrupt()?;
-    let (_, len) = session.wait_used(&mut rings[queue])?;
-    sample.check(session, len)?;
+    serve_told(session, &mut rings)?;
     Ok(Finding::Passed)
 }
 
@@ -162,10 +131,7 @@ fn flags_ignored(session: &mut Session) -> Verdict {
     for _ in 0..3 {
         let next = rings[queue].taken;
         rings[queue].set_used_event(next);
-        let sample = offer(session, &mut rings)?;
-        session.wait_interrupt()?;
-        let (_, len) = session.wait_used(&mut rings[queue])?;
-        sample.check(session, len)?;
+        serve_told(session, &mut rings)?;
     }
     rings[queue].set_flags(0);
     let passed = rings[queue].taken.wrapping_sub(1);
@@ -224,8 +190,7 @@ fn kick_asked_for(session: &mut Session) -> Verdict {
 
 fn storm(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
-    serve(session, &mut rings)?;
-    while session.interrupted()? {}
+    serve_told(session, &mut rings)?;
     let queue = queue(session)?;
     let used = rings[queue].used_index();
     for _ in 0..500 {

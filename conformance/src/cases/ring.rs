@@ -6,7 +6,8 @@ use polyvirt_core::transport::Transport;
 
 use super::init::serve_next;
 use super::sample::{
-    BLK_IN, POISON, Sample, TEXT, blk_header, ensure, ensure_eq, entries, only_allowed, serve, shown, touches,
+    BLK_IN, POISON, Sample, TEXT, blk_header, ensure, ensure_eq, entries, only_allowed, serve, serve_told, shown,
+    touches,
 };
 use crate::raw::{Memory, NEXT, Ring};
 use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Verdict};
@@ -386,11 +387,10 @@ fn with_queue_reset(session: &mut Session) -> Result<Vec<Ring>, Objection> {
 
 fn reset_alone(session: &mut Session) -> Verdict {
     let mut rings = with_queue_reset(session)?;
-    serve(session, &mut rings)?;
+    serve_told(session, &mut rings)?;
     let sample = Sample::new(session)?;
     let queue = usize::from(sample.queue);
     session.transport.reset_vq(sample.queue)?;
-    while session.interrupted()? {}
     let mark = session.probe()?.mark();
     let old = &mut rings[queue];
     old.chain(0, &sample.pieces);

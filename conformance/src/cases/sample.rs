@@ -120,14 +120,32 @@ pub fn entries(pieces: &[(Memory, bool)]) -> Vec<Descriptor> {
     pieces.iter().enumerate().map(|(number, (memory, writable))| link(memory, *writable, next(number))).collect()
 }
 
-/// Lets the device serve a sample.
-pub fn serve(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
+/// Puts a sample into its ring and kicks, without waiting.
+pub fn offer(session: &Session, rings: &mut [Ring]) -> Result<Sample, Objection> {
     let sample = Sample::new(session)?;
     let ring = &mut rings[usize::from(sample.queue)];
     ring.chain(0, &sample.pieces);
     ring.offer(0);
     ring.kick()?;
-    let (id, len) = session.wait_used(ring)?;
+    Ok(sample)
+}
+
+/// Lets the device serve a sample that it has to tell of: only the interrupt says that there is something, so that none
+/// is on its way any more.
+pub fn serve_told(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
+    let sample = offer(session, rings)?;
+    session.wait_interrupt()?;
+    let Some((id, len)) = rings[usize::from(sample.queue)].take() else {
+        return Err(Objection::failed("a used buffer with the interrupt", "the used ring is empty"));
+    };
+    ensure_eq("used id", id, 0)?;
+    sample.check(session, len)
+}
+
+/// Lets the device serve a sample.
+pub fn serve(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
+    let sample = offer(session, rings)?;
+    let (id, len) = session.wait_used(&mut rings[usize::from(sample.queue)])?;
     ensure_eq("used id", id, 0)?;
     sample.check(session, len)
 }
