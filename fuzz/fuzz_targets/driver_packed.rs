@@ -1,0 +1,4 @@
+//! The driver role on a packed ring with a hostile device.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| polyvirt_fuzz::driver_packed(data));
