@@ -1,5 +1,6 @@
 //! The device's role, whatever the ring format.
 
+use super::assembly::Latched;
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
@@ -9,8 +10,10 @@ use crate::memory::GuestMemory;
 /// A running virtqueue in the device's hands.
 pub struct Queue<M: GuestMemory> {
     ring: Ring<M>,
-    broken: Option<QueueError>,
-    /// Chains that this burst may still take.
+    /// How many chains [`Queue::pop`] may take before it has to think: part of the burst's budget, and 0 as long as the
+    /// driver was not asked to be quiet, or the queue is latched.
+    ready: u16,
+    /// Chains that this burst may still take besides.
     budget: u16,
     /// Whether this burst found the queue empty.
     drained: bool,
@@ -20,8 +23,8 @@ pub struct Queue<M: GuestMemory> {
 
 enum Ring<M: GuestMemory> {
     Split(Split<M, Little>),
-    SplitBig(Split<M, Big>),
     Packed(Packed<M>),
+    SplitBig(Split<M, Big>),
 }
 
 /// Calls the same method of whichever ring it is.
@@ -29,10 +32,17 @@ macro_rules! ring {
     ($ring:expr, $name:ident => $call:expr) => {
         match $ring {
             Ring::Split($name) => $call,
-            Ring::SplitBig($name) => $call,
             Ring::Packed($name) => $call,
+            Ring::SplitBig($name) => rarely(|| $call),
         }
     };
+}
+
+/// Keeps what `work` does out of the way of what is done often.
+#[cold]
+#[inline(never)]
+fn rarely<T>(work: impl FnOnce() -> T) -> T {
+    work()
 }
 
 impl<M: GuestMemory> Queue<M> {
@@ -43,7 +53,7 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
-        Ok(Self { ring, broken: None, budget: config.size, drained: false, quiet: false })
+        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false })
     }
 
     /// Entries.
@@ -55,30 +65,52 @@ impl<M: GuestMemory> Queue<M> {
     /// queue and is returned again by every later call.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
-        if let Some(reason) = self.broken {
+        if self.ready == 0 && !self.look()? {
+            return Ok(None);
+        }
+        match ring!(&mut self.ring, ring => ring.pop()) {
+            Ok(Some(chain)) => {
+                self.ready -= 1;
+                Ok(Some(chain))
+            }
+            Ok(None) => {
+                self.budget += core::mem::take(&mut self.ready);
+                self.drained = true;
+                Ok(None)
+            }
+            Err(Latched) => Err(self.latched()),
+        }
+    }
+
+    /// The reason why it is latched.
+    #[cold]
+    #[inline(never)]
+    fn latched(&mut self) -> QueueError {
+        self.ready = 0;
+        self.broken().expect("latched for a reason")
+    }
+
+    /// Whether there may be a chain to take.
+    #[inline(never)]
+    fn look(&mut self) -> Result<bool, QueueError> {
+        if let Some(reason) = self.broken() {
             return Err(reason);
         }
         if self.budget == 0 {
-            return Ok(None);
+            return Ok(false);
         }
         if !self.quiet {
             self.quiet = true;
             ring!(&mut self.ring, ring => ring.disable_kicks());
         }
-        match ring!(&mut self.ring, ring => ring.pop()) {
-            Ok(Some(chain)) => {
-                self.budget -= 1;
-                Ok(Some(chain))
-            }
-            Ok(None) => {
-                self.drained = true;
-                Ok(None)
-            }
-            Err(reason) => {
-                self.fail(reason);
-                Err(reason)
-            }
-        }
+        let available = match ring!(&mut self.ring, ring => ring.available()) {
+            Ok(available) => available,
+            Err(Latched) => return Err(self.latched()),
+        };
+        self.ready = available.min(self.budget);
+        self.budget -= self.ready;
+        self.drained |= self.ready == 0;
+        Ok(self.ready > 0)
     }
 
     /// Gives a chain back with [`Chain::written`] bytes written.
@@ -86,21 +118,21 @@ impl<M: GuestMemory> Queue<M> {
     /// A chain that does not belong to this run of the queue is refused ([`QueueError::Stale`]) and dropped.
     #[inline(always)]
     pub fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        if let Some(reason) = self.broken {
-            return Err(reason);
-        }
+        // A latched queue takes no chain back either.
         ring!(&mut self.ring, ring => ring.complete(chain))
+            .map_err(|head| self.broken().unwrap_or(QueueError::Stale { head }))
     }
 
     /// Whether the driver wants to be interrupted for what was completed since the last call.
     #[inline(always)]
     pub fn needs_interrupt(&mut self) -> bool {
-        self.broken.is_none() && ring!(&mut self.ring, ring => ring.needs_interrupt())
+        self.broken().is_none() && ring!(&mut self.ring, ring => ring.needs_interrupt())
     }
 
     /// Starts serving: allows [`Queue::pop`] to take at most as many chains as the queue is long. From the first of them
     /// on the driver is asked not to kick.
     pub fn begin_burst(&mut self) {
+        self.ready = 0;
         self.budget = self.size();
         self.drained = false;
     }
@@ -109,29 +141,28 @@ impl<M: GuestMemory> Queue<M> {
     /// (kicks stay off) or because chains came after [`Queue::pop`] had found none. Chains that the device left although
     /// it could have taken them do not count: it has its reasons, and knows when to look again.
     pub fn end_burst(&mut self) -> bool {
-        if self.broken.is_some() || !self.quiet {
+        if self.broken().is_some() || !self.quiet {
             return false;
         }
-        if self.budget == 0 {
+        if self.ready + self.budget == 0 {
             return true;
         }
+        self.ready = 0;
         self.quiet = false;
         match ring!(&mut self.ring, ring => ring.enable_kicks()) {
             Ok(available) => available && self.drained,
-            Err(reason) => {
-                self.fail(reason);
-                false
-            }
+            Err(Latched) => false,
         }
     }
 
     /// Latches the queue with `reason`; the first reason stays.
     pub fn fail(&mut self, reason: QueueError) {
-        self.broken = self.broken.or(Some(reason));
+        self.ready = 0;
+        ring!(&mut self.ring, ring => ring.fail(reason));
     }
 
     /// Why the queue is latched; none while it works.
-    pub const fn broken(&self) -> Option<QueueError> {
-        self.broken
+    pub fn broken(&self) -> Option<QueueError> {
+        ring!(&self.ring, ring => ring.broken())
     }
 }

@@ -155,14 +155,14 @@ impl Tables {
         index: u16,
         readable: &[Buffer],
         writable: &[Buffer],
-        words: impl Fn(Buffer, u16, bool, bool) -> [u64; 2],
+        words: impl Fn(Buffer, u16, bool, bool) -> (u64, u64),
     ) -> Buffer {
         let first = usize::from(index) * self.entries;
         let (offset, pieces) = (first * 16, readable.len() + writable.len());
         let all = readable.iter().map(|piece| (*piece, false)).chain(writable.iter().map(|piece| (*piece, true)));
         for (number, (piece, writable)) in all.enumerate() {
             self.shadow[first + number] = (piece, writable);
-            let [low, high] = words(piece, number as u16 + 1, writable, number + 1 == pieces);
+            let (low, high) = words(piece, number as u16 + 1, writable, number + 1 == pieces);
             // The table has room: the caller compared its entries with the pieces.
             let _ = self.pages.write(offset + 16 * number, &low.to_ne_bytes());
             let _ = self.pages.write(offset + 16 * number + 8, &high.to_ne_bytes());

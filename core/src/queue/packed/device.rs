@@ -7,7 +7,7 @@ use super::layout::{
     DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
 };
 use crate::memory::{Access, GuestMemory, Segment, Words};
-use crate::queue::assembly::{Assembly, Chains, read_table};
+use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
 use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError};
 
 /// The ring, resolved, and where the device is in it.
@@ -72,60 +72,124 @@ impl<M: GuestMemory> Ring<M> {
         u64::from_le(self.descriptors.load(2 * usize::from(at.index), Ordering::Relaxed))
     }
 
+    /// At most how many chains are available, as of now.
     #[inline(always)]
-    fn available(&self) -> bool {
-        self.next_available.is_available(self.tail(self.next_available, Ordering::Relaxed).flags)
+    pub(in crate::queue) fn available(&mut self) -> Result<u16, Latched> {
+        let available = self.next_available.is_available(self.tail(self.next_available, Ordering::Relaxed).flags);
+        Ok(if available { self.size } else { 0 })
     }
 
     #[inline(always)]
-    pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
-        let size = self.size;
-        let mut at = self.next_available;
+    pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, Latched> {
         // Acquire: the rest of the chain is read after the flags that make it available.
-        let mut tail = self.tail(at, Ordering::Acquire);
-        if !at.is_available(tail.flags) {
+        let first = self.tail(self.next_available, Ordering::Acquire);
+        if !self.next_available.is_available(first.flags) {
             return Ok(None);
         }
-        let first = at;
-        let mut assembly = self.chains.assemble(0);
-        let mut count = 0;
+        self.walk(first).map(Some)
+    }
+
+    /// The chain that begins with `tail`. As long as it is what chains mostly are (direct, short, of whole pieces, without
+    /// fault) it is walked here, with nothing to call; as soon as it is not, [`Ring::walk_on`] goes on.
+    #[inline(always)]
+    fn walk(&mut self, mut tail: Tail) -> Result<Chain<M::Lease>, Latched> {
+        let mut at = self.next_available;
+        let Some(mut assembly) = self.chains.assemble_at_once() else {
+            let assembly = self.chains.assemble();
+            return self.walk_on(assembly, at, tail, self.address(at));
+        };
         loop {
-            count += 1;
-            if self.taken + count > size {
-                return Err(if count > size {
-                    QueueError::TooManyDescriptors { head: first.index, limit: size.into() }
-                } else {
-                    QueueError::Overrun { size }
-                });
+            let (address, writable) = (self.address(at), tail.flags & WRITE != 0);
+            if tail.flags & INDIRECT != 0 || !assembly.add_at_once(&self.memory, (address, tail.len), writable) {
+                return self.walk_on(assembly, at, tail, address);
             }
-            let address = self.address(at);
-            at = at.advanced(1, size);
-            if tail.flags & INDIRECT != 0 {
-                if tail.flags & NEXT != 0 || count > 1 {
-                    return Err(QueueError::IndirectWithNext { head: tail.id });
-                }
-                self.walk_table(&mut assembly, address, tail)?;
-                break;
-            }
-            assembly.add(&self.memory, address, tail.len, tail.flags & WRITE != 0)?;
+            at = at.advanced(1, self.size);
             if tail.flags & NEXT == 0 {
                 break;
             }
-            // The driver makes the first descriptor available last: the others are there.
             tail = self.tail(at, Ordering::Relaxed);
         }
-        // The id is that of the last descriptor (2.8.6).
-        if !self.chains.take(tail.id) {
-            return Err(QueueError::InFlight { head: tail.id });
+        // A segment each, so far.
+        let count = assembly.segments();
+        if count > usize::from(self.size - self.taken) {
+            return Err(self.overrun(count));
         }
+        self.enter(assembly, tail.id, at, count as u16)
+    }
+
+    /// The next chain from the descriptor at `at` on, which is `tail` and `address`, and of which `assembly` has a segment
+    /// for each descriptor before.
+    #[inline(never)]
+    fn walk_on(
+        &mut self,
+        mut assembly: Assembly<M::Lease>,
+        mut at: Position,
+        mut tail: Tail,
+        mut address: u64,
+    ) -> Result<Chain<M::Lease>, Latched> {
+        let mut count = assembly.segments();
+        loop {
+            count += 1;
+            if count > usize::from(self.size - self.taken) {
+                return Err(self.overrun(count));
+            }
+            at = at.advanced(1, self.size);
+            let (piece, writable) = ((address, tail.len), tail.flags & WRITE != 0);
+            if tail.flags & INDIRECT != 0 {
+                if tail.flags & NEXT != 0 || count > 1 {
+                    return Err(self.chains.fail(QueueError::IndirectWithNext { head: tail.id }));
+                }
+                let walked = self.walk_table(assembly, address, tail);
+                assembly = walked.map_err(|reason| self.chains.fail(reason))?;
+                break;
+            }
+            assembly.add(&self.memory, tail.id, piece, writable).map_err(|reason| self.chains.fail(reason))?;
+            if tail.flags & NEXT == 0 {
+                break;
+            }
+            (tail, address) = (self.tail(at, Ordering::Relaxed), self.address(at));
+        }
+        self.enter(assembly, tail.id, at, count as u16)
+    }
+
+    /// The chain known as `id`, that of its last descriptor (2.8.6), which has `count` descriptors and ends before `behind`.
+    #[inline(always)]
+    fn enter(
+        &mut self,
+        assembly: Assembly<M::Lease>,
+        id: u16,
+        behind: Position,
+        count: u16,
+    ) -> Result<Chain<M::Lease>, Latched> {
+        if !self.chains.is_free(id) {
+            return Err(self.chains.not_free(id));
+        }
+        self.chains.mark(id);
         self.taken += count;
-        self.next_available = at;
-        Ok(Some(assembly.finish(tail.id, count)))
+        self.next_available = behind;
+        assembly.finish(id, count).map_err(|reason| self.chains.fail(reason))
+    }
+
+    /// A chain of at least `count` descriptors is more than the driver has.
+    #[cold]
+    fn overrun(&mut self, count: usize) -> Latched {
+        let (size, head) = (self.size, self.next_available.index);
+        let too_many = count > usize::from(size);
+        let limit = size.into();
+        self.chains.fail(if too_many {
+            QueueError::TooManyDescriptors { head, limit }
+        } else {
+            QueueError::Overrun { size }
+        })
     }
 
     /// The chain is the table at `address` (2.8.7): every entry of it, in order.
-    #[inline(never)]
-    fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, address: u64, tail: Tail) -> Result<(), QueueError> {
+    fn walk_table(
+        &mut self,
+        mut assembly: Assembly<M::Lease>,
+        address: u64,
+        tail: Tail,
+    ) -> Result<Assembly<M::Lease>, QueueError> {
         let (head, len) = (tail.id, tail.len);
         if !self.indirect {
             return Err(QueueError::IndirectNotNegotiated { head });
@@ -141,21 +205,21 @@ impl<M: GuestMemory> Ring<M> {
         let table = &mut self.table;
         self.memory.resolve(address, len.into(), Access::READ, |segment| table.push(segment))?;
         for index in 0..entries as u16 {
-            let [address, rest] = read_table(&self.table, index)?;
+            let (address, rest) = read_table(&self.table, index)?;
             // Only WRITE has a meaning here; the other flags are ignored (2.8.7), except that a table in a table is
             // told apart from a buffer by one of them.
             let entry = Tail::from_word(rest);
             if entry.flags & INDIRECT != 0 {
                 return Err(QueueError::IndirectNested { head });
             }
-            assembly.add(&self.memory, u64::from_le(address), entry.len, entry.flags & WRITE != 0)?;
+            assembly.add(&self.memory, head, (u64::from_le(address), entry.len), entry.flags & WRITE != 0)?;
         }
         self.table.clear();
-        Ok(())
+        Ok(assembly)
     }
 
     #[inline(always)]
-    pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+    pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
         let (id, written, count) = (chain.0.head, chain.0.written, chain.0.entries);
         self.chains.give_back(chain)?;
         let at = self.next_used;
@@ -196,10 +260,18 @@ impl<M: GuestMemory> Ring<M> {
     }
 
     /// Asks for kicks. True if chains are available already, for which no kick will come.
-    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, Latched> {
         self.wish(if self.event_idx { EVENTS_AT } else { EVENTS_ON });
         // We write our wish, then look for available descriptors; the driver does the reverse.
         fence(Ordering::SeqCst);
-        Ok(self.available())
+        Ok(self.available()? > 0)
+    }
+
+    pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Latched {
+        self.chains.fail(reason)
+    }
+
+    pub(in crate::queue) const fn broken(&self) -> Option<QueueError> {
+        self.chains.broken()
     }
 }

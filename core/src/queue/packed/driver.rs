@@ -67,10 +67,10 @@ impl Ring {
     }
 
     /// Makes the entry of an indirect table: piece, number of the next, writable, last. Entries follow one another.
-    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> [u64; 2] + use<> {
+    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> (u64, u64) + use<> {
         |piece, _, writable, _| {
             let tail = Tail { len: piece.len, id: 0, flags: if writable { WRITE } else { 0 } };
-            [piece.address.to_le(), tail.to_word()]
+            (piece.address.to_le(), tail.to_word())
         }
     }
 

@@ -73,7 +73,7 @@ impl<O: Order> Ring<O> {
     }
 
     /// Makes the entry of an indirect table: piece, number of the next, writable, last.
-    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> [u64; 2] + use<O> {
+    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> (u64, u64) + use<O> {
         |piece, next, writable, last| {
             let flags = if writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
             O::words(Descriptor { address: piece.address, len: piece.len, flags, next: if last { 0 } else { next } })
@@ -88,10 +88,7 @@ impl<O: Order> Ring<O> {
 
     #[inline(always)]
     fn write_descriptor(&self, index: u16, descriptor: Descriptor) {
-        let [first, second] = O::words(descriptor);
-        let at = 2 * usize::from(index);
-        self.descriptors.store(at, first, Ordering::Relaxed);
-        self.descriptors.store(at + 1, second, Ordering::Relaxed);
+        self.descriptors.store_pair(2 * usize::from(index), O::words(descriptor), Ordering::Relaxed);
     }
 
     /// Enters the chain at `head` into the available ring.
