@@ -51,7 +51,7 @@ pub struct DriverQueue<T, N = Box<dyn Notify>> {
     shadow: Shadow,
     /// By head or buffer id.
     in_flight: Box<[InFlight<T>]>,
-    count: usize,
+    count: u32,
     /// Counts what was added, to keep the order across a restart.
     sequence: u64,
     broken: Option<QueueError>,
@@ -171,18 +171,20 @@ impl Tables {
     }
 }
 
+/// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
+#[repr(u8)]
 pub(super) enum Ring {
     Split(Split<Little>),
-    SplitBig(Split<Big>),
     Packed(Packed),
+    SplitBig(Split<Big>),
 }
 
 macro_rules! ring {
     ($ring:expr, $name:ident => $call:expr) => {
         match $ring {
             Ring::Split($name) => $call,
-            Ring::SplitBig($name) => $call,
             Ring::Packed($name) => $call,
+            Ring::SplitBig($name) => $call,
         }
     };
 }
@@ -344,7 +346,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
 
     /// Buffers in flight.
     pub const fn in_flight(&self) -> usize {
-        self.count
+        self.count as usize
     }
 
     /// Free entries.

@@ -90,11 +90,11 @@ impl Ring {
         let at = self.next_available;
         let word = Tail { len: piece.len, id, flags: flags | at.available_flags() }.to_word();
         let index = 2 * usize::from(at.index);
-        self.descriptors.store(index, piece.address.to_le(), Ordering::Relaxed);
-        if self.unpublished.is_none() {
-            self.unpublished = Some((at, word));
+        if self.unpublished.is_some() {
+            self.descriptors.store_pair(index, (piece.address.to_le(), word), Ordering::Relaxed);
         } else {
-            self.descriptors.store(index + 1, word, Ordering::Relaxed);
+            self.descriptors.store(index, piece.address.to_le(), Ordering::Relaxed);
+            self.unpublished = Some((at, word));
         }
         self.next_available = at.advanced(1, self.size);
     }

@@ -105,10 +105,15 @@ impl Position {
         // The sum can exceed 16 bits: size is up to 32768.
         let next = self.index as u32 + count as u32;
         if next >= size as u32 {
-            Self { index: (next - size as u32) as u16, wrap: !self.wrap }
-        } else {
-            Self { index: next as u16, wrap: self.wrap }
+            return self.wrapped(next - size as u32);
         }
+        Self { index: next as u16, wrap: self.wrap }
+    }
+
+    /// In the next round, at `index`. Apart, so that it is a branch that is hardly ever taken and not arithmetic.
+    #[cold]
+    const fn wrapped(self, index: u32) -> Self {
+        Self { index: index as u16, wrap: !self.wrap }
     }
 
     /// The flags that make a descriptor available at this place.
