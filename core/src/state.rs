@@ -12,7 +12,7 @@ use crate::device::{Device, Queues};
 use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
 use crate::memory::GuestMemory;
-use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError};
+use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState};
 use crate::status::Status;
 
 /// How the driver talks to the device.
@@ -69,6 +69,8 @@ struct QueueSetup {
     size: u32,
     areas: [u64; 3],
     enabled: bool,
+    /// Where the device goes on, if not at the beginning.
+    state: Option<QueueState>,
 }
 
 impl<M: GuestMemory> VirtioDevice<M> {
@@ -262,6 +264,37 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
     }
 
+    /// Queue `index` begins where another device side left it, for transports that hand queues over. Ignored while the
+    /// queue is enabled.
+    pub fn set_queue_state(&mut self, index: u16, state: QueueState) {
+        if let Some(setup) = self.disabled(index) {
+            setup.state = Some(state);
+        }
+    }
+
+    /// From now on the device takes nothing from queue `index`, but finishes what it has: poll until
+    /// [nothing is in flight](Self::queue_in_flight). [`VirtioDevice::reset_queue`] ends that.
+    pub fn hold_queue(&mut self, index: u16) {
+        if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+            queue.hold();
+        }
+    }
+
+    /// How many chains of queue `index` the device has.
+    pub fn queue_in_flight(&self, index: u16) -> usize {
+        self.queue(index).map_or(0, Queue::in_flight)
+    }
+
+    /// Where the device is in queue `index`; none if the queue does not run.
+    pub fn queue_state(&self, index: u16) -> Option<QueueState> {
+        self.queue(index).map(Queue::state)
+    }
+
+    /// Why queue `index` alone is latched; none while it works.
+    pub fn queue_broken(&self, index: u16) -> Option<QueueError> {
+        self.queue(index)?.broken()
+    }
+
     /// Queue `index` back to its initial state, alone (2.6.1: VIRTIO_F_RING_RESET, or QueueReady = 0 on MMIO). When this
     /// returns, the device does not touch the queue's memory any more.
     pub fn reset_queue(&mut self, index: u16) {
@@ -316,6 +349,10 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.work(None)
     }
 
+    fn queue(&self, index: u16) -> Option<&Queue<M>> {
+        self.queues.get(usize::from(index))?.as_ref()
+    }
+
     fn setup(&self, index: u16) -> Option<&QueueSetup> {
         self.setups.get(usize::from(index))
     }
@@ -352,14 +389,14 @@ impl<M: GuestMemory> VirtioDevice<M> {
     }
 
     fn start_queue(&mut self, index: u16) {
-        let Some(&QueueSetup { max_size, size, areas, .. }) = self.setup(index) else { return };
+        let Some(&QueueSetup { max_size, size, areas, state, .. }) = self.setup(index) else { return };
         let layout = match self.interface {
             Interface::Modern if self.accepted.contains(Features::RING_PACKED) => Layout::Packed,
             Interface::Modern => Layout::Modern,
             Interface::Legacy(order) => Layout::Legacy(order),
         };
         let queue = match u16::try_from(size) {
-            Ok(size) if size <= max_size => Queue::new(
+            Ok(size) if size <= max_size => Queue::resume(
                 self.memory.clone(),
                 QueueConfig {
                     size,
@@ -370,6 +407,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
                 },
+                state.unwrap_or(QueueState::start(layout)),
             ),
             _ => Err(QueueError::Size { size, max: max_size }),
         };
@@ -443,7 +481,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false }
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, state: None }
     }
 }
 

@@ -49,6 +49,11 @@ impl<L> Chains<L> {
         self.in_flight.get(usize::from(head)).is_some_and(|in_flight| !in_flight)
     }
 
+    /// How many are in flight.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.iter().filter(|in_flight| **in_flight).count()
+    }
+
     /// Marks `head` (or a buffer id), which is free, as in flight.
     #[inline(always)]
     pub(super) fn mark(&mut self, head: u16) {

@@ -3,7 +3,7 @@
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
-use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError};
+use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState};
 use crate::memory::GuestMemory;
 
 /// A running virtqueue in the device's hands.
@@ -18,6 +18,8 @@ pub struct Queue<M: GuestMemory> {
     drained: bool,
     /// Whether the driver was asked not to kick.
     quiet: bool,
+    /// Whether nothing is taken any more.
+    held: bool,
 }
 
 /// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
@@ -54,7 +56,33 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
-        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false })
+        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false, held: false })
+    }
+
+    /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
+    pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, QueueError> {
+        let mut queue = Self::new(memory, config)?;
+        ring!(&mut queue.ring, ring => ring.resume(state))?;
+        Ok(queue)
+    }
+
+    /// Where the device is: complete once no chain is [in flight](Self::in_flight).
+    pub fn state(&self) -> QueueState {
+        ring!(&self.ring, ring => ring.state())
+    }
+
+    /// How many chains the device has. Counted by looking through all identities: not for the hot path.
+    pub fn in_flight(&self) -> usize {
+        ring!(&self.ring, ring => ring.in_flight())
+    }
+
+    /// From now on [`Queue::pop`] finds nothing, so that what is in flight can be finished.
+    pub fn hold(&mut self) {
+        (self.held, self.ready, self.budget) = (true, 0, 0);
+        if core::mem::take(&mut self.quiet) && self.broken().is_none() {
+            // Whoever goes on with the ring looks at it first; an error latches it, which tells itself.
+            let _ = ring!(&mut self.ring, ring => ring.enable_kicks());
+        }
     }
 
     /// Entries.
@@ -129,7 +157,7 @@ impl<M: GuestMemory> Queue<M> {
     /// on the driver is asked not to kick.
     pub fn begin_burst(&mut self) {
         self.ready = 0;
-        self.budget = self.size();
+        self.budget = if self.held { 0 } else { self.size() };
         self.drained = false;
     }
 

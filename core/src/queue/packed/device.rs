@@ -8,7 +8,7 @@ use super::layout::{
 };
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState};
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory> {
@@ -56,6 +56,25 @@ impl<M: GuestMemory> Ring<M> {
             chains: Chains::new(1 << 16),
             table: Vec::new(),
         })
+    }
+
+    pub(in crate::queue) fn resume(&mut self, state: QueueState) -> Result<(), QueueError> {
+        let position = |packed| {
+            let at = Position::unpack(packed);
+            let size = self.size.into();
+            if at.index < self.size { Ok(at) } else { Err(QueueError::Index { index: at.index, size }) }
+        };
+        (self.next_available, self.next_used) = (position(state.available)?, position(state.used)?);
+        self.signalled = self.next_used;
+        Ok(())
+    }
+
+    pub(in crate::queue) const fn state(&self) -> QueueState {
+        QueueState { available: self.next_available.pack(), used: self.next_used.pack() }
+    }
+
+    pub(in crate::queue) fn in_flight(&self) -> usize {
+        self.chains.in_flight()
     }
 
     pub(in crate::queue) const fn size(&self) -> u16 {

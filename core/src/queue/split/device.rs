@@ -7,7 +7,7 @@ use core::sync::atomic::{Ordering, fence};
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState};
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory, O> {
@@ -60,6 +60,21 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             table: Vec::new(),
             order: PhantomData,
         })
+    }
+
+    pub(in crate::queue) fn resume(&mut self, state: QueueState) -> Result<(), QueueError> {
+        self.next_available = state.available;
+        self.completed = state.used.into();
+        self.signalled = self.completed;
+        Ok(())
+    }
+
+    pub(in crate::queue) const fn state(&self) -> QueueState {
+        QueueState { available: self.next_available, used: self.completed as u16 }
+    }
+
+    pub(in crate::queue) fn in_flight(&self) -> usize {
+        self.chains.in_flight()
     }
 
     pub(in crate::queue) const fn size(&self) -> u16 {
