@@ -76,13 +76,19 @@ impl<M: GuestMemory> Queue<M> {
         ring!(&self.ring, ring => ring.in_flight())
     }
 
-    /// From now on [`Queue::pop`] finds nothing, so that what is in flight can be finished.
+    /// From now on [`Queue::pop`] finds nothing, so that what is in flight can be finished; until
+    /// [`release`](Self::release).
     pub fn hold(&mut self) {
         (self.held, self.ready, self.budget) = (true, 0, 0);
         if core::mem::take(&mut self.quiet) && self.broken().is_none() {
             // Whoever goes on with the ring looks at it first; an error latches it, which tells itself.
             let _ = ring!(&mut self.ring, ring => ring.enable_kicks());
         }
+    }
+
+    /// Ends [`Queue::hold`].
+    pub fn release(&mut self) {
+        self.held = false;
     }
 
     /// Entries.

@@ -285,7 +285,8 @@ impl<T, N: Notify> DriverQueue<T, N> {
     #[cold]
     fn full(&mut self, token: T) -> AddError<T> {
         ring!(&mut self.ring, ring => ring.publish());
-        self.notify.notify().map_or_else(AddError::Notify, |()| AddError::Full(token))
+        let next = ring!(&self.ring, ring => ring.next());
+        self.notify.notify_at(next).map_or_else(AddError::Notify, |()| AddError::Full(token))
     }
 
     /// Publishes what was added, and notifies the device unless it asked not to. True if it was notified; a latched queue
@@ -294,7 +295,8 @@ impl<T, N: Notify> DriverQueue<T, N> {
     pub fn kick(&mut self) -> Result<bool, TransportError> {
         let wanted = self.broken.is_none() && ring!(&mut self.ring, ring => ring.publish());
         if wanted {
-            self.notify.notify()?;
+            let next = ring!(&self.ring, ring => ring.next());
+            self.notify.notify_at(next)?;
         }
         Ok(wanted)
     }

@@ -65,7 +65,7 @@ impl<M: GuestMemory> Ring<M> {
             if at.index < self.size { Ok(at) } else { Err(QueueError::Index { index: at.index, size }) }
         };
         (self.next_available, self.next_used) = (position(state.available)?, position(state.used)?);
-        self.signalled = self.next_used;
+        self.signalled = (self.next_used, self.used);
         Ok(())
     }
 

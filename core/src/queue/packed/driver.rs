@@ -115,6 +115,11 @@ impl Ring {
         cursor.at = at.advanced(1, self.size);
     }
 
+    /// Where the driver goes on, as a notification tells it.
+    pub(in crate::queue) const fn next(&self) -> u16 {
+        self.next_available.pack()
+    }
+
     /// Publishes what was added; whether the device wants to be notified of it.
     #[inline(always)]
     pub(in crate::queue) fn publish(&mut self) -> bool {

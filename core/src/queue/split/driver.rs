@@ -108,6 +108,11 @@ impl<O: Order> Ring<O> {
         self.next_available = self.next_available.wrapping_add(1);
     }
 
+    /// Where the driver goes on, as a notification tells it: the available index.
+    pub(in crate::queue) const fn next(&self) -> u16 {
+        self.next_available
+    }
+
     /// Publishes what was added; whether the device wants to be notified of it.
     #[inline(always)]
     pub(in crate::queue) fn publish(&mut self) -> bool {
