@@ -9,7 +9,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use polyvirt_core::device::Device;
 use polyvirt_core::memory::{Access, GuestMemory};
-use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueState};
+use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, USED};
+use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState};
 use polyvirt_core::state::{Area, Interface, VirtioDevice};
 use polyvirt_core::{Features, Status};
 
@@ -119,8 +120,9 @@ impl Backend {
         let Header { request: code, flags, .. } = message.header;
         let request = Request::from_code(code).ok_or(ServeError::Unknown { request: code })?;
         tracing::debug!(request = request.name(), payload = ?message.payload, fds = message.fds.len());
-        let wanted = flags & NEED_REPLY != 0 && self.protocol.contains(ProtocolFeatures::REPLY_ACK);
         let done = self.carry_out(request, message);
+        // After the work: User Mode Linux has the message acknowledged that accepts acknowledgements.
+        let wanted = flags & NEED_REPLY != 0 && self.protocol.contains(ProtocolFeatures::REPLY_ACK);
         // Before the answer, so that who gets it finds it done.
         let answer = match &done {
             Ok(Some(Reply { payload, fds })) => Some((payload.clone(), fds.iter().map(AsFd::as_fd).collect())),
@@ -397,7 +399,7 @@ impl Backend {
         let guest =
             |user| self.memory.guest_address(user).ok_or_else(|| failed(format!("{user:#x} is in no memory region")));
         let areas = [guest(addresses.descriptors)?, guest(addresses.available)?, guest(addresses.used)?];
-        let state = self.resumed(ring.base, areas[2]);
+        let state = self.resumed(ring.base, areas[0], areas[2]);
         tracing::info!(index, entries = ring.entries, ?state, "a queue starts");
         let queue = index as u16;
         self.state.set_queue_size(queue, ring.entries);
@@ -415,18 +417,30 @@ impl Backend {
         Ok(())
     }
 
-    /// Where the device goes on in a queue with this base, and a used ring at `used`.
-    fn resumed(&self, base: Option<u32>, used: u64) -> QueueState {
+    /// Where the device goes on in a queue with this base, whose descriptors and used ring are there.
+    fn resumed(&self, base: Option<u32>, descriptors: u64, used: u64) -> QueueState {
         let base = base.unwrap_or_else(|| self.first_base());
-        if self.state.driver_features().contains(Features::RING_PACKED) {
-            return QueueState { available: base as u16, used: (base >> 16) as u16 };
+        if !self.state.driver_features().contains(Features::RING_PACKED) {
+            // The used index is where it always is: in the ring.
+            return QueueState { available: base as u16, used: self.peek(used.wrapping_add(2)) };
         }
-        // The used index is where it always is: in the ring. If it cannot be read, the queue will not start.
-        let mut index = [0; 2];
-        let _ = self.memory.resolve(used + 2, 2, Access::READ, |segment| {
-            let _ = segment.read(0, &mut index[..segment.len().min(2)]);
+        // User Mode Linux begins packed rings with a base of 0, which says "in a later round". Only in a later round
+        // does the first descriptor have the flag that a device sets.
+        let flags = self.peek(descriptors.wrapping_add(DESCRIPTOR_LEN - 2));
+        if base == 0 && flags & USED == 0 {
+            return QueueState::start(Layout::Packed);
+        }
+        QueueState { available: base as u16, used: (base >> 16) as u16 }
+    }
+
+    /// A number in guest memory; 0 if there is none, but then the queue does not start.
+    fn peek(&self, address: u64) -> u16 {
+        let mut value = [0; 2];
+        let _ = self.memory.resolve(address, 2, Access::READ, |segment| {
+            let len = segment.len().min(value.len());
+            let _ = segment.read(0, &mut value[..len]);
         });
-        QueueState { available: base as u16, used: u16::from_le_bytes(index) }
+        u16::from_le_bytes(value)
     }
 
     /// Where queues begin, as the protocol tells it.
