@@ -9,6 +9,7 @@ mod list;
 mod output;
 mod progress;
 mod select;
+mod serve;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -54,6 +55,8 @@ enum Command {
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
+    /// Be a vhost-user device for any VMM: QEMU, User Mode Linux, …
+    Serve(serve::ServeArgs),
     /// The statements of VIRTIO 1.4 that cases judge
     Ledger {
         /// How to tell it
@@ -134,6 +137,7 @@ fn run_command() -> ExitCode {
         None => check::run(&cli.check, &mut output),
         Some(Command::Check(args)) => check::run(&args, &mut output),
         Some(Command::List { format }) => list::run(format, &mut output),
+        Some(Command::Serve(args)) => serve::run(&args, &mut output),
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
