@@ -295,6 +295,21 @@ impl<W: Word, L: Lease> Words<W, L> {
         }
     }
 
+    /// As [`Words::load_pair`], but the second word is loaded first, with `order`.
+    ///
+    /// # Panics
+    /// As [`Words::load`].
+    #[inline(always)]
+    pub fn load_pair_backwards(&self, index: usize, order: Ordering) -> (W, W) {
+        let second = self.at::<W>(index.saturating_add(1));
+        self.segment.lease.before_load(index * size_of::<W>(), 2 * size_of::<W>());
+        // SAFETY: the second is inside the segment and aligned, see `at`; so is the first, just before it.
+        unsafe {
+            let last = W::load(second, order);
+            (W::load(second.sub(size_of::<W>()), Ordering::Relaxed), last)
+        }
+    }
+
     /// Stores `values` at `index` and behind it, in this order.
     ///
     /// # Panics

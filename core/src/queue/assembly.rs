@@ -49,6 +49,11 @@ impl<L> Chains<L> {
         self.in_flight.get(usize::from(head)).is_some_and(|in_flight| !in_flight)
     }
 
+    /// How many are in flight.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.iter().filter(|in_flight| **in_flight).count()
+    }
+
     /// Marks `head` (or a buffer id), which is free, as in flight.
     #[inline(always)]
     pub(super) fn mark(&mut self, head: u16) {
@@ -182,11 +187,11 @@ impl<L: Lease> Assembly<L> {
 
     /// The chain, known to the driver as `head` (or buffer id), which takes `entries` descriptors of the ring.
     #[inline(always)]
-    pub(super) fn finish(mut self, head: u16, entries: u16) -> Result<Chain<L>, QueueError> {
+    pub(super) fn finish(mut self, chains: &mut Chains<L>, head: u16, entries: u16) -> Result<Chain<L>, Latched> {
         self.turn();
         let len = self.state & !TURNED;
         if len >= CHAIN_LEN_MAX {
-            return self.finish_long(head, entries);
+            return self.finish_long(chains, head, entries);
         }
         let parts = &mut *self.parts;
         (parts.head, parts.entries, parts.written) = (head, entries, 0);
@@ -197,10 +202,10 @@ impl<L: Lease> Assembly<L> {
     /// A part may have exactly 2^32 bytes; the last of them has no use, because the used length cannot count it.
     #[cold]
     #[inline(never)]
-    fn finish_long(mut self, head: u16, entries: u16) -> Result<Chain<L>, QueueError> {
+    fn finish_long(mut self, chains: &mut Chains<L>, head: u16, entries: u16) -> Result<Chain<L>, Latched> {
         let len = self.state & !TURNED;
         if len > CHAIN_LEN_MAX {
-            return Err(QueueError::TooLong { head });
+            return Err(chains.fail(QueueError::TooLong { head }));
         }
         let parts = &mut *self.parts;
         (parts.head, parts.entries, parts.written) = (head, entries, 0);

@@ -1,10 +1,9 @@
 //! The device's role, whatever the ring format.
 
-use super::assembly::Latched;
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
-use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError};
+use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState};
 use crate::memory::GuestMemory;
 
 /// A running virtqueue in the device's hands.
@@ -19,11 +18,15 @@ pub struct Queue<M: GuestMemory> {
     drained: bool,
     /// Whether the driver was asked not to kick.
     quiet: bool,
+    /// Whether nothing is taken any more.
+    held: bool,
 }
 
+/// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
+#[repr(u8)]
 enum Ring<M: GuestMemory> {
-    Split(Split<M, Little>),
     Packed(Packed<M>),
+    Split(Split<M, Little>),
     SplitBig(Split<M, Big>),
 }
 
@@ -31,8 +34,8 @@ enum Ring<M: GuestMemory> {
 macro_rules! ring {
     ($ring:expr, $name:ident => $call:expr) => {
         match $ring {
-            Ring::Split($name) => $call,
             Ring::Packed($name) => $call,
+            Ring::Split($name) => $call,
             Ring::SplitBig($name) => rarely(|| $call),
         }
     };
@@ -53,7 +56,39 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
-        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false })
+        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false, held: false })
+    }
+
+    /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
+    pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, QueueError> {
+        let mut queue = Self::new(memory, config)?;
+        ring!(&mut queue.ring, ring => ring.resume(state))?;
+        Ok(queue)
+    }
+
+    /// Where the device is: complete once no chain is [in flight](Self::in_flight).
+    pub fn state(&self) -> QueueState {
+        ring!(&self.ring, ring => ring.state())
+    }
+
+    /// How many chains the device has. Counted by looking through all identities: not for the hot path.
+    pub fn in_flight(&self) -> usize {
+        ring!(&self.ring, ring => ring.in_flight())
+    }
+
+    /// From now on [`Queue::pop`] finds nothing, so that what is in flight can be finished; until
+    /// [`release`](Self::release).
+    pub fn hold(&mut self) {
+        (self.held, self.ready, self.budget) = (true, 0, 0);
+        if core::mem::take(&mut self.quiet) && self.broken().is_none() {
+            // Whoever goes on with the ring looks at it first; an error latches it, which tells itself.
+            let _ = ring!(&mut self.ring, ring => ring.enable_kicks());
+        }
+    }
+
+    /// Ends [`Queue::hold`].
+    pub fn release(&mut self) {
+        self.held = false;
     }
 
     /// Entries.
@@ -69,25 +104,21 @@ impl<M: GuestMemory> Queue<M> {
             return Ok(None);
         }
         match ring!(&mut self.ring, ring => ring.pop()) {
-            Ok(Some(chain)) => {
+            Some(chain) => {
                 self.ready -= 1;
                 Ok(Some(chain))
             }
-            Ok(None) => {
-                self.budget += core::mem::take(&mut self.ready);
-                self.drained = true;
-                Ok(None)
-            }
-            Err(Latched) => Err(self.latched()),
+            None => self.nothing(),
         }
     }
 
-    /// The reason why it is latched.
+    /// There was no chain after all, or it latched the queue.
     #[cold]
     #[inline(never)]
-    fn latched(&mut self) -> QueueError {
-        self.ready = 0;
-        self.broken().expect("latched for a reason")
+    fn nothing(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
+        self.budget += core::mem::take(&mut self.ready);
+        self.drained = true;
+        self.broken().map_or(Ok(None), Err)
     }
 
     /// Whether there may be a chain to take.
@@ -103,9 +134,8 @@ impl<M: GuestMemory> Queue<M> {
             self.quiet = true;
             ring!(&mut self.ring, ring => ring.disable_kicks());
         }
-        let available = match ring!(&mut self.ring, ring => ring.available()) {
-            Ok(available) => available,
-            Err(Latched) => return Err(self.latched()),
+        let Ok(available) = ring!(&mut self.ring, ring => ring.available()) else {
+            return self.broken().map_or(Ok(false), Err);
         };
         self.ready = available.min(self.budget);
         self.budget -= self.ready;
@@ -133,7 +163,7 @@ impl<M: GuestMemory> Queue<M> {
     /// on the driver is asked not to kick.
     pub fn begin_burst(&mut self) {
         self.ready = 0;
-        self.budget = self.size();
+        self.budget = if self.held { 0 } else { self.size() };
         self.drained = false;
     }
 
@@ -149,10 +179,7 @@ impl<M: GuestMemory> Queue<M> {
         }
         self.ready = 0;
         self.quiet = false;
-        match ring!(&mut self.ring, ring => ring.enable_kicks()) {
-            Ok(available) => available && self.drained,
-            Err(Latched) => false,
-        }
+        ring!(&mut self.ring, ring => ring.enable_kicks()).is_ok_and(|available| available && self.drained)
     }
 
     /// Latches the queue with `reason`; the first reason stays.

@@ -7,7 +7,7 @@ use core::sync::atomic::{Ordering, fence};
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState};
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory, O> {
@@ -62,21 +62,37 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         })
     }
 
+    pub(in crate::queue) fn resume(&mut self, state: QueueState) -> Result<(), QueueError> {
+        self.next_available = state.available;
+        self.completed = state.used.into();
+        self.signalled = self.completed;
+        Ok(())
+    }
+
+    pub(in crate::queue) const fn state(&self) -> QueueState {
+        QueueState { available: self.next_available, used: self.completed as u16 }
+    }
+
+    pub(in crate::queue) fn in_flight(&self) -> usize {
+        self.chains.in_flight()
+    }
+
     pub(in crate::queue) const fn size(&self) -> u16 {
         self.size
     }
 
-    /// Takes the next chain: [`Ring::available`] has said that there is one.
+    /// Takes the next chain: [`Ring::available`] has said that there is one. None if that latched the queue.
     #[inline(always)]
-    pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, Latched> {
+    pub(in crate::queue) fn pop(&mut self) -> Option<Chain<M::Lease>> {
         let slot = usize::from(self.next_available) & self.mask;
         let head = O::u16(self.driver.load(layout::available_entry(slot), Ordering::Relaxed));
         if !self.chains.is_free(head) {
-            return Err(self.chains.not_free(head));
+            self.chains.not_free(head);
+            return None;
         }
         self.chains.mark(head);
         self.next_available = self.next_available.wrapping_add(1);
-        self.walk(head).map(Some)
+        self.walk(head).ok()
     }
 
     /// How many chains are available, as of now.
@@ -123,35 +139,38 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         if assembly.segments() > usize::from(self.size) {
             return Err(self.chains.fail(QueueError::TooManyDescriptors { head, limit: self.size.into() }));
         }
-        assembly.finish(head, 1).map_err(|reason| self.chains.fail(reason))
+        assembly.finish(&mut self.chains, head, 1)
     }
 
     /// The chain at `head` from `descriptor` on, of which `assembly` has a segment for each descriptor before.
     #[inline(never)]
     fn walk_on(
         &mut self,
-        assembly: Assembly<M::Lease>,
+        mut assembly: Assembly<M::Lease>,
         head: u16,
         descriptor: Descriptor,
     ) -> Result<Chain<M::Lease>, Latched> {
-        self.try_walk_on(assembly, head, descriptor).map_err(|reason| self.chains.fail(reason))
+        match self.add_all(&mut assembly, head, descriptor) {
+            Ok(()) => assembly.finish(&mut self.chains, head, 1),
+            Err(reason) => Err(self.chains.fail(reason)),
+        }
     }
 
-    fn try_walk_on(
+    fn add_all(
         &mut self,
-        mut assembly: Assembly<M::Lease>,
+        assembly: &mut Assembly<M::Lease>,
         head: u16,
         mut descriptor: Descriptor,
-    ) -> Result<Chain<M::Lease>, QueueError> {
+    ) -> Result<(), QueueError> {
         let left = usize::from(self.size).saturating_sub(assembly.segments()) as u16;
         for left in (1..=left).rev() {
             let Descriptor { address, len, flags, next } = descriptor;
             if flags & INDIRECT != 0 {
-                return self.walk_table(assembly, head, descriptor, left);
+                return self.add_table(assembly, head, descriptor, left);
             }
             assembly.add(&self.memory, head, (address, len), flags & WRITE != 0)?;
             if flags & NEXT == 0 {
-                return assembly.finish(head, 1);
+                return Ok(());
             }
             let beyond = QueueError::Index { index: next, size: self.size.into() };
             descriptor = self.descriptor(next).ok_or(beyond)?;
@@ -160,13 +179,13 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// The rest of the chain, at most `left` descriptors, is in the table that `descriptor` names (2.7.5.3).
-    fn walk_table(
+    fn add_table(
         &mut self,
-        mut assembly: Assembly<M::Lease>,
+        assembly: &mut Assembly<M::Lease>,
         head: u16,
         descriptor: Descriptor,
         left: u16,
-    ) -> Result<Chain<M::Lease>, QueueError> {
+    ) -> Result<(), QueueError> {
         let len = descriptor.len;
         if !self.indirect {
             return Err(QueueError::IndirectNotNegotiated { head });
@@ -194,7 +213,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             assembly.add(&self.memory, head, (entry.address, entry.len), entry.flags & WRITE != 0)?;
             if entry.flags & NEXT == 0 {
                 self.table.clear();
-                return assembly.finish(head, 1);
+                return Ok(());
             }
             index = entry.next;
         }
