@@ -13,6 +13,7 @@ impl Cell {
             transport: result.cell.transport.into(),
             device: result.cell.device.into(),
             evidence: result.cell.evidence.to_string(),
+            versions: Vec::new(),
             passed: result.passed,
             failed: result.failed,
             rejected: result.rejected,

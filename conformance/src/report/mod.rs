@@ -36,6 +36,9 @@ pub(crate) struct Cell {
     pub(crate) device: String,
     /// What the result is worth: real, emulated or model.
     pub(crate) evidence: String,
+    /// What else took part, with its version: a guest's kernel, an emulator.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) versions: Vec<String>,
     pub(crate) passed: usize,
     pub(crate) failed: usize,
     /// Malformed inputs that the device refused, staying alive.
@@ -279,6 +282,7 @@ pub(crate) mod tests {
             transport: "mmio".into(),
             device: device.into(),
             evidence: "real".into(),
+            versions: vec!["Linux <6.1>".into()],
             passed: 1,
             failed: 0,
             rejected: 1,
