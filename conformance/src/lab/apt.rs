@@ -124,8 +124,6 @@ fn configuration(folder: &Path, host: &str, sources: &[(&str, &str)]) -> String 
          APT::Architectures {{{architectures} }};\n\
          APT::Sandbox::User \"root\";\n\
          APT::Update::Error-Mode \"any\";\n\
-         Dir::Cache::pkgcache \"\";\n\
-         Dir::Cache::srcpkgcache \"\";\n\
          Acquire::GzipIndexes \"true\";\n\
          Acquire::Languages \"none\";\n\
          Acquire::Retries \"2\";\n\

@@ -21,8 +21,12 @@ const GRACE: Duration = Duration::from_secs(5);
 /// The longest line that is taken as one.
 const LINE: u64 = 4096;
 
-/// Runs `command` until it ends; `told` hears each event.
-pub(super) fn boot(mut command: Command, told: &mut dyn FnMut(&Event)) -> Result<Transcript, LabError> {
+/// Runs `command` until it ends; `told` hears each event, and lines that begin with `watched` are kept.
+pub(super) fn boot(
+    mut command: Command,
+    watched: Option<&'static str>,
+    told: &mut dyn FnMut(&Event),
+) -> Result<Transcript, LabError> {
     tracing::debug!(?command);
     let begun = Instant::now();
     let mut process = Process::start(&mut command)?;
@@ -32,7 +36,7 @@ pub(super) fn boot(mut command: Command, told: &mut dyn FnMut(&Event)) -> Result
         thread::spawn(move || forward(stream, &sender));
     }
     drop(sender);
-    let mut transcript = Transcript::default();
+    let mut transcript = Transcript::new(watched);
     loop {
         if begun.elapsed() > LIMIT {
             transcript.stopped = Some(format!("stopped after {} s", LIMIT.as_secs()));
@@ -136,7 +140,7 @@ mod tests {
     #[test]
     fn events_are_heard_while_the_guest_runs_and_both_outputs_count() {
         let mut heard = Vec::new();
-        let told = boot(shell("echo LAB guest kernel 6.1; echo broken >&2; echo LAB guest end"), &mut |event| {
+        let told = boot(shell("echo LAB guest kernel 6.1; echo broken >&2; echo LAB guest end"), None, &mut |event| {
             heard.push(event.word.clone());
         })
         .unwrap();
@@ -147,13 +151,14 @@ mod tests {
 
     #[test]
     fn a_machine_that_is_not_there_is_an_error() {
-        let error = boot(Command::new("no-such-machine"), &mut |_| ()).unwrap_err();
+        let error = boot(Command::new("no-such-machine"), None, &mut |_| ()).unwrap_err();
         assert!(matches!(error, LabError::Missing { .. }), "{error}");
     }
 
     #[test]
     fn a_line_without_end_is_cut() {
-        let told = boot(shell("head -c 100000 /dev/zero | tr '\\0' x; echo; echo LAB guest end"), &mut |_| ()).unwrap();
+        let told =
+            boot(shell("head -c 100000 /dev/zero | tr '\\0' x; echo; echo LAB guest end"), None, &mut |_| ()).unwrap();
         assert!(told.ended());
         assert!(told.tail().lines().all(|line| line.len() as u64 <= LINE));
     }

@@ -47,7 +47,6 @@ pub(super) struct Image {
     pub(super) path: PathBuf,
     /// SHA-256 of all of it.
     pub(super) sha256: String,
-    name: &'static str,
     content: Vec<u8>,
 }
 
@@ -66,7 +65,7 @@ pub(super) struct After {
 
 impl Image {
     /// Makes the image of the disk `name` in `folder`. It begins with a line that tells the name.
-    pub(super) fn create(folder: &Path, name: &'static str) -> io::Result<Self> {
+    pub(super) fn create(folder: &Path, name: &str) -> io::Result<Self> {
         let mut content = vec![0; SECTORS as usize * SECTOR];
         let seed = name.bytes().fold(0, |seed: u64, byte| seed << 8 | u64::from(byte));
         fill(seed, 0, &mut content);
@@ -74,12 +73,12 @@ impl Image {
         content[..line.len()].copy_from_slice(line.as_bytes());
         let path = folder.join(format!("{name}.img"));
         fs::write(&path, &content)?;
-        Ok(Self { path, sha256: sha256(&content), name, content })
+        Ok(Self { path, sha256: sha256(&content), content })
     }
 
-    /// What the guest has to know: its name; the file system's KiB; the first sector of each run.
-    pub(super) fn line(&self) -> String {
-        format!("{} {FILE_SYSTEM} {} {} {}\n", self.name, CACHED.first, DIRECT.first, LAST.first)
+    /// What the guest has to know: the file system's KiB; the first sector of each run.
+    pub(super) fn places(&self) -> String {
+        format!("{FILE_SYSTEM} {} {} {}", CACHED.first, DIRECT.first, LAST.first)
     }
 
     /// The disk's size in sectors.

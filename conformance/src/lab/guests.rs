@@ -1,6 +1,8 @@
 //! The guests: what each is made of.
 
-/// A guest: one boot of one kernel, with one or several disks.
+use std::fmt::{self, Display, Formatter};
+
+/// A guest: one boot of one kernel, with one or several devices.
 #[derive(Debug)]
 pub(crate) struct Guest {
     /// Its name on the command line, and its row in the report.
@@ -13,8 +15,8 @@ pub(crate) struct Guest {
     pub(super) kernel: &'static Kernel,
     /// What runs the kernel.
     pub(super) machine: Machine,
-    /// What it finds there, each a device of its own.
-    pub(super) disks: &'static [Disk],
+    /// What it finds there.
+    pub(super) devices: &'static [Device],
 }
 
 /// A kernel as Debian ships it.
@@ -29,6 +31,7 @@ pub(super) struct Kernel {
     /// Where the package keeps the kernel: a folder and how the file's name begins.
     pub(super) image: (&'static str, &'static str),
     /// What has to be loaded, in this order, if it is not built in; what a module depends on comes before it by itself.
+    /// The devices' own drivers come after these.
     pub(super) modules: &'static [&'static str],
 }
 
@@ -60,21 +63,80 @@ pub(super) struct Qemu {
     pub(super) console: [&'static str; 2],
     /// The console by the kernel's name.
     pub(super) tty: &'static str,
-    /// The device that has its other half behind a socket.
-    pub(super) device: &'static str,
-    /// Whether a disk needs a function of System z's PCI in front of it.
-    pub(super) zpci: bool,
+    /// What the devices are plugged into.
+    pub(super) bus: Bus,
+    /// How the line begins in which firmware with a virtio driver of its own tells a disk that it has set up; it ends
+    /// with `s=` and the disk's sectors.
+    pub(super) firmware: Option<&'static str>,
 }
 
-/// One disk: a device, and what is asked of its driver.
+/// What a machine's devices are plugged into.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Bus {
+    /// virtio over PCI, without the legacy interface.
+    Pci,
+    /// The same, with a function of System z's PCI in front of each device.
+    Zpci,
+    /// virtio over MMIO.
+    Mmio,
+}
+
+/// One device, and what is asked of its driver.
 #[derive(Debug)]
-pub(super) struct Disk {
-    /// Its name within the guest.
-    pub(super) name: &'static str,
+pub(super) struct Device {
+    /// What it is.
+    pub(super) kind: Kind,
+    /// What is special about it, within the guest.
+    pub(super) variant: &'static str,
     /// Added to the machine's device.
     pub(super) options: &'static str,
     /// Feature bits that the driver has to have accepted.
     pub(super) features: &'static [u32],
+}
+
+/// The devices of the lab.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Kind {
+    /// A disk.
+    Blk,
+    /// A source of entropy.
+    Rng,
+}
+
+impl Kind {
+    /// All of them.
+    pub(super) const ALL: [Self; 2] = [Self::Blk, Self::Rng];
+
+    /// As `polyvirt serve` and the report call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Blk => "blk",
+            Self::Rng => "rng",
+        }
+    }
+
+    /// The number of its type (5).
+    pub(super) fn id(self) -> u32 {
+        match self {
+            Self::Blk => 2,
+            Self::Rng => 4,
+        }
+    }
+
+    /// The module of Linux that drives it.
+    pub(super) fn driver(self) -> &'static str {
+        match self {
+            Self::Blk => "virtio_blk",
+            Self::Rng => "virtio_rng",
+        }
+    }
+}
+
+impl Display for Device {
+    /// As the guest calls it: no other device of the guest has this name.
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}-{}", self.kind.name(), self.variant)
+    }
 }
 
 /// VIRTIO_F_VERSION_1, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED (6).
@@ -82,9 +144,14 @@ const VERSION_1: u32 = 32;
 const ACCESS_PLATFORM: u32 = 33;
 const RING_PACKED: u32 = 34;
 
-const SPLIT: Disk = Disk { name: "split", options: "", features: &[VERSION_1] };
-const PACKED: Disk = Disk { name: "packed", options: ",packed=on", features: &[VERSION_1, RING_PACKED] };
-const IOMMU: Disk = Disk { name: "iommu", options: ",iommu_platform=on", features: &[VERSION_1, ACCESS_PLATFORM] };
+const SPLIT: Device = blk("split", "", &[VERSION_1]);
+const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
+const IOMMU: Device = blk("iommu", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
+const RNG: Device = Device { kind: Kind::Rng, variant: "split", options: "", features: &[VERSION_1] };
+
+const fn blk(variant: &'static str, options: &'static str, features: &'static [u32]) -> Device {
+    Device { kind: Kind::Blk, variant, options, features }
+}
 
 const STABLE: &str = "bookworm";
 /// The first release with riscv64.
@@ -95,49 +162,49 @@ static UML: Kernel = Kernel {
     architecture: "amd64",
     suite: STABLE,
     image: ("usr/bin", "linux"),
-    modules: &["virtio_blk"],
+    modules: &[],
 };
 static X86: Kernel = Kernel {
     package: "linux-image-cloud-amd64",
     architecture: "amd64",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
-    modules: &["virtio_pci", "virtio_mmio", "virtio_blk"],
+    modules: &["virtio_pci", "virtio_mmio"],
 };
 static S390X: Kernel = Kernel {
     package: "linux-image-s390x",
     architecture: "s390x",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
-    modules: &["crc32c_generic", "ext4", "virtio_pci", "virtio_blk"],
+    modules: &["crc32c_generic", "ext4", "virtio_pci"],
 };
 static PPC64LE: Kernel = Kernel {
     package: "linux-image-powerpc64le",
     architecture: "ppc64el",
     suite: STABLE,
     image: ("boot", "vmlinux-"),
-    modules: &["crc32c_generic", "ext4", "virtio_pci", "virtio_blk"],
+    modules: &["crc32c_generic", "ext4", "virtio_pci"],
 };
 static AARCH64: Kernel = Kernel {
     package: "linux-image-cloud-arm64",
     architecture: "arm64",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
-    modules: &["virtio_mmio", "virtio_blk"],
+    modules: &["virtio_mmio"],
 };
 static RISCV64: Kernel = Kernel {
     package: "linux-image-riscv64",
     architecture: "riscv64",
     suite: NEXT,
     image: ("boot", "vmlinu"),
-    modules: &["crc32c_generic", "ext4", "virtio_mmio", "virtio_blk"],
+    modules: &["crc32c_generic", "ext4", "virtio_mmio"],
 };
 
 /// virtio-mmio of version 2: version 1 has only the legacy interface (4.2.4).
 const MODERN_MMIO: [&str; 2] = ["-global", "virtio-mmio.force-legacy=false"];
 const SERIAL: [&str; 2] = ["-serial", "chardev:console"];
-const PCI_DISK: &str = "vhost-user-blk-pci,disable-legacy=on";
-const MMIO_DISK: &str = "vhost-user-blk";
+/// SeaBIOS tells what it does at a port of its own; two may write to the console.
+const SEABIOS: [&str; 2] = ["-device", "isa-debugcon,iobase=0x402,chardev=console"];
 
 static GUESTS: [Guest; 7] = [
     Guest {
@@ -146,7 +213,7 @@ static GUESTS: [Guest; 7] = [
         transport: "vhost-user",
         kernel: &UML,
         machine: Machine::UserMode,
-        disks: &[SPLIT],
+        devices: &[SPLIT, RNG],
     },
     Guest {
         name: "x86-pc",
@@ -159,13 +226,13 @@ static GUESTS: [Guest; 7] = [
             machine: "pc",
             cpu: "max",
             memory: 512,
-            arguments: &[],
+            arguments: &SEABIOS,
             console: SERIAL,
             tty: "ttyS0",
-            device: PCI_DISK,
-            zpci: false,
+            bus: Bus::Pci,
+            firmware: Some("drive "),
         }),
-        disks: &[SPLIT, PACKED],
+        devices: &[SPLIT, PACKED, RNG],
     },
     Guest {
         name: "x86-microvm",
@@ -183,10 +250,10 @@ static GUESTS: [Guest; 7] = [
             arguments: &["-bios", "qboot.rom", MODERN_MMIO[0], MODERN_MMIO[1]],
             console: SERIAL,
             tty: "ttyS0",
-            device: MMIO_DISK,
-            zpci: false,
+            bus: Bus::Mmio,
+            firmware: None,
         }),
-        disks: &[SPLIT, PACKED],
+        devices: &[SPLIT, PACKED],
     },
     Guest {
         name: "s390x",
@@ -202,10 +269,10 @@ static GUESTS: [Guest; 7] = [
             arguments: &[],
             console: ["-device", "sclpconsole,chardev=console"],
             tty: "ttysclp0",
-            device: PCI_DISK,
-            zpci: true,
+            bus: Bus::Zpci,
+            firmware: None,
         }),
-        disks: &[SPLIT, PACKED],
+        devices: &[SPLIT, PACKED],
     },
     Guest {
         name: "ppc64le",
@@ -222,10 +289,10 @@ static GUESTS: [Guest; 7] = [
             arguments: &[],
             console: ["-device", "spapr-vty,chardev=console"],
             tty: "hvc0",
-            device: PCI_DISK,
-            zpci: false,
+            bus: Bus::Pci,
+            firmware: None,
         }),
-        disks: &[SPLIT, PACKED, IOMMU],
+        devices: &[SPLIT, PACKED, IOMMU],
     },
     Guest {
         name: "aarch64",
@@ -241,10 +308,10 @@ static GUESTS: [Guest; 7] = [
             arguments: &MODERN_MMIO,
             console: SERIAL,
             tty: "ttyAMA0",
-            device: MMIO_DISK,
-            zpci: false,
+            bus: Bus::Mmio,
+            firmware: None,
         }),
-        disks: &[SPLIT, PACKED],
+        devices: &[SPLIT, PACKED],
     },
     Guest {
         name: "riscv64",
@@ -260,10 +327,10 @@ static GUESTS: [Guest; 7] = [
             arguments: &MODERN_MMIO,
             console: SERIAL,
             tty: "ttyS0",
-            device: MMIO_DISK,
-            zpci: false,
+            bus: Bus::Mmio,
+            firmware: None,
         }),
-        disks: &[SPLIT, PACKED],
+        devices: &[SPLIT, PACKED],
     },
 ];
 

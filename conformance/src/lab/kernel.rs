@@ -5,12 +5,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::guests::Kernel;
+use super::guests::{Kernel, Kind};
 use super::{LabError, tool};
 
-/// Files of a kernel that is kept: the image, the modules that were asked for.
+/// Files of a kernel that is kept: the image; the modules that were asked for; the drivers that it does not have.
 const IMAGE: &str = "image";
 const WANTED: &str = "wanted";
+const LACKING: &str = "lacking";
 /// The folder of its modules, whose names in order are the order of loading.
 const MODULES: &str = "modules";
 
@@ -21,20 +22,33 @@ pub(super) struct Kept {
     pub(super) image: PathBuf,
     /// In the order of loading.
     pub(super) modules: Vec<PathBuf>,
+    /// The drivers that it has neither built in nor as a module.
+    lacking: String,
 }
 
 impl Kept {
     /// What [`keep`] made of `kernel` in `folder`; none if it is not there, or was made for other modules.
     pub(super) fn open(folder: &Path, kernel: &Kernel) -> Option<Self> {
         let wanted = fs::read_to_string(folder.join(WANTED)).ok()?;
-        if wanted != kernel.modules.join(" ") {
+        if wanted != self::wanted(kernel).join(" ") {
             return None;
         }
         let entries = fs::read_dir(folder.join(MODULES)).ok()?;
         let mut modules: Vec<_> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
         modules.sort();
-        Some(Self { image: folder.join(IMAGE), modules })
+        let lacking = fs::read_to_string(folder.join(LACKING)).ok()?;
+        Some(Self { image: folder.join(IMAGE), modules, lacking })
     }
+
+    /// Whether it has a driver for a device.
+    pub(super) fn drives(&self, kind: Kind) -> bool {
+        !self.lacking.split(' ').any(|module| module == kind.driver())
+    }
+}
+
+/// Everything that is to be loaded if it is there: what the machine needs, and the drivers of the lab's devices.
+fn wanted(kernel: &Kernel) -> Vec<&'static str> {
+    kernel.modules.iter().copied().chain(Kind::ALL.map(Kind::driver)).collect()
 }
 
 /// Takes out of the unpacked package what a guest needs, and writes it to the new folder `made`.
@@ -46,7 +60,9 @@ pub(super) fn keep(kernel: &Kernel, unpacked: &Path, made: &Path) -> Result<(), 
         .find(|path| name(path).starts_with(prefix))
         .ok_or_else(|| missing(format!("{folder}/{prefix}…")))?;
     let tree = Tree::find(unpacked).ok_or_else(|| missing("kernel modules".to_owned()))?;
-    let order = tree.order(kernel)?;
+    let (wanted, lacking): (Vec<_>, Vec<_>) =
+        wanted(kernel).into_iter().partition(|module| kernel.modules.contains(module) || tree.has(module));
+    let order = tree.order(kernel.package, &wanted)?;
 
     let modules = made.join(MODULES);
     fs::create_dir_all(&modules).map_err(LabError::file(&modules))?;
@@ -56,8 +72,11 @@ pub(super) fn keep(kernel: &Kernel, unpacked: &Path, made: &Path) -> Result<(), 
         let place = modules.join(format!("{number:02}-{module}.ko"));
         fs::write(&place, content).map_err(LabError::file(&place))?;
     }
-    let place = made.join(WANTED);
-    fs::write(&place, kernel.modules.join(" ")).map_err(LabError::file(&place))
+    for (file, names) in [(WANTED, self::wanted(kernel)), (LACKING, lacking)] {
+        let place = made.join(file);
+        fs::write(&place, names.join(" ")).map_err(LabError::file(&place))?;
+    }
+    Ok(())
 }
 
 /// The modules of one kernel.
@@ -84,11 +103,15 @@ impl Tree {
         Some(Self { modules, builtin })
     }
 
-    /// Name and content of each module that `kernel` asks for and of what it depends on, in the order of loading.
-    fn order(&self, kernel: &Kernel) -> Result<Vec<(String, Vec<u8>)>, LabError> {
+    fn has(&self, module: &str) -> bool {
+        self.modules.contains_key(module) || self.builtin.iter().any(|builtin| builtin == module)
+    }
+
+    /// Name and content of each module of `wanted` and of what it depends on, in the order of loading.
+    fn order(&self, package: &str, wanted: &[&str]) -> Result<Vec<(String, Vec<u8>)>, LabError> {
         let mut order: Vec<(String, Vec<u8>)> = Vec::new();
         // Depth first: a module is loaded once everything that it depends on has been.
-        let mut stack: Vec<String> = kernel.modules.iter().rev().map(|&module| module.to_owned()).collect();
+        let mut stack: Vec<String> = wanted.iter().rev().map(|&module| module.to_owned()).collect();
         let mut opened: BTreeMap<String, Vec<u8>> = BTreeMap::new();
         while let Some(module) = stack.pop() {
             if self.builtin.contains(&module) || order.iter().any(|(done, _)| *done == module) {
@@ -99,10 +122,7 @@ impl Tree {
                 continue;
             }
             let Some(path) = self.modules.get(&module) else {
-                return Err(LabError::Package {
-                    package: kernel.package.to_owned(),
-                    missing: format!("module {module}"),
-                });
+                return Err(LabError::Package { package: package.to_owned(), missing: format!("module {module}") });
             };
             let content = load(path)?;
             let needs = dependencies(&content);
@@ -181,7 +201,7 @@ mod tests {
         architecture: "test",
         suite: "test",
         image: ("boot", "vmlinuz-"),
-        modules: &["virtio_pci", "virtio_blk"],
+        modules: &["virtio_pci"],
     };
 
     /// A package with modules that depend on each other as the text after their names says.
@@ -233,7 +253,8 @@ mod tests {
         let circle = package(&[("virtio_pci.ko", "virtio_blk"), ("virtio_blk.ko", "virtio_pci")]);
         let made = tempfile::tempdir().unwrap();
         keep(&KERNEL, circle.path(), made.path()).unwrap();
-        assert_eq!(Kept::open(made.path(), &KERNEL).unwrap().modules.len(), 2);
+        let kept = Kept::open(made.path(), &KERNEL).unwrap();
+        assert_eq!((kept.modules.len(), &*kept.lacking), (2, "virtio_rng"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::guests::{Disk, Guest, Machine, Qemu};
+use super::guests::{Bus, Device, Guest, Machine, Qemu};
 use super::parts::Part;
 use super::{Cache, LabError, tool};
 
@@ -15,8 +15,8 @@ pub(super) struct Boot<'a> {
     pub(super) kernel: &'a Path,
     /// Its first file system.
     pub(super) initramfs: &'a Path,
-    /// Each disk with the socket behind which its device is served.
-    pub(super) disks: &'a [(&'a Disk, PathBuf)],
+    /// Each device with the socket behind which it is served.
+    pub(super) devices: &'a [(&'a Device, PathBuf)],
     /// A folder for what the machine writes.
     pub(super) folder: &'a Path,
 }
@@ -70,22 +70,30 @@ fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
         .arg("-initrd")
         .arg(boot.initramfs)
         .args(["-append", &format!("console={} rdinit=/init quiet panic=-1", machine.tty)])
-        .args(["-chardev", "stdio,id=console,signal=off"])
+        .args(["-chardev", "stdio,id=console,signal=off,mux=on"])
         .args(machine.console);
-    for (number, (disk, socket)) in (1..).zip(boot.disks) {
+    for (number, (device, socket)) in (1..).zip(boot.devices) {
         let mut chardev = OsString::from(format!("socket,id=socket{number},path="));
         chardev.push(socket);
         command.arg("-chardev").arg(chardev);
-        if machine.zpci {
-            command.args(["-device", &format!("zpci,uid={number},target=disk{number}")]);
+        if machine.bus == Bus::Zpci {
+            command.args(["-device", &format!("zpci,uid={number},target=device{number}")]);
         }
-        let device = format!("{},id=disk{number},chardev=socket{number}{}", machine.device, disk.options);
+        let bus = match machine.bus {
+            Bus::Pci | Bus::Zpci => "-pci,disable-legacy=on",
+            Bus::Mmio => "",
+        };
+        let device = format!(
+            "vhost-user-{}{bus},id=device{number},chardev=socket{number}{}",
+            device.kind.name(),
+            device.options
+        );
         command.args(["-device", &device]);
     }
     command
 }
 
-/// User Mode Linux. The number behind a socket is the device's type, 2 for a disk (5.2.1).
+/// User Mode Linux. The number behind a socket is the device's type.
 fn user_mode(boot: &Boot<'_>) -> Command {
     let argument = |name: &str, value: &Path| {
         let mut argument = OsString::from(name);
@@ -98,10 +106,10 @@ fn user_mode(boot: &Boot<'_>) -> Command {
         .arg(argument("initrd=", boot.initramfs))
         // Ends with a slash.
         .arg(argument("uml_dir=", &boot.folder.join("")));
-    for (_, socket) in boot.disks {
-        let mut device = argument("virtio_uml.device=", socket);
-        device.push(":2");
-        command.arg(device);
+    for (device, socket) in boot.devices {
+        let mut place = argument("virtio_uml.device=", socket);
+        place.push(format!(":{}", device.kind.id()));
+        command.arg(place);
     }
     // Where it keeps its memory.
     command.env("TMPDIR", boot.folder);
@@ -115,12 +123,12 @@ mod tests {
 
     fn told(name: &str) -> String {
         let guest = guests().iter().find(|guest| guest.name == name).unwrap();
-        let disks: Vec<_> =
-            guest.disks.iter().map(|disk| (disk, PathBuf::from(format!("/run/{}", disk.name)))).collect();
+        let devices: Vec<_> =
+            guest.devices.iter().map(|device| (device, PathBuf::from(format!("/run/{device}")))).collect();
         let boot = Boot {
             kernel: Path::new("/kernel"),
             initramfs: Path::new("/initramfs"),
-            disks: &disks,
+            devices: &devices,
             folder: Path::new("/run"),
         };
         let command = command(guest, &Cache::at(Path::new("/lab")), &boot).unwrap();
@@ -128,16 +136,16 @@ mod tests {
     }
 
     #[test]
-    fn every_disk_has_a_socket_and_its_options() {
+    fn every_device_has_a_socket_and_its_options() {
         let command = told("ppc64le");
-        assert!(command.contains("-chardev socket,id=socket3,path=/run/iommu"), "{command}");
-        let device = "vhost-user-blk-pci,disable-legacy=on,id=disk3,chardev=socket3,iommu_platform=on";
+        assert!(command.contains("-chardev socket,id=socket3,path=/run/blk-iommu"), "{command}");
+        let device = "vhost-user-blk-pci,disable-legacy=on,id=device3,chardev=socket3,iommu_platform=on";
         assert!(command.contains(device), "{command}");
     }
 
     #[test]
-    fn a_disk_on_system_z_has_a_function_in_front_of_it() {
-        assert!(told("s390x").contains("-device zpci,uid=2,target=disk2 -device vhost-user-blk-pci"));
+    fn a_device_on_system_z_has_a_function_in_front_of_it() {
+        assert!(told("s390x").contains("-device zpci,uid=2,target=device2 -device vhost-user-blk-pci"));
     }
 
     #[test]
@@ -147,6 +155,9 @@ mod tests {
             return;
         }
         let command = told("uml");
-        assert!(command.contains("virtio_uml.device=/run/split:2") && command.contains("uml_dir=/run/"), "{command}");
+        assert!(
+            command.contains("virtio_uml.device=/run/blk-split:2") && command.contains("uml_dir=/run/"),
+            "{command}"
+        );
     }
 }

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::LabError;
 use super::boot::Process;
+use super::guests::Kind;
 
 /// How long it may take until somebody listens at the socket.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -18,11 +19,14 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) struct Server(Process);
 
 impl Server {
-    /// Serves the disk image `image` at the new socket `socket`; returns when somebody listens there.
-    pub(super) fn start(image: &Path, socket: &Path) -> Result<Self, LabError> {
+    /// Serves a device at the new socket `socket`, a disk with its `image`; returns when somebody listens there.
+    pub(super) fn start(kind: Kind, image: Option<&Path>, socket: &Path) -> Result<Self, LabError> {
         let this = env::current_exe().map_err(LabError::file(Path::new("/proc/self/exe")))?;
         let mut command = Command::new(this);
-        command.args(["serve", "blk", "--image"]).arg(image).arg("--socket").arg(socket);
+        command.args(["serve", kind.name(), "--socket"]).arg(socket);
+        if let Some(image) = image {
+            command.arg("--image").arg(image);
+        }
         let mut process = Process::start(&mut command)?;
         let begun = Instant::now();
         while UnixStream::connect(socket).is_err() {

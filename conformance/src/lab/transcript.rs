@@ -30,11 +30,19 @@ pub(super) struct Transcript {
     events: Vec<Event>,
     /// The last lines that are no events: what the kernel, or the emulator, said.
     tail: VecDeque<String>,
+    /// How lines begin that are kept besides.
+    watched: Option<&'static str>,
+    noticed: Vec<String>,
     /// Why the guest was stopped, if it did not end by itself.
     pub(super) stopped: Option<String>,
 }
 
 impl Transcript {
+    /// Nothing was told yet. Lines that begin with `watched` are kept, whatever else is told.
+    pub(super) fn new(watched: Option<&'static str>) -> Self {
+        Self { watched, ..Self::default() }
+    }
+
     /// Takes one line of the console, and returns the event if it is one.
     pub(super) fn line(&mut self, at: Duration, line: &str) -> Option<&Event> {
         let line = line.trim_end();
@@ -44,6 +52,9 @@ impl Transcript {
                 return self.events.last();
             }
         } else if !line.is_empty() {
+            if self.watched.is_some_and(|watched| line.starts_with(watched)) && self.noticed.len() < EVENTS {
+                self.noticed.push(line.to_owned());
+            }
             self.tail.push_back(line.to_owned());
             if self.tail.len() > TAIL {
                 self.tail.pop_front();
@@ -81,6 +92,11 @@ impl Transcript {
     /// When the event before the one at `at` happened.
     pub(super) fn before(&self, at: Duration) -> Duration {
         self.events.iter().map(|event| event.at).filter(|earlier| *earlier < at).max().unwrap_or_default()
+    }
+
+    /// The lines that were watched for.
+    pub(super) fn noticed(&self) -> &[String] {
+        &self.noticed
     }
 
     /// How it ended, in a few words.
@@ -140,6 +156,15 @@ mod tests {
         }
         assert_eq!(told.complaints().len(), EVENTS);
         assert_eq!(told.tail().lines().count(), TAIL);
+    }
+
+    #[test]
+    fn what_is_watched_for_is_kept() {
+        let mut told = Transcript::new(Some("drive "));
+        for line in ["drive 1: s=2", "no drive 2", "drive 3"].into_iter().chain([""; 100]).chain(["noise"; 100]) {
+            told.line(Duration::ZERO, line);
+        }
+        assert_eq!(told.noticed(), ["drive 1: s=2", "drive 3"]);
     }
 
     #[test]

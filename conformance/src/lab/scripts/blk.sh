@@ -1,6 +1,6 @@
-# Every disk that /disks names, through the kernel's own driver. The image begins with the disk's name.
+# A disk, through the kernel's own driver.
 
-# The block device whose first line is that of disk $1.
+# The block device whose first line is that of the variant $1.
 find_disk() {
     for block in /sys/block/vd*; do
         [ -e "$block" ] || continue
@@ -41,40 +41,32 @@ file_system() {
     mount -t ext4 -o ro "$device" /mnt || return 1
     after=$(files)
     umount /mnt || return 1
-    tell "$name" filesystem "$before" "$after"
+    tell "$subject" filesystem "$before" "$after"
 }
 
-rebind() { # the driver lets go of the device, which resets it, and takes it again
-    virtio=$(basename "$(readlink -f "/sys/block/${device##*/}/device")")
-    echo "$virtio" >/sys/bus/virtio/drivers/virtio_blk/unbind
-    [ -e "/sys/bus/virtio/devices/$virtio/block" ] && return 1
-    tell "$name" unbound "$(cat "/sys/bus/virtio/devices/$virtio/status")"
-    echo "$virtio" >/sys/bus/virtio/drivers/virtio_blk/bind
-    for block in "/sys/bus/virtio/devices/$virtio/block"/*; do device=/dev/${block##*/}; done
-    [ -b "$device" ]
-}
-
-while read -r name kib cached direct last; do
-    turn=0
-    until find_disk "$name" || [ $turn = 300 ]; do
-        sleep 0.1 # buses that announce their devices late
-        turn=$((turn + 1))
-    done
-    if [ $turn = 300 ]; then
-        tell "$name" failed found "no disk $name among: $(cd /sys/block && echo *)"
-        continue
+try_blk() {
+    kib=$1 cached=$2 direct=$3 last=$4
+    if ! wait_for find_disk "$variant"; then
+        tell "$subject" failed found "no disk $variant among: $(cd /sys/block && echo *)"
+        return
     fi
     block=/sys/block/${device##*/}
-    tell "$name" found "$(cat "$block/size")" "$(cat "$block/device/features")"
+    virtio=$(basename "$(readlink -f "$block/device")")
+    tell "$subject" found "$(cat "$block/device/features")" "$(cat "$block/size")"
     forget
-    tell "$name" read "$(whole)"
+    tell "$subject" read "$(whole)"
     already=$(flushes)
-    if write_pattern; then tell "$name" write "$(($(flushes) - already))" "$(cat "$block/queue/write_cache")"; else tell "$name" failed write "dd failed"; fi
-    file_system || tell "$name" failed filesystem "mke2fs, mount or umount failed"
-    if rebind; then
-        forget
-        tell "$name" rebind "$(whole)"
+    if write_pattern; then
+        tell "$subject" write "$(($(flushes) - already))" "$(cat "$block/queue/write_cache")"
     else
-        tell "$name" failed rebind "the driver did not take the device again"
+        tell "$subject" failed write "dd failed"
     fi
-done </disks
+    file_system || tell "$subject" failed filesystem "mke2fs, mount or umount failed"
+    if rebind virtio_blk; then
+        for block in "/sys/bus/virtio/devices/$virtio/block"/*; do device=/dev/${block##*/}; done
+        forget
+        tell "$subject" rebind "$(whole)"
+    else
+        tell "$subject" failed rebind "the driver did not take the device again"
+    fi
+}
