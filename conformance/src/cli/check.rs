@@ -64,17 +64,21 @@ fn select(args: &CheckArgs) -> Result<Vec<Arc<dyn Target>>, CliError> {
     let hypervisors = Selection::new("hypervisor", &args.hypervisor, &names(|cell| cell.hypervisor))?;
     let transports = Selection::new("transport", &args.transport, &names(|cell| cell.transport))?;
     let devices = Selection::new("device", &args.device, &names(|cell| cell.device))?;
+    let rings = Selection::new("ring format", &args.ring, &names(|cell| cell.ring.name()))?;
     if args.hypervisor.is_empty() {
         targets.truncate(by_default);
     }
     targets.retain(|target| {
         let cell = target.cell();
-        hypervisors.has(cell.hypervisor) && transports.has(cell.transport) && devices.has(cell.device)
+        hypervisors.has(cell.hypervisor)
+            && transports.has(cell.transport)
+            && devices.has(cell.device)
+            && rings.has(cell.ring.name())
     });
     if targets.is_empty() {
         return Err(CliError::Mistake(format!(
-            "no cell has {}: polyvirt list tells which transports a hypervisor has",
-            [&args.hypervisor, &args.transport, &args.device]
+            "no cell has {}: polyvirt list tells which transports a hypervisor has, and which rings a transport",
+            [&args.hypervisor, &args.transport, &args.device, &args.ring]
                 .into_iter()
                 .filter(|asked| !asked.is_empty())
                 .map(|asked| asked.join(" or "))

@@ -38,7 +38,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run every cell of hypervisor, transport and device that this host can run (the default)
+    /// Run every cell of hypervisor, transport, device and ring format that this host can run (the default)
     Check(CheckArgs),
     /// Hypervisors, transports and devices: what there is, what can be used here, what each hypervisor costs
     List {
@@ -76,6 +76,9 @@ struct CheckArgs {
     /// Only these devices
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     device: Vec<String>,
+    /// Only these formats of rings
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    ring: Vec<String>,
     /// Carry a copy of this disk image through every block cell; without it, a generated one
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
