@@ -33,7 +33,10 @@ pub(super) fn select(
     let kind = match Kind::ALL.into_iter().filter(|kind| devices.has(kind.name())).collect::<Vec<_>>()[..] {
         [kind] => kind,
         _ => {
-            return Err(mistake(format!("the protocol does not tell what the device is: --device {}", names.join("|"))));
+            return Err(mistake(format!(
+                "the protocol does not tell what the device is: --device {}",
+                names.join("|")
+            )));
         }
     };
     let socket = PathBuf::from(path);

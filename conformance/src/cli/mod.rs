@@ -5,6 +5,7 @@
 mod bench;
 mod check;
 mod daemon;
+mod lab;
 mod ledger;
 mod list;
 mod output;
@@ -58,6 +59,9 @@ enum Command {
     },
     /// Be a vhost-user device for any VMM: QEMU, User Mode Linux, …
     Serve(serve::ServeArgs),
+    /// Real guests: unmodified Linux kernels whose own drivers use our devices
+    #[command(subcommand)]
+    Lab(lab::LabCommand),
     /// The statements of VIRTIO 1.4 that cases judge
     Ledger {
         /// How to tell it
@@ -96,6 +100,16 @@ struct CheckArgs {
     /// Carry a copy of this disk image through every block cell; without it, a generated one
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
+    /// Boot the guests of the lab too: their cells join the report
+    #[arg(long)]
+    lab: bool,
+    #[command(flatten)]
+    tell: TellArgs,
+}
+
+/// How a result is told.
+#[derive(Args)]
+struct TellArgs {
     /// Write the result as a page, report.html, to this directory
     #[arg(long, value_name = "DIR")]
     report: Option<PathBuf>,
@@ -163,6 +177,7 @@ fn run_command() -> ExitCode {
         Some(Command::List { format }) => list::run(format, &mut output),
         Some(Command::Serve(args)) => serve::run(&args, &mut output),
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
+        Some(Command::Lab(command)) => lab::run(&command, &mut output),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
     let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));

@@ -169,8 +169,7 @@ mod tests {
     #[test]
     fn a_known_failure_is_not_counted_and_tells_its_reason() {
         let case = cases::all()[0].name;
-        let failed =
-            Outcome::Failed { expected: String::new(), observed: String::new(), reproduction: String::new() };
+        let failed = Outcome::Failed { expected: String::new(), observed: String::new(), reproduction: String::new() };
         let mut result = result(case, failed);
         expectations(&format!("{case}: it never did")).unwrap().apply(&mut result);
         assert_eq!((result.failed, result.failures.len(), result.skipped.len()), (0, 0, 1));
