@@ -5,10 +5,10 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use polyvirt_conformance::daemon::Expectations;
-use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell};
+use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell_within};
 use polyvirt_conformance::{cases, cells};
 use tempfile::NamedTempFile;
 
@@ -20,6 +20,8 @@ use super::{CheckArgs, CheckFormat, CliError, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
 use crate::report::{self, Cell, Facts, ImageSource, Report};
 
+/// How long a case may take with a daemon: every kick wakes another process.
+const DAEMON_WATCHDOG: Duration = Duration::from_secs(120);
 /// The page's name inside the directory of `--report`.
 const PAGE: &str = "report.html";
 
@@ -132,7 +134,8 @@ fn run_cells(
     let mut cells = Vec::new();
     for target in targets {
         let cell = target.cell();
-        let mut result = run_cell(target, &cases, &mut |step| match step {
+        let watchdog = if cell.hypervisor == daemon::HYPERVISOR { DAEMON_WATCHDOG } else { suite::CASE_WATCHDOG };
+        let mut result = run_cell_within(target, &cases, watchdog, &mut |step| match step {
             Step::Started(case) => progress.at(format!("{cell}: {}", case.name)),
             Step::Finished(_) => progress.step(),
         });

@@ -427,12 +427,11 @@ impl Transport for Driver {
             let left = watchdog.saturating_sub(begun.elapsed());
             let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
             let _ = poll(&mut fds, timeout);
-            let rang = |fds: &[PollFd<'_>]| fds.iter().any(|fd| fd.any().unwrap_or(false));
-            let (called, broken) = (rang(&fds[1..calls]), rang(&fds[calls..]));
-            for event in self.queues.values().map(|queue| &queue.call).chain([&news.event]) {
-                // An error says that there was none.
-                let _ = event.read();
-            }
+            let broken = fds[calls..].iter().any(|fd| fd.any().unwrap_or(false));
+            // Not what the poll said, but what is taken: an event may come in between.
+            let mut called = false;
+            self.queues.values().for_each(|queue| called |= queue.call.read().is_ok());
+            let _ = news.event.read();
             if broken {
                 // Told once; the status goes on telling.
                 self.status |= Status::DEVICE_NEEDS_RESET;
