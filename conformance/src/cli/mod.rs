@@ -12,6 +12,7 @@ mod output;
 mod progress;
 mod select;
 mod serve;
+mod terminal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
