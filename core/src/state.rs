@@ -12,7 +12,7 @@ use crate::device::{Device, Queues};
 use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
 use crate::memory::GuestMemory;
-use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError};
+use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState};
 use crate::status::Status;
 
 /// How the driver talks to the device.
@@ -59,6 +59,8 @@ pub struct VirtioDevice<M: GuestMemory> {
     queues: Vec<Option<Queue<M>>>,
     /// For each queue, whether it is to be served without a kick: the last burst did not finish it.
     unserved: Vec<bool>,
+    /// Whether the driver wants the device suspended: it is once it has nothing in flight.
+    suspending: bool,
     reason: Option<QueueError>,
 }
 
@@ -69,6 +71,8 @@ struct QueueSetup {
     size: u32,
     areas: [u64; 3],
     enabled: bool,
+    /// Where the device goes on, if not at the beginning.
+    state: Option<QueueState>,
 }
 
 impl<M: GuestMemory> VirtioDevice<M> {
@@ -91,6 +95,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             setups,
             queues,
             unserved,
+            suspending: false,
             reason: None,
         }
     }
@@ -121,7 +126,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             | self.transport_features
             | rings
             | match self.interface {
-                Interface::Modern => Features::VERSION_1,
+                Interface::Modern => Features::VERSION_1 | Features::SUSPEND,
                 Interface::Legacy(_) => Features::ANY_LAYOUT,
             }
     }
@@ -152,7 +157,8 @@ impl<M: GuestMemory> VirtioDevice<M> {
     /// Where the spec leaves the device's answer to a driver's mistake open, this is ours: bits are only ever added
     /// (a cleared bit stays set until reset); several bits may come in one write; FEATURES_OK stays away if the
     /// features are not acceptable, and DRIVER_OK without it; DEVICE_NEEDS_RESET is not the driver's to write, nor is a
-    /// bit that there is no feature for; after FAILED only a reset counts.
+    /// bit that there is no feature for; after FAILED only a reset counts. SUSPEND suspends a running device if that was
+    /// negotiated, and shows once it is; DRIVER_OK without it resumes (3.4 Device Suspend).
     pub fn set_status(&mut self, status: Status) {
         if status.is_empty() {
             self.reset();
@@ -161,6 +167,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         if self.status.contains(Status::FAILED) {
             return;
         }
+        self.write_suspend(status);
         let mut new = status & !self.status & WRITTEN_BY_DRIVER;
         match self.interface {
             Interface::Modern => {
@@ -181,9 +188,34 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
     }
 
-    /// Whether the driver drives the device: buffers are consumed only then.
+    /// What `status` says about SUSPEND; nothing if it is not negotiated, or the device does not run.
+    fn write_suspend(&mut self, status: Status) {
+        let suspended = self.suspending || self.status.contains(Status::SUSPEND);
+        if status.contains(Status::SUSPEND) {
+            if !suspended && self.is_running() && self.accepted.contains(Features::SUSPEND) {
+                self.suspending = true;
+                self.queues.iter_mut().flatten().for_each(Queue::hold);
+                // What the backend has finished meanwhile goes back now.
+                self.work(None);
+            }
+        } else if suspended && status.contains(Status::DRIVER_OK) {
+            self.suspending = false;
+            self.status &= !Status::SUSPEND;
+            self.queues.iter_mut().flatten().for_each(Queue::release);
+            for index in 0..self.queue_count() {
+                if self.queue_enabled(index) && self.queue(index).is_none() {
+                    self.start_queue(index);
+                }
+            }
+            self.unserved.iter_mut().zip(&self.queues).for_each(|(unserved, queue)| *unserved = queue.is_some());
+            self.begin();
+        }
+    }
+
+    /// Whether the driver drives the device: buffers are consumed, and guest memory is accessed, only then.
     pub fn is_running(&self) -> bool {
-        self.status & (Status::DRIVER_OK | Status::FAILED | Status::DEVICE_NEEDS_RESET) == Status::DRIVER_OK
+        let stopped = Status::FAILED | Status::DEVICE_NEEDS_RESET | Status::SUSPEND;
+        self.status & (Status::DRIVER_OK | stopped) == Status::DRIVER_OK
     }
 
     /// Why the device needs a reset; none while it does not.
@@ -262,6 +294,37 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
     }
 
+    /// Queue `index` begins where another device side left it, for transports that hand queues over. Ignored while the
+    /// queue is enabled.
+    pub fn set_queue_state(&mut self, index: u16, state: QueueState) {
+        if let Some(setup) = self.disabled(index) {
+            setup.state = Some(state);
+        }
+    }
+
+    /// From now on the device takes nothing from queue `index`, but finishes what it has: poll until
+    /// [nothing is in flight](Self::queue_in_flight). [`VirtioDevice::reset_queue`] ends that.
+    pub fn hold_queue(&mut self, index: u16) {
+        if let Some(Some(queue)) = self.queues.get_mut(usize::from(index)) {
+            queue.hold();
+        }
+    }
+
+    /// How many chains of queue `index` the device has.
+    pub fn queue_in_flight(&self, index: u16) -> usize {
+        self.queue(index).map_or(0, Queue::in_flight)
+    }
+
+    /// Where the device is in queue `index`; none if the queue does not run.
+    pub fn queue_state(&self, index: u16) -> Option<QueueState> {
+        self.queue(index).map(Queue::state)
+    }
+
+    /// Why queue `index` alone is latched; none while it works.
+    pub fn queue_broken(&self, index: u16) -> Option<QueueError> {
+        self.queue(index)?.broken()
+    }
+
     /// Queue `index` back to its initial state, alone (2.6.1: VIRTIO_F_RING_RESET, or QueueReady = 0 on MMIO). When this
     /// returns, the device does not touch the queue's memory any more.
     pub fn reset_queue(&mut self, index: u16) {
@@ -291,8 +354,12 @@ impl<M: GuestMemory> VirtioDevice<M> {
         data[len..].fill(0);
     }
 
-    /// Writes the configuration from `offset` on; a write that reaches beyond its end is ignored.
+    /// Writes the configuration from `offset` on; a write that reaches beyond its end is ignored, and so is any while the
+    /// device is suspended.
     pub fn write_config(&mut self, offset: u64, data: &[u8]) {
+        if self.status.contains(Status::SUSPEND) {
+            return;
+        }
         let before = self.device.config().to_vec();
         if let Ok(offset) = usize::try_from(offset)
             && !data.is_empty()
@@ -305,6 +372,27 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
     }
 
+    /// What the device wants to be notified of queue `index` with, if VIRTIO_F_NOTIF_CONFIG_DATA is negotiated
+    /// (4.1.4.3 queue_notif_config_data). Not the index, so that a driver that confuses the two is found out.
+    pub const fn queue_notification_data(index: u16) -> u16 {
+        !index
+    }
+
+    /// The queue that a driver notification of `value` is for, as far as `value` says (2.3, 4.1.5.2, 4.2.3.3): the low 16
+    /// bits with VIRTIO_F_NOTIFICATION_DATA, all otherwise; the device's own data with VIRTIO_F_NOTIF_CONFIG_DATA.
+    ///
+    /// What else the driver tells with VIRTIO_F_NOTIFICATION_DATA, its next available entry, is a hint; the ring itself
+    /// says so.
+    pub fn notified_queue(&self, value: u32) -> Option<u16> {
+        let named = match self.accepted.contains(Features::NOTIFICATION_DATA) {
+            true => value as u16,
+            false => u16::try_from(value).ok()?,
+        };
+        let own = self.accepted.contains(Features::NOTIF_CONFIG_DATA);
+        let index = if own { Self::queue_notification_data(named) } else { named };
+        (index < self.queue_count()).then_some(index)
+    }
+
     /// The driver kicked queue `index`. True if there is more to do: call this or [`poll`](Self::poll), others in
     /// between.
     pub fn kick(&mut self, index: u16) -> bool {
@@ -314,6 +402,10 @@ impl<M: GuestMemory> VirtioDevice<M> {
     /// A backend has news, or an earlier call said that there is more to do. True as in [`kick`](Self::kick).
     pub fn poll(&mut self) -> bool {
         self.work(None)
+    }
+
+    fn queue(&self, index: u16) -> Option<&Queue<M>> {
+        self.queues.get(usize::from(index))?.as_ref()
     }
 
     fn setup(&self, index: u16) -> Option<&QueueSetup> {
@@ -352,14 +444,14 @@ impl<M: GuestMemory> VirtioDevice<M> {
     }
 
     fn start_queue(&mut self, index: u16) {
-        let Some(&QueueSetup { max_size, size, areas, .. }) = self.setup(index) else { return };
+        let Some(&QueueSetup { max_size, size, areas, state, .. }) = self.setup(index) else { return };
         let layout = match self.interface {
             Interface::Modern if self.accepted.contains(Features::RING_PACKED) => Layout::Packed,
             Interface::Modern => Layout::Modern,
             Interface::Legacy(order) => Layout::Legacy(order),
         };
         let queue = match u16::try_from(size) {
-            Ok(size) if size <= max_size => Queue::new(
+            Ok(size) if size <= max_size => Queue::resume(
                 self.memory.clone(),
                 QueueConfig {
                     size,
@@ -370,6 +462,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
                 },
+                state.unwrap_or(QueueState::start(layout)),
             ),
             _ => Err(QueueError::Size { size, max: max_size }),
         };
@@ -432,9 +525,14 @@ impl<M: GuestMemory> VirtioDevice<M> {
                 self.interrupt.raise(Cause::Config);
             }
         }
+        if self.suspending && self.queues.iter().flatten().all(|queue| queue.in_flight() == 0) {
+            self.suspending = false;
+            self.status |= Status::SUSPEND;
+        }
     }
 
     fn stop(&mut self) {
+        self.suspending = false;
         self.device.reset();
         self.queues.iter_mut().for_each(|queue| *queue = None);
         self.unserved.fill(false);
@@ -443,7 +541,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false }
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, state: None }
     }
 }
 

@@ -82,11 +82,23 @@ pub struct Virtqueue<N = Box<dyn Notify>> {
 pub trait Notify: Send {
     /// Kicks the device.
     fn notify(&mut self) -> Result<(), TransportError>;
+
+    /// Kicks the device and tells it where the driver goes on (VIRTIO_F_NOTIFICATION_DATA, 2.9): on a split ring the
+    /// available index, on a packed one the place of the next descriptor, with the wrap counter in bit 15. Where that was
+    /// not negotiated, or cannot be carried, it is a plain kick.
+    fn notify_at(&mut self, next: u16) -> Result<(), TransportError> {
+        let _ = next;
+        self.notify()
+    }
 }
 
 impl Notify for Box<dyn Notify> {
     fn notify(&mut self) -> Result<(), TransportError> {
         (**self).notify()
+    }
+
+    fn notify_at(&mut self, next: u16) -> Result<(), TransportError> {
+        (**self).notify_at(next)
     }
 }
 
@@ -175,6 +187,21 @@ pub fn initialize(transport: &mut (impl Transport + ?Sized), wanted: Features) -
 pub fn driver_ok(transport: &mut (impl Transport + ?Sized)) -> Result<(), TransportError> {
     let status = transport.status()?;
     transport.set_status(status | Status::DRIVER_OK)
+}
+
+/// Wants the device suspended, if VIRTIO_F_SUSPEND was accepted (3.4 Device Suspend): from now on until
+/// [`resume`] the driver makes nothing available, notifies no queue and writes no configuration. Whether the device is
+/// suspended, which may take until it has finished what is in flight: read the status until SUSPEND shows, or
+/// DEVICE_NEEDS_RESET says that it failed.
+pub fn suspend(transport: &mut (impl Transport + ?Sized)) -> Result<(), TransportError> {
+    let status = transport.status()?;
+    transport.set_status(status | Status::SUSPEND)
+}
+
+/// Wants a suspended device to run again; it does when SUSPEND does not show any more.
+pub fn resume(transport: &mut (impl Transport + ?Sized)) -> Result<(), TransportError> {
+    let status = transport.status()?;
+    transport.set_status(status & !Status::SUSPEND | Status::DRIVER_OK)
 }
 
 /// Reads configuration that the device may change meanwhile (2.5.1): reads again until the generation stays the same,

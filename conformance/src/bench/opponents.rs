@@ -77,15 +77,23 @@ pub(super) fn virtio_queue(shape: Shape) -> Work<'static> {
 /// The loop written by hand: one region of raw memory, no types between it and the ring.
 pub const BY_HAND: &str = "the same checks by hand over raw memory";
 
-/// A split ring served by hand with all the checks that ours makes: index jump, head, links, chain length, order, lengths,
-/// ranges, the same head twice. It knows neither several regions, nor tables, nor other formats; its buffers are found as
-/// ours are, as pointers and lengths.
+/// A chain of [`by_hand`]: its buffers as pointers and lengths.
+#[derive(Default)]
+struct Taken {
+    head: u16,
+    writable: u32,
+    pieces: Vec<(*mut u8, usize)>,
+}
+
+/// A split ring served by hand, doing what ours does: the same checks (index jump, head, links, chain length, order, lengths,
+/// ranges, the same head twice), and chains that are owned, so that they may be given back later and in any order, from
+/// memory that is used again. It knows neither several regions, nor tables, nor other formats.
 pub(super) fn by_hand(memory: &FlatMemory, shape: Shape) -> Work<'static> {
     let base = memory.pages(0, REGION).expect("the first region");
     let mut index = 0u16;
     let (mut next, mut seen, mut used, mut signalled) = (0u16, 0u16, 0u16, 0u16);
     let mut in_flight = vec![0u64; usize::from(shape.size).div_ceil(64)];
-    let mut pieces: Vec<(*mut u8, usize)> = Vec::new();
+    let mut spare: Vec<Box<Taken>> = Vec::new();
     let size = shape.size;
     let mask = size - 1;
     let raw = base.as_ptr();
@@ -116,7 +124,7 @@ pub(super) fn by_hand(memory: &FlatMemory, shape: Shape) -> Work<'static> {
                 let (word, bit) = (usize::from(head / 64), 1u64 << (head % 64));
                 assert!(in_flight[word] & bit == 0);
                 in_flight[word] |= bit;
-                pieces.clear();
+                let mut chain = spare.pop().unwrap_or_default();
                 let (mut at, mut left, mut readable, mut writable) = (head, size, 0u64, 0u64);
                 loop {
                     assert!(left > 0);
@@ -134,7 +142,7 @@ pub(super) fn by_hand(memory: &FlatMemory, shape: Shape) -> Work<'static> {
                     assert!(readable + writable <= u64::from(u32::MAX));
                     assert!(address < REGION as u64 && len <= REGION as u64 - address);
                     // SAFETY: inside the region, checked above.
-                    pieces.push((unsafe { raw.add(address as usize) }, len as usize));
+                    chain.pieces.push((unsafe { raw.add(address as usize) }, len as usize));
                     if flags & 1 == 0 {
                         break;
                     }
@@ -142,15 +150,17 @@ pub(super) fn by_hand(memory: &FlatMemory, shape: Shape) -> Work<'static> {
                     assert!(at < size);
                 }
                 next = next.wrapping_add(1);
-                black_box(&mut pieces);
-                let entry = USED + 4 + 8 * u64::from(used & mask);
-                assert!(in_flight[word] & bit != 0);
+                (chain.head, chain.writable) = (head, writable as u32);
+                written += u64::from(chain.writable);
+                let (word, bit) = (usize::from(chain.head / 64), 1u64 << (chain.head % 64));
                 in_flight[word] &= !bit;
-                load32(entry).store(u32::from(head), Ordering::Relaxed);
-                load32(entry + 4).store(writable as u32, Ordering::Relaxed);
+                let entry = USED + 4 + 8 * u64::from(used & mask);
+                load32(entry).store(u32::from(chain.head), Ordering::Relaxed);
+                load32(entry + 4).store(chain.writable, Ordering::Relaxed);
+                chain.pieces.clear();
+                spare.push(chain);
                 used = used.wrapping_add(1);
                 load16(USED + 2).store(used, Ordering::Release);
-                written += writable;
                 done += 1;
             }
             if used != signalled {

@@ -239,6 +239,8 @@ const COPIED: u32 = 64;
 fn two_threads(layout: Layout) -> Work<'static> {
     let size = 256u16;
     Box::new(move |count| {
+        // Fewer would measure how fast threads start.
+        let count = count.max(100_000);
         let ring = || Pages::allocate(4096);
         let (descriptors, driver, device, buffers) =
             (ring(), ring(), ring(), Pages::allocate(usize::from(size) * COPIED as usize));
@@ -343,9 +345,13 @@ pub fn run(effort: Effort, progress: impl FnMut(&str)) -> Vec<Row> {
         );
     }
     let reference = split_memory(shape);
-    let sizes = [16, 64, 1024, 4096, 32768].map(|size| ("queue size", size.into(), Shape { size, batch: 8, ..shape }));
-    let regions = [2, 8, 64].map(|regions| ("regions", regions, Shape { regions, ..shape }));
-    let chains = [1, 8, 32, 128].map(|chain| ("chain length", chain.into(), Shape { chain, batch: 1, ..shape }));
+    // As many descriptors in a burst as the reference has, where they fit.
+    let burst = shape.batch * shape.chain;
+    let sized = |size: u16| Shape { size, batch: shape.batch.min(size / shape.chain), ..shape };
+    let sizes = [16, 64, 1024, 4096, 32768].map(|size| ("queue size", size.into(), sized(size)));
+    let regions = [2, 4, 8, 16, 32, 64].map(|regions| ("regions", regions, Shape { regions, ..shape }));
+    let linked = |chain: u16| Shape { chain, batch: (burst / chain).max(1), ..shape };
+    let chains = [1, 4, 8, 16, 32, 64, 128].map(|chain| ("chain length", chain.into(), linked(chain)));
     for (what, value, other) in sizes.into_iter().chain(regions).chain(chains) {
         let memory = split_memory(other);
         table.row(

@@ -14,9 +14,19 @@ struct Rows {
     rows: Vec<Row>,
 }
 
+/// What can be measured.
+#[derive(Clone, Copy, Debug, Default, clap::ValueEnum)]
+pub(super) enum What {
+    /// The rings, in both roles and formats
+    #[default]
+    Rings,
+}
+
 /// Measures, and tells the comparisons.
-pub(super) fn run(format: Format, output: &mut Output) -> Result<u8, CliError> {
-    let rows = rings::run(Effort::default(), |name| tracing::info!(name, "measuring"));
+pub(super) fn run(what: What, format: Format, output: &mut Output) -> Result<u8, CliError> {
+    let rows = match what {
+        What::Rings => rings::run(Effort::default(), |name| tracing::info!(name, "measuring")),
+    };
     match format {
         Format::Json => output.json(&Rows { rows })?,
         Format::Text => output.text(&text(&rows))?,

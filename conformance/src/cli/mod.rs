@@ -10,6 +10,7 @@ mod list;
 mod output;
 mod progress;
 mod select;
+mod serve;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -46,12 +47,17 @@ enum Command {
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
-    /// Measure the rings side by side with others'; worth something in a release build only
+    /// Measure side by side with others'; worth something in a release build only
     Bench {
+        /// What to measure
+        #[arg(value_enum, default_value_t)]
+        what: bench::What,
         /// How to tell it
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
+    /// Be a vhost-user device for any VMM: QEMU, User Mode Linux, …
+    Serve(serve::ServeArgs),
     /// Real guests: unmodified Linux kernels whose own drivers use our devices
     #[command(subcommand)]
     Lab(lab::LabCommand),
@@ -145,8 +151,9 @@ fn run_command() -> ExitCode {
         None => check::run(&cli.check, &mut output),
         Some(Command::Check(args)) => check::run(&args, &mut output),
         Some(Command::List { format }) => list::run(format, &mut output),
-        Some(Command::Bench { format }) => bench::run(format, &mut output),
+        Some(Command::Serve(args)) => serve::run(&args, &mut output),
         Some(Command::Lab(command)) => lab::run(&command, &mut output),
+        Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
     let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));

@@ -35,6 +35,16 @@ pub(super) struct Kernel {
     pub(super) modules: &'static [&'static str],
 }
 
+impl Guest {
+    /// The queues of each of its disks.
+    pub(super) fn queues(&self) -> u32 {
+        match &self.machine {
+            Machine::Qemu(machine) => machine.processors,
+            Machine::UserMode => 1,
+        }
+    }
+}
+
 /// What runs a kernel.
 #[derive(Debug)]
 pub(super) enum Machine {
@@ -55,6 +65,8 @@ pub(super) struct Qemu {
     pub(super) machine: &'static str,
     /// `-cpu`.
     pub(super) cpu: &'static str,
+    /// Processors, each with a queue of its own on every disk.
+    pub(super) processors: u32,
     /// MiB of memory.
     pub(super) memory: u32,
     /// What else the machine needs.
@@ -225,6 +237,7 @@ static GUESTS: [Guest; 7] = [
             program: "qemu-system-x86_64",
             machine: "pc",
             cpu: "max",
+            processors: 2,
             memory: 512,
             arguments: &SEABIOS,
             console: SERIAL,
@@ -246,6 +259,7 @@ static GUESTS: [Guest; 7] = [
             // machine has no shared memory.
             machine: "microvm,acpi=on",
             cpu: "max",
+            processors: 1,
             memory: 512,
             arguments: &["-bios", "qboot.rom", MODERN_MMIO[0], MODERN_MMIO[1]],
             console: SERIAL,
@@ -265,6 +279,7 @@ static GUESTS: [Guest; 7] = [
             program: "qemu-system-s390x",
             machine: "s390-ccw-virtio",
             cpu: "max",
+            processors: 1,
             memory: 512,
             arguments: &[],
             console: ["-device", "sclpconsole,chardev=console"],
@@ -285,6 +300,7 @@ static GUESTS: [Guest; 7] = [
             // x-vof: no firmware to run. The other options are mitigations that TCG does not have and warns about.
             machine: "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
             cpu: "power9",
+            processors: 1,
             memory: 1024,
             arguments: &[],
             console: ["-device", "spapr-vty,chardev=console"],
@@ -304,6 +320,7 @@ static GUESTS: [Guest; 7] = [
             program: "qemu-system-aarch64",
             machine: "virt",
             cpu: "cortex-a57",
+            processors: 1,
             memory: 512,
             arguments: &MODERN_MMIO,
             console: SERIAL,
@@ -323,6 +340,7 @@ static GUESTS: [Guest; 7] = [
             program: "qemu-system-riscv64",
             machine: "virt",
             cpu: "rv64",
+            processors: 1,
             memory: 1024,
             arguments: &MODERN_MMIO,
             console: SERIAL,

@@ -62,7 +62,7 @@ fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
     command
         .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-M", &format!("{},memory-backend=mem", machine.machine), "-cpu", machine.cpu])
-        .args(["-m", &format!("{memory}M")])
+        .args(["-smp", &machine.processors.to_string(), "-m", &format!("{memory}M")])
         .args(["-object", &format!("memory-backend-memfd,id=mem,size={memory}M,share=on")])
         .args(machine.arguments)
         .arg("-kernel")

@@ -50,13 +50,13 @@ struct Served {
 }
 
 impl Served {
-    fn start(folder: &Path, device: &'static Device) -> Result<Self, LabError> {
+    fn start(folder: &Path, device: &'static Device, queues: u32) -> Result<Self, LabError> {
         let image = match device.kind {
             Kind::Blk => Some(Image::create(folder, device.variant).map_err(LabError::file(folder))?),
             Kind::Rng => None,
         };
         let socket = folder.join(format!("{device}.sock"));
-        let server = Server::start(device.kind, image.as_ref().map(|image| &*image.path), &socket)?;
+        let server = Server::start(device.kind, image.as_ref().map(|image| &*image.path), queues, &socket)?;
         Ok(Self { device, image, socket, server })
     }
 
@@ -80,7 +80,10 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let (driven, lacking): (Vec<_>, Vec<_>) = guest.devices.iter().partition(|device| kernel.drives(device.kind));
-    let mut served = driven.iter().map(|device| Served::start(folder, device)).collect::<Result<Vec<_>, LabError>>()?;
+    let mut served = driven
+        .iter()
+        .map(|device| Served::start(folder, device, guest.queues()))
+        .collect::<Result<Vec<_>, LabError>>()?;
     let lines: String = served.iter().map(Served::line).collect();
     let busybox = Part::tools(guest).place(cache).join("busybox");
     let archive = initramfs::build(&kernel, &busybox, &lines, &disk::pattern())?;
@@ -105,7 +108,8 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     for Served { device, image, server, .. } in &mut served {
         let after = image.as_ref().map(|image| image.after().map_err(LabError::file(&image.path))).transpose()?;
         let disk = image.as_ref().zip(after.as_ref());
-        cells.push(cell(guest, &Evidence { device, disks, disk, told: &told, server_runs: server.runs() }, &versions));
+        let (queues, server_runs) = (guest.queues(), server.runs());
+        cells.push(cell(guest, &Evidence { device, queues, disks, disk, told: &told, server_runs }, &versions));
     }
     let why = |kind: Kind| format!("{} has no driver {}", guest.kernel.package, kind.driver());
     cells.extend(lacking.into_iter().map(|device| skipped(guest, device, &why(device.kind))));

@@ -17,12 +17,28 @@ pub struct FlatMemory {
     first: Region,
     /// All others, by address.
     others: Box<[Region]>,
+    /// For each 2^`shift` bytes of addresses, which of the others is the first that ends behind their start: however many
+    /// regions there are, one of them is found as fast as another.
+    index: Box<[u32]>,
+    shift: u32,
 }
+
+/// The most entries of [`FlatMemory::index`].
+const INDEX_LEN: u64 = 4096;
 
 #[derive(Debug)]
 struct Region {
     base: u64,
     pages: Pages,
+}
+
+impl Region {
+    /// Whether a byte of it is at `address`.
+    #[inline(always)]
+    fn holds(&self, address: u64) -> bool {
+        // One comparison for both ends: below the base the difference wraps to a large number.
+        address.wrapping_sub(self.base) < self.pages.len() as u64
+    }
 }
 
 impl FlatMemory {
@@ -41,7 +57,14 @@ impl FlatMemory {
         assert!(end <= 1 << 64, "a region of guest memory reaches beyond 2^64");
         let mut regions = regions.into_iter();
         let first = regions.next().unwrap_or_else(|| Region { base: 0, pages: Pages::empty() });
-        Self { first, others: regions.collect() }
+        let others: Box<[Region]> = regions.collect();
+        let last = u64::try_from(end.saturating_sub(1)).unwrap_or(u64::MAX);
+        let shift = (u64::BITS - last.leading_zeros()).saturating_sub(INDEX_LEN.ilog2());
+        let ends = |region: &Region| u128::from(region.base) + region.pages.len() as u128;
+        let first_behind = |slot: u64| others.partition_point(|region| ends(region) <= u128::from(slot << shift));
+        let slots = if others.is_empty() { 0 } else { (last >> shift) + 1 };
+        let index = (0..slots).map(|slot| first_behind(slot) as u32).collect();
+        Self { first, others, index, shift }
     }
 
     /// The host memory behind `address .. address + len`, if it lies in one region: for the side that owns it.
@@ -52,39 +75,33 @@ impl FlatMemory {
 
     #[inline(always)]
     fn region(&self, address: u64) -> Option<&Region> {
-        // One comparison for both ends: below the base the difference wraps to a large number.
-        let holds = |region: &Region| address.wrapping_sub(region.base) < region.pages.len() as u64;
-        if holds(&self.first) {
+        if self.first.holds(address) {
             return Some(&self.first);
         }
-        let above = self.others.partition_point(|region| region.base <= address);
-        self.others.get(above.checked_sub(1)?).filter(|region| holds(region))
+        let from = *self.index.get(usize::try_from(address >> self.shift).ok()?)?;
+        let region = self.others.get(from as usize)?;
+        if region.holds(address) { Some(region) } else { self.region_from(from, address) }
     }
 
-    #[inline(always)]
-    fn resolve<L>(
-        &self,
-        address: u64,
-        len: u64,
-        lease: impl Fn() -> L,
-        mut segments: impl FnMut(Segment<L>),
-    ) -> Result<(), MemoryError> {
-        if let Some(region) = self.region(address) {
-            let offset = (address - region.base) as usize;
-            // SAFETY: `lease` borrows or owns the map, which owns the pages.
-            if let Some(part) = unsafe { region.pages.part(offset, len as usize, lease()) } {
-                if len > 0 {
-                    segments(part);
-                }
-                return Ok(());
-            }
-        }
-        self.resolve_across(address, len, lease, segments)
-    }
-
-    /// What does not lie in one region.
+    /// Where several regions begin within 2^`shift` bytes: the one from `from` on that holds `address`.
     #[cold]
-    fn resolve_across<L>(
+    fn region_from(&self, from: u32, address: u64) -> Option<&Region> {
+        let candidates = self.others.iter().skip(from as usize);
+        candidates.take_while(|region| region.base <= address).find(|region| region.holds(address))
+    }
+
+    /// What lies in one region.
+    #[inline(always)]
+    fn resolve_at_once<L>(&self, address: u64, len: u64, lease: impl Fn() -> L) -> Option<Segment<L>> {
+        let region = self.region(address)?;
+        let offset = address - region.base;
+        // A `len` of 0 wraps to more than any region has.
+        let inside = len.wrapping_sub(1) < region.pages.len() as u64 - offset;
+        // SAFETY: the part is inside; `lease` borrows or owns the map, which owns the pages.
+        inside.then(|| unsafe { region.pages.part_inside(offset as usize, len as usize, lease()) })
+    }
+
+    fn resolve<L>(
         &self,
         address: u64,
         len: u64,
@@ -120,7 +137,6 @@ impl Lease for Arc<FlatMemory> {}
 impl<'m> GuestMemory for &'m FlatMemory {
     type Lease = Borrowed<'m>;
 
-    #[inline(always)]
     fn resolve(
         &self,
         address: u64,
@@ -129,6 +145,11 @@ impl<'m> GuestMemory for &'m FlatMemory {
         segments: impl FnMut(Segment<Self::Lease>),
     ) -> Result<(), MemoryError> {
         FlatMemory::resolve(self, address, len, || Borrowed(PhantomData), segments)
+    }
+
+    #[inline(always)]
+    fn resolve_at_once(&self, address: u64, len: u64, _access: Access) -> Option<Segment<Self::Lease>> {
+        FlatMemory::resolve_at_once(self, address, len, || Borrowed(PhantomData))
     }
 }
 
@@ -143,6 +164,11 @@ impl GuestMemory for Arc<FlatMemory> {
         segments: impl FnMut(Segment<Self::Lease>),
     ) -> Result<(), MemoryError> {
         FlatMemory::resolve(self, address, len, || Arc::clone(self), segments)
+    }
+
+    #[inline(always)]
+    fn resolve_at_once(&self, address: u64, len: u64, _access: Access) -> Option<Segment<Self::Lease>> {
+        FlatMemory::resolve_at_once(self, address, len, || Arc::clone(self))
     }
 }
 

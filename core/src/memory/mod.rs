@@ -107,6 +107,14 @@ pub trait GuestMemory: Clone {
         segments: impl FnMut(Segment<Self::Lease>),
     ) -> Result<(), MemoryError>;
 
+    /// The host memory behind `address .. address + len`, if it is one piece that can be had at once; none says nothing,
+    /// [`GuestMemory::resolve`] does. Small enough to be part of a device's innermost loop.
+    #[inline(always)]
+    fn resolve_at_once(&self, address: u64, len: u64, access: Access) -> Option<Segment<Self::Lease>> {
+        let _ = (address, len, access);
+        None
+    }
+
     /// Resolves a ring area: one piece, aligned for words of type `W`.
     fn resolve_words<W: Word>(
         &self,

@@ -89,12 +89,19 @@ impl<L> Segment<L> {
     /// `lease` must keep this segment's memory mapped.
     #[inline(always)]
     pub(super) unsafe fn part<N>(&self, offset: usize, len: usize, lease: N) -> Option<Segment<N>> {
-        if offset > self.len || len > self.len - offset {
-            return None;
-        }
+        let inside = offset <= self.len && len <= self.len - offset;
+        // SAFETY: the part is inside; of the lease the caller says so.
+        inside.then(|| unsafe { self.part_inside(offset, len, lease) })
+    }
+
+    /// As [`Segment::part`], for a part that is inside.
+    ///
+    /// # Safety
+    /// `lease` must keep this segment's memory mapped, and `offset + len` must not exceed this segment's length.
+    #[inline(always)]
+    pub(super) unsafe fn part_inside<N>(&self, offset: usize, len: usize, lease: N) -> Segment<N> {
         // SAFETY: offset <= len, so the result stays within the segment or one past its end.
-        let start = unsafe { self.start.add(offset) };
-        Some(Segment { start, len, lease })
+        Segment { start: unsafe { self.start.add(offset) }, len, lease }
     }
 
     /// The same memory with its lease replaced by what `wrap` makes of it.
@@ -230,6 +237,8 @@ words! { u16, AtomicU16; u32, AtomicU32; u64, AtomicU64; }
 #[derive(Clone, Debug)]
 pub struct Words<W, L> {
     segment: Segment<L>,
+    /// How many whole words of type `W` there are.
+    words: usize,
     word: PhantomData<W>,
 }
 
@@ -240,7 +249,7 @@ impl<W: Word, L: Lease> Words<W, L> {
         if !address.is_multiple_of(size_of::<W>()) {
             return Err(MemoryError::Misaligned { address: address as u64, align: size_of::<W>() });
         }
-        Ok(Self { segment, word: PhantomData })
+        Ok(Self { words: segment.len / size_of::<W>(), segment, word: PhantomData })
     }
 
     /// The memory behind the words.
@@ -272,10 +281,56 @@ impl<W: Word, L: Lease> Words<W, L> {
         self.segment.lease.after_store(index * size_of::<T>(), size_of::<T>());
     }
 
+    /// The words of type `W` at `index` and behind it; none if they are beyond the end.
+    #[inline(always)]
+    pub fn load_pair(&self, index: usize, order: Ordering) -> Option<(W, W)> {
+        if index.saturating_add(1) >= self.words {
+            return None;
+        }
+        self.segment.lease.before_load(index * size_of::<W>(), 2 * size_of::<W>());
+        // SAFETY: both are inside the segment; the start is aligned to W.
+        unsafe {
+            let at = self.segment.start.as_ptr().add(index * size_of::<W>());
+            Some((W::load(at, order), W::load(at.add(size_of::<W>()), order)))
+        }
+    }
+
+    /// As [`Words::load_pair`], but the second word is loaded first, with `order`.
+    ///
+    /// # Panics
+    /// As [`Words::load`].
+    #[inline(always)]
+    pub fn load_pair_backwards(&self, index: usize, order: Ordering) -> (W, W) {
+        let second = self.at::<W>(index.saturating_add(1));
+        self.segment.lease.before_load(index * size_of::<W>(), 2 * size_of::<W>());
+        // SAFETY: the second is inside the segment and aligned, see `at`; so is the first, just before it.
+        unsafe {
+            let last = W::load(second, order);
+            (W::load(second.sub(size_of::<W>()), Ordering::Relaxed), last)
+        }
+    }
+
+    /// Stores `values` at `index` and behind it, in this order.
+    ///
+    /// # Panics
+    /// As [`Words::load`].
+    #[inline(always)]
+    pub fn store_pair(&self, index: usize, values: (W, W), order: Ordering) {
+        let second = self.at::<W>(index.saturating_add(1));
+        // SAFETY: as in `load_pair`.
+        unsafe {
+            W::store(second.sub(size_of::<W>()), values.0, order);
+            W::store(second, values.1, order);
+        }
+        self.segment.lease.after_store(index * size_of::<W>(), 2 * size_of::<W>());
+    }
+
     #[inline(always)]
     fn at<T: Word>(&self, index: usize) -> *mut u8 {
         const { assert!(size_of::<T>() <= size_of::<W>()) };
-        assert!(index < self.segment.len / size_of::<T>());
+        // Counted beforehand for words of the largest size, of which most accesses are.
+        let words = if size_of::<T>() == size_of::<W>() { self.words } else { self.segment.len / size_of::<T>() };
+        assert!(index < words);
         // SAFETY: the index is inside the segment. The start is aligned to W, which is at least as large as T, and
         // both are powers of two, so every multiple of T's size from it is aligned to T.
         unsafe { self.segment.start.as_ptr().add(index * size_of::<T>()) }

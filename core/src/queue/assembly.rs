@@ -5,7 +5,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use super::chain::Parts;
+use super::chain::{Parts, clamp};
 use super::{Chain, QueueError};
 use crate::memory::{Access, GuestMemory, Lease, Segment};
 
@@ -15,10 +15,20 @@ const CHAIN_LEN_MAX: u64 = 1 << 32;
 /// Distinguishes the runs of all queues, so that a chain cannot be completed on a queue that it does not come from.
 static RUNS: AtomicU32 = AtomicU32::new(0);
 
+/// The run of a queue that is latched: of no chain.
+const LATCHED: u32 = u32::MAX;
+
+/// The queue is latched, for a reason that [`Chains::broken`] tells. Without the reason, so that what is checked in
+/// passing costs a branch and no more.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Latched;
+
 /// The chains of a running queue: which are in flight, and the memory of those that came back.
 pub(super) struct Chains<L> {
     run: u32,
-    in_flight: Box<[u64]>,
+    broken: Option<QueueError>,
+    /// By head or buffer id. A byte each: what asks whether one is in flight checks its range as well.
+    in_flight: Box<[bool]>,
     /// The memory of completed chains, so that the steady state allocates nothing: one for each chain that was in flight
     /// at once. Boxed, so that handing a chain over moves a pointer.
     #[allow(clippy::vec_box)]
@@ -28,125 +38,190 @@ pub(super) struct Chains<L> {
 impl<L> Chains<L> {
     /// `identities`: how many values a head or buffer id can have.
     pub(super) fn new(identities: usize) -> Self {
-        Self {
-            run: RUNS.fetch_add(1, Ordering::Relaxed),
-            in_flight: vec![0; identities.div_ceil(64)].into(),
-            spare: Vec::new(),
-        }
+        let in_flight = vec![false; identities].into();
+        let run = RUNS.fetch_add(1, Ordering::Relaxed) % LATCHED;
+        Self { run, broken: None, in_flight, spare: Vec::new() }
     }
 
-    /// Marks `head` (or a buffer id) as in flight; false if it is already.
+    /// Whether `head` (or a buffer id) is one, and not in flight.
     #[inline(always)]
-    pub(super) fn take(&mut self, head: u16) -> bool {
-        let bit = 1 << (head % 64);
-        let word = &mut self.in_flight[usize::from(head / 64)];
-        let free = *word & bit == 0;
-        *word |= bit;
-        free
+    pub(super) fn is_free(&self, head: u16) -> bool {
+        self.in_flight.get(usize::from(head)).is_some_and(|in_flight| !in_flight)
     }
 
+    /// How many are in flight.
+    pub(super) fn in_flight(&self) -> usize {
+        self.in_flight.iter().filter(|in_flight| **in_flight).count()
+    }
+
+    /// Marks `head` (or a buffer id), which is free, as in flight.
     #[inline(always)]
-    pub(super) fn assemble(&mut self, head: u16) -> Assembly<L> {
-        let parts = match self.spare.pop() {
-            Some(parts) => parts,
-            None => self.allocate(),
-        };
-        Assembly { head, parts, readable: 0, writable: 0 }
+    pub(super) fn mark(&mut self, head: u16) {
+        self.in_flight[usize::from(head)] = true;
     }
 
+    /// Why `head` is not free.
     #[cold]
+    pub(super) fn not_free(&mut self, head: u16) -> Latched {
+        let size = self.in_flight.len() as u32;
+        let inside = u32::from(head) < size;
+        self.fail(if inside { QueueError::InFlight { head } } else { QueueError::Index { index: head, size } })
+    }
+
+    /// The beginning of a chain, in memory that is there already.
+    #[inline(always)]
+    pub(super) fn assemble_at_once(&mut self) -> Option<Assembly<L>> {
+        Some(Assembly { parts: self.spare.pop()?, state: 0 })
+    }
+
+    /// The beginning of a chain.
+    pub(super) fn assemble(&mut self) -> Assembly<L> {
+        let parts = self.spare.pop().unwrap_or_else(|| self.allocate());
+        Assembly { parts, state: 0 }
+    }
+
     fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
-        Box::new(Parts {
-            run: self.run,
-            head: 0,
-            entries: 0,
-            readable_len: 0,
-            writable_len: 0,
-            written: 0,
-            writable_from: 0,
-            segments,
-        })
+        let (head, entries, readable, writable_len, written, writable_from) = Default::default();
+        Box::new(Parts { run: self.run, head, entries, readable, writable_len, written, writable_from, segments })
     }
 
-    /// Takes `chain` out of flight and keeps its memory for another.
+    /// Takes `chain` out of flight and keeps its memory for another; the error is its head if it is not of this run. One
+    /// that is, is in flight: it exists once, and is given back here.
     #[inline(always)]
-    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<(), QueueError> {
-        let bit = 1 << (parts.head % 64);
-        match self.in_flight.get_mut(usize::from(parts.head / 64)) {
-            Some(word) if parts.run == self.run && *word & bit != 0 => *word &= !bit,
-            _ => return Err(QueueError::Stale { head: parts.head }),
+    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<(), u16> {
+        if parts.run != self.run {
+            return Err(parts.head);
         }
+        self.in_flight[usize::from(parts.head)] = false;
         // The leases end here, not when the memory is used again.
         parts.segments.clear();
         self.spare.push(parts);
         Ok(())
     }
-}
 
-/// A chain that is being put together.
-pub(super) struct Assembly<L> {
-    head: u16,
-    parts: Box<Parts<L>>,
-    readable: u64,
-    writable: u64,
-}
-
-impl<L: Lease> Assembly<L> {
-    #[inline(always)]
-    pub(super) const fn head(&self) -> u16 {
-        self.head
+    /// Latches the queue: from now on no chain comes back. The first reason stays.
+    #[cold]
+    #[inline(never)]
+    pub(super) fn fail(&mut self, reason: QueueError) -> Latched {
+        self.run = LATCHED;
+        self.broken.get_or_insert(reason);
+        Latched
     }
 
-    /// Adds what one descriptor describes.
+    /// Why the queue is latched.
+    pub(super) const fn broken(&self) -> Option<QueueError> {
+        self.broken
+    }
+}
+
+/// A chain that is being put together. Two words, so that it stays in registers wherever it is handed on.
+pub(super) struct Assembly<L> {
+    parts: Box<Parts<L>>,
+    /// Bytes so far, and [`TURNED`]. No chain has enough descriptors to overflow it.
+    state: u64,
+}
+
+/// The bit of [`Assembly::state`] that says that the writable part has begun.
+const TURNED: u64 = 1 << 63;
+
+impl<L: Lease> Assembly<L> {
+    /// Adds what one descriptor describes, as a segment, if it takes no more than a look: otherwise it is left to
+    /// [`Assembly::add`]. Nothing is called from here, so that a loop around it stays in registers.
     #[inline(always)]
+    #[must_use]
+    pub(super) fn add_at_once<M: GuestMemory<Lease = L>>(
+        &mut self,
+        memory: &M,
+        (address, len): (u64, u32),
+        writable: bool,
+    ) -> bool {
+        let access = if writable { Access::WRITE } else { Access::READ };
+        if writable {
+            self.turn();
+        } else if self.state & TURNED != 0 {
+            return false;
+        }
+        let segments = &mut self.parts.segments;
+        if segments.len() == segments.capacity() {
+            return false;
+        }
+        let Some(segment) = memory.resolve_at_once(address, len.into(), access) else { return false };
+        segments.push(segment);
+        self.state += u64::from(len);
+        true
+    }
+
+    /// Adds what one descriptor of the chain at `head` describes.
     pub(super) fn add<M: GuestMemory<Lease = L>>(
         &mut self,
         memory: &M,
-        address: u64,
-        len: u32,
+        head: u16,
+        (address, len): (u64, u32),
         writable: bool,
     ) -> Result<(), QueueError> {
-        let segments = &mut self.parts.segments;
         let access = if writable {
-            if self.writable == 0 {
-                self.parts.writable_from = segments.len();
-            }
-            self.writable += u64::from(len);
+            self.turn();
             Access::WRITE
         } else {
-            if self.writable > 0 {
-                return Err(QueueError::Order { head: self.head });
+            if self.state & TURNED != 0 {
+                return Err(QueueError::Order { head });
             }
-            self.readable += u64::from(len);
             Access::READ
         };
-        if self.readable + self.writable > CHAIN_LEN_MAX {
-            return Err(QueueError::TooLong { head: self.head });
-        }
+        self.state += u64::from(len);
+        let segments = &mut self.parts.segments;
         memory.resolve(address, len.into(), access, |segment| segments.push(segment))?;
         Ok(())
     }
 
+    /// The readable part ends here, if it has not ended before.
+    #[inline(always)]
+    fn turn(&mut self) {
+        if self.state & TURNED == 0 {
+            self.parts.writable_from = self.parts.segments.len();
+            self.parts.readable = self.state;
+            self.state |= TURNED;
+        }
+    }
+
     /// The chain, known to the driver as `head` (or buffer id), which takes `entries` descriptors of the ring.
     #[inline(always)]
-    pub(super) fn finish(mut self, head: u16, entries: u16) -> Chain<L> {
-        let parts = &mut *self.parts;
-        if self.writable == 0 {
-            parts.writable_from = parts.segments.len();
+    pub(super) fn finish(mut self, chains: &mut Chains<L>, head: u16, entries: u16) -> Result<Chain<L>, Latched> {
+        self.turn();
+        let len = self.state & !TURNED;
+        if len >= CHAIN_LEN_MAX {
+            return self.finish_long(chains, head, entries);
         }
-        parts.head = head;
-        parts.entries = entries;
-        // A part may have exactly 2^32 bytes; the last of them has no use, because the used length cannot count it.
-        parts.readable_len = u32::try_from(self.readable).unwrap_or(u32::MAX);
-        parts.writable_len = u32::try_from(self.writable).unwrap_or(u32::MAX);
-        parts.written = 0;
-        Chain(self.parts)
+        let parts = &mut *self.parts;
+        (parts.head, parts.entries, parts.written) = (head, entries, 0);
+        parts.writable_len = len as u32 - parts.readable as u32;
+        Ok(Chain(self.parts))
+    }
+
+    /// A part may have exactly 2^32 bytes; the last of them has no use, because the used length cannot count it.
+    #[cold]
+    #[inline(never)]
+    fn finish_long(mut self, chains: &mut Chains<L>, head: u16, entries: u16) -> Result<Chain<L>, Latched> {
+        let len = self.state & !TURNED;
+        if len > CHAIN_LEN_MAX {
+            return Err(chains.fail(QueueError::TooLong { head }));
+        }
+        let parts = &mut *self.parts;
+        (parts.head, parts.entries, parts.written) = (head, entries, 0);
+        parts.writable_len = clamp(len - parts.readable);
+        Ok(Chain(self.parts))
+    }
+
+    /// How many segments there are.
+    #[inline(always)]
+    pub(super) fn segments(&self) -> usize {
+        self.parts.segments.len()
     }
 }
 
 /// Reads entry `index` of an indirect table, which may lie across segments; the caller has checked that it is inside.
-pub(super) fn read_table<L: Lease>(table: &[Segment<L>], index: u16) -> Result<[u64; 2], QueueError> {
+pub(super) fn read_table<L: Lease>(table: &[Segment<L>], index: u16) -> Result<(u64, u64), QueueError> {
     let mut bytes = [0; 16];
     let (mut skip, mut done) = (16 * usize::from(index), 0);
     for segment in table {
@@ -164,5 +239,5 @@ pub(super) fn read_table<L: Lease>(table: &[Segment<L>], index: u16) -> Result<[
     }
     let (first, second) = bytes.split_at(8);
     let word = |half: &[u8]| half.try_into().map_or(0, u64::from_ne_bytes);
-    Ok([word(first), word(second)])
+    Ok((word(first), word(second)))
 }

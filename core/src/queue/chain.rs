@@ -23,7 +23,7 @@ pub(super) struct Parts<L> {
     pub(super) head: u16,
     /// How many entries of the ring it takes.
     pub(super) entries: u16,
-    pub(super) readable_len: u32,
+    pub(super) readable: u64,
     pub(super) writable_len: u32,
     pub(super) written: u32,
     pub(super) writable_from: usize,
@@ -50,7 +50,7 @@ impl<L: Lease> Chain<L> {
 
     /// Bytes that the device may read.
     pub fn readable_len(&self) -> u32 {
-        self.0.readable_len
+        clamp(self.0.readable)
     }
 
     /// Bytes that the device may write.
@@ -75,7 +75,7 @@ impl<L: Lease> Chain<L> {
 
     /// Copies bytes of the readable part from `offset` on.
     pub fn read(&self, offset: u32, into: &mut [u8]) -> Result<(), ChainError> {
-        let short = ChainError { offset, len: into.len(), size: self.0.readable_len };
+        let short = ChainError { offset, len: into.len(), size: self.readable_len() };
         each_part(self.readable(), offset, into.len(), |segment, from, done, len| {
             segment.read(from, &mut into[done..done + len]).is_ok()
         })
@@ -85,8 +85,8 @@ impl<L: Lease> Chain<L> {
 
     /// Copies bytes to the writable part from `offset` on. Nothing is written if they do not fit.
     pub fn write(&mut self, offset: u32, from: &[u8]) -> Result<(), ChainError> {
-        let short = ChainError { offset, len: from.len(), size: self.0.writable_len };
-        if from.len() > self.0.writable_len.saturating_sub(offset) as usize {
+        let short = ChainError { offset, len: from.len(), size: self.writable_len() };
+        if from.len() > self.writable_len().saturating_sub(offset) as usize {
             return Err(short);
         }
         each_part(self.writable(), offset, from.len(), |segment, to, done, len| {
@@ -102,8 +102,13 @@ impl<L: Lease> Chain<L> {
 
     /// Says how many bytes from the first writable one on were written through [`Chain::writable`]; at most all.
     pub fn set_written(&mut self, written: u32) {
-        self.0.written = written.min(self.0.writable_len);
+        self.0.written = written.min(self.writable_len());
     }
+}
+
+/// A part may have exactly 2^32 bytes; the last of them has no use, because the used length cannot count it.
+pub(super) fn clamp(len: u64) -> u32 {
+    u32::try_from(len).unwrap_or(u32::MAX)
 }
 
 /// Walks `len` bytes from `offset` on: calls `each` with a segment, the offset in it, the bytes done and the bytes here.

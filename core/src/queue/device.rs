@@ -3,36 +3,49 @@
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
-use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError};
+use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState};
 use crate::memory::GuestMemory;
 
 /// A running virtqueue in the device's hands.
 pub struct Queue<M: GuestMemory> {
     ring: Ring<M>,
-    broken: Option<QueueError>,
-    /// Chains that this burst may still take.
+    /// How many chains [`Queue::pop`] may take before it has to think: part of the burst's budget, and 0 as long as the
+    /// driver was not asked to be quiet, or the queue is latched.
+    ready: u16,
+    /// Chains that this burst may still take besides.
     budget: u16,
     /// Whether this burst found the queue empty.
     drained: bool,
     /// Whether the driver was asked not to kick.
     quiet: bool,
+    /// Whether nothing is taken any more.
+    held: bool,
 }
 
+/// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
+#[repr(u8)]
 enum Ring<M: GuestMemory> {
+    Packed(Packed<M>),
     Split(Split<M, Little>),
     SplitBig(Split<M, Big>),
-    Packed(Packed<M>),
 }
 
 /// Calls the same method of whichever ring it is.
 macro_rules! ring {
     ($ring:expr, $name:ident => $call:expr) => {
         match $ring {
-            Ring::Split($name) => $call,
-            Ring::SplitBig($name) => $call,
             Ring::Packed($name) => $call,
+            Ring::Split($name) => $call,
+            Ring::SplitBig($name) => rarely(|| $call),
         }
     };
+}
+
+/// Keeps what `work` does out of the way of what is done often.
+#[cold]
+#[inline(never)]
+fn rarely<T>(work: impl FnOnce() -> T) -> T {
+    work()
 }
 
 impl<M: GuestMemory> Queue<M> {
@@ -43,7 +56,39 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
-        Ok(Self { ring, broken: None, budget: config.size, drained: false, quiet: false })
+        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false, held: false })
+    }
+
+    /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
+    pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, QueueError> {
+        let mut queue = Self::new(memory, config)?;
+        ring!(&mut queue.ring, ring => ring.resume(state))?;
+        Ok(queue)
+    }
+
+    /// Where the device is: complete once no chain is [in flight](Self::in_flight).
+    pub fn state(&self) -> QueueState {
+        ring!(&self.ring, ring => ring.state())
+    }
+
+    /// How many chains the device has. Counted by looking through all identities: not for the hot path.
+    pub fn in_flight(&self) -> usize {
+        ring!(&self.ring, ring => ring.in_flight())
+    }
+
+    /// From now on [`Queue::pop`] finds nothing, so that what is in flight can be finished; until
+    /// [`release`](Self::release).
+    pub fn hold(&mut self) {
+        (self.held, self.ready, self.budget) = (true, 0, 0);
+        if core::mem::take(&mut self.quiet) && self.broken().is_none() {
+            // Whoever goes on with the ring looks at it first; an error latches it, which tells itself.
+            let _ = ring!(&mut self.ring, ring => ring.enable_kicks());
+        }
+    }
+
+    /// Ends [`Queue::hold`].
+    pub fn release(&mut self) {
+        self.held = false;
     }
 
     /// Entries.
@@ -55,30 +100,47 @@ impl<M: GuestMemory> Queue<M> {
     /// queue and is returned again by every later call.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
-        if let Some(reason) = self.broken {
+        if self.ready == 0 && !self.look()? {
+            return Ok(None);
+        }
+        match ring!(&mut self.ring, ring => ring.pop()) {
+            Some(chain) => {
+                self.ready -= 1;
+                Ok(Some(chain))
+            }
+            None => self.nothing(),
+        }
+    }
+
+    /// There was no chain after all, or it latched the queue.
+    #[cold]
+    #[inline(never)]
+    fn nothing(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
+        self.budget += core::mem::take(&mut self.ready);
+        self.drained = true;
+        self.broken().map_or(Ok(None), Err)
+    }
+
+    /// Whether there may be a chain to take.
+    #[inline(never)]
+    fn look(&mut self) -> Result<bool, QueueError> {
+        if let Some(reason) = self.broken() {
             return Err(reason);
         }
         if self.budget == 0 {
-            return Ok(None);
+            return Ok(false);
         }
         if !self.quiet {
             self.quiet = true;
             ring!(&mut self.ring, ring => ring.disable_kicks());
         }
-        match ring!(&mut self.ring, ring => ring.pop()) {
-            Ok(Some(chain)) => {
-                self.budget -= 1;
-                Ok(Some(chain))
-            }
-            Ok(None) => {
-                self.drained = true;
-                Ok(None)
-            }
-            Err(reason) => {
-                self.fail(reason);
-                Err(reason)
-            }
-        }
+        let Ok(available) = ring!(&mut self.ring, ring => ring.available()) else {
+            return self.broken().map_or(Ok(false), Err);
+        };
+        self.ready = available.min(self.budget);
+        self.budget -= self.ready;
+        self.drained |= self.ready == 0;
+        Ok(self.ready > 0)
     }
 
     /// Gives a chain back with [`Chain::written`] bytes written.
@@ -86,22 +148,22 @@ impl<M: GuestMemory> Queue<M> {
     /// A chain that does not belong to this run of the queue is refused ([`QueueError::Stale`]) and dropped.
     #[inline(always)]
     pub fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        if let Some(reason) = self.broken {
-            return Err(reason);
-        }
+        // A latched queue takes no chain back either.
         ring!(&mut self.ring, ring => ring.complete(chain))
+            .map_err(|head| self.broken().unwrap_or(QueueError::Stale { head }))
     }
 
     /// Whether the driver wants to be interrupted for what was completed since the last call.
     #[inline(always)]
     pub fn needs_interrupt(&mut self) -> bool {
-        self.broken.is_none() && ring!(&mut self.ring, ring => ring.needs_interrupt())
+        self.broken().is_none() && ring!(&mut self.ring, ring => ring.needs_interrupt())
     }
 
     /// Starts serving: allows [`Queue::pop`] to take at most as many chains as the queue is long. From the first of them
     /// on the driver is asked not to kick.
     pub fn begin_burst(&mut self) {
-        self.budget = self.size();
+        self.ready = 0;
+        self.budget = if self.held { 0 } else { self.size() };
         self.drained = false;
     }
 
@@ -109,29 +171,25 @@ impl<M: GuestMemory> Queue<M> {
     /// (kicks stay off) or because chains came after [`Queue::pop`] had found none. Chains that the device left although
     /// it could have taken them do not count: it has its reasons, and knows when to look again.
     pub fn end_burst(&mut self) -> bool {
-        if self.broken.is_some() || !self.quiet {
+        if self.broken().is_some() || !self.quiet {
             return false;
         }
-        if self.budget == 0 {
+        if self.ready + self.budget == 0 {
             return true;
         }
+        self.ready = 0;
         self.quiet = false;
-        match ring!(&mut self.ring, ring => ring.enable_kicks()) {
-            Ok(available) => available && self.drained,
-            Err(reason) => {
-                self.fail(reason);
-                false
-            }
-        }
+        ring!(&mut self.ring, ring => ring.enable_kicks()).is_ok_and(|available| available && self.drained)
     }
 
     /// Latches the queue with `reason`; the first reason stays.
     pub fn fail(&mut self, reason: QueueError) {
-        self.broken = self.broken.or(Some(reason));
+        self.ready = 0;
+        ring!(&mut self.ring, ring => ring.fail(reason));
     }
 
     /// Why the queue is latched; none while it works.
-    pub const fn broken(&self) -> Option<QueueError> {
-        self.broken
+    pub fn broken(&self) -> Option<QueueError> {
+        ring!(&self.ring, ring => ring.broken())
     }
 }

@@ -51,7 +51,7 @@ pub struct DriverQueue<T, N = Box<dyn Notify>> {
     shadow: Shadow,
     /// By head or buffer id.
     in_flight: Box<[InFlight<T>]>,
-    count: usize,
+    count: u32,
     /// Counts what was added, to keep the order across a restart.
     sequence: u64,
     broken: Option<QueueError>,
@@ -82,7 +82,9 @@ pub(super) struct Shadow {
 #[derive(Clone, Copy)]
 struct Entry {
     piece: Buffer,
-    next: u16,
+    /// Wider than it need be: it is read soon after it was written, and a 16-bit store next to another does not
+    /// forward to the 32-bit load that a compiler makes of this.
+    next: u32,
     writable: bool,
 }
 
@@ -110,7 +112,7 @@ impl Shadow {
     fn new(size: u16) -> Self {
         let nowhere = Buffer { address: 0, len: 0 };
         Self {
-            entries: (1..=size).map(|next| Entry { piece: nowhere, next, writable: false }).collect(),
+            entries: (1..=u32::from(size)).map(|next| Entry { piece: nowhere, next, writable: false }).collect(),
             first_free: 0,
             free: size,
             tables: None,
@@ -130,9 +132,10 @@ impl Shadow {
                 let entry = &mut self.entries[usize::from(index)];
                 entry.piece = piece;
                 entry.writable = writable;
-                write(piece, Place { index, next: entry.next, writable, last: left == 0 });
+                let next = entry.next as u16;
+                write(piece, Place { index, next, writable, last: left == 0 });
                 last = index;
-                index = entry.next;
+                index = next;
             }
         }
         self.first_free = index;
@@ -142,7 +145,7 @@ impl Shadow {
     /// Gives back a chain of `count` entries from `head` to `last`.
     #[inline(always)]
     fn release(&mut self, head: u16, last: u16, count: u16) {
-        self.entries[usize::from(last)].next = self.first_free;
+        self.entries[usize::from(last)].next = self.first_free.into();
         self.first_free = head;
         self.free += count;
     }
@@ -155,14 +158,14 @@ impl Tables {
         index: u16,
         readable: &[Buffer],
         writable: &[Buffer],
-        words: impl Fn(Buffer, u16, bool, bool) -> [u64; 2],
+        words: impl Fn(Buffer, u16, bool, bool) -> (u64, u64),
     ) -> Buffer {
         let first = usize::from(index) * self.entries;
         let (offset, pieces) = (first * 16, readable.len() + writable.len());
         let all = readable.iter().map(|piece| (*piece, false)).chain(writable.iter().map(|piece| (*piece, true)));
         for (number, (piece, writable)) in all.enumerate() {
             self.shadow[first + number] = (piece, writable);
-            let [low, high] = words(piece, number as u16 + 1, writable, number + 1 == pieces);
+            let (low, high) = words(piece, number as u16 + 1, writable, number + 1 == pieces);
             // The table has room: the caller compared its entries with the pieces.
             let _ = self.pages.write(offset + 16 * number, &low.to_ne_bytes());
             let _ = self.pages.write(offset + 16 * number + 8, &high.to_ne_bytes());
@@ -171,18 +174,20 @@ impl Tables {
     }
 }
 
+/// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
+#[repr(u8)]
 pub(super) enum Ring {
+    Packed(Packed),
     Split(Split<Little>),
     SplitBig(Split<Big>),
-    Packed(Packed),
 }
 
 macro_rules! ring {
     ($ring:expr, $name:ident => $call:expr) => {
         match $ring {
+            Ring::Packed($name) => $call,
             Ring::Split($name) => $call,
             Ring::SplitBig($name) => $call,
-            Ring::Packed($name) => $call,
         }
     };
 }
@@ -251,16 +256,17 @@ impl<T, N: Notify> DriverQueue<T, N> {
         let head = self.shadow.first_free;
         let shadow = &mut self.shadow;
         let last = ring!(&mut self.ring, ring => {
+            let mut at = ring.cursor();
             let last = match &mut shadow.tables {
                 Some(tables) if indirect => {
                     let table = tables.write(head, readable, writable, ring.table_words());
                     let last = shadow.take(&[table], &[], |_, _| {});
-                    ring.write_table(head, table);
+                    ring.write_table(&mut at, head, table);
                     last
                 }
-                _ => shadow.take(readable, writable, |piece, place| ring.write(head, piece, place)),
+                _ => shadow.take(readable, writable, |piece, place| ring.write(&mut at, head, piece, place)),
             };
-            ring.enter(head);
+            ring.enter(at, head);
             last
         });
         self.in_flight[usize::from(head)] = InFlight {
@@ -279,7 +285,8 @@ impl<T, N: Notify> DriverQueue<T, N> {
     #[cold]
     fn full(&mut self, token: T) -> AddError<T> {
         ring!(&mut self.ring, ring => ring.publish());
-        self.notify.notify().map_or_else(AddError::Notify, |()| AddError::Full(token))
+        let next = ring!(&self.ring, ring => ring.next());
+        self.notify.notify_at(next).map_or_else(AddError::Notify, |()| AddError::Full(token))
     }
 
     /// Publishes what was added, and notifies the device unless it asked not to. True if it was notified; a latched queue
@@ -288,7 +295,8 @@ impl<T, N: Notify> DriverQueue<T, N> {
     pub fn kick(&mut self) -> Result<bool, TransportError> {
         let wanted = self.broken.is_none() && ring!(&mut self.ring, ring => ring.publish());
         if wanted {
-            self.notify.notify()?;
+            let next = ring!(&self.ring, ring => ring.next());
+            self.notify.notify_at(next)?;
         }
         Ok(wanted)
     }
@@ -344,7 +352,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
 
     /// Buffers in flight.
     pub const fn in_flight(&self) -> usize {
-        self.count
+        self.count as usize
     }
 
     /// Free entries.
@@ -408,7 +416,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
                     for _ in 0..entries {
                         let entry = self.shadow.entries[at];
                         sort(entry.piece, entry.writable);
-                        at = usize::from(entry.next);
+                        at = entry.next as usize;
                     }
                 }
             }

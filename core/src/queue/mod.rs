@@ -71,6 +71,27 @@ impl QueueConfig {
     }
 }
 
+/// Where a device is in a queue, none of whose chains it has: what another device side goes on with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct QueueState {
+    /// The next available entry to take. Split: the index as it grows; packed: place in the ring, and in bit 15 the wrap
+    /// counter.
+    pub available: u16,
+    /// The next used entry to write, in the same form.
+    pub used: u16,
+}
+
+impl QueueState {
+    /// Where a queue of `layout` begins.
+    pub const fn start(layout: Layout) -> Self {
+        let at = match layout {
+            Layout::Packed => packed::layout::Position::START.pack(),
+            Layout::Modern | Layout::Legacy(_) => 0,
+        };
+        Self { available: at, used: at }
+    }
+}
+
 /// What is wrong with a queue. Any of these, once met in a running queue, latches it: nothing is taken from it or put
 /// into it until it is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]

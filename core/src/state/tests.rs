@@ -3,7 +3,7 @@ use std::vec;
 
 use super::*;
 use crate::memory::{Access, Accessed, FlatMemory, Log, MemoryError, Watched};
-use crate::queue::{Buffer, DriverQueue, split};
+use crate::queue::{Buffer, Chain, DriverQueue, split};
 use crate::transport::{Notify, TransportError, Virtqueue};
 
 const RAM: u64 = 0x10000;
@@ -29,6 +29,8 @@ enum Call {
 struct Book {
     calls: Vec<Call>,
     served: usize,
+    /// Whether the device keeps what it takes until it is polled when it is not slow.
+    slow: bool,
     /// The configuration's first byte, which the next poll installs.
     news: Option<u8>,
     interrupts: Vec<Cause>,
@@ -76,12 +78,14 @@ impl std::task::Wake for Shared {
 }
 
 /// Completes whatever it finds in any queue, whichever was kicked.
-struct Fake {
+struct Fake<L> {
     book: Shared,
     config: [u8; 6],
+    /// What it was slow with.
+    held: Vec<(u16, Chain<L>)>,
 }
 
-impl<M: GuestMemory> Device<M> for Fake {
+impl<M: GuestMemory> Device<M> for Fake<M::Lease> {
     fn device_type(&self) -> u32 {
         42
     }
@@ -110,7 +114,11 @@ impl<M: GuestMemory> Device<M> for Fake {
             let Some(queue) = queues.get(index) else { continue };
             while let Ok(Some(chain)) = queue.pop() {
                 self.book.with(|book| book.served += 1);
-                let _ = queue.complete(chain);
+                if self.book.with(|book| book.slow) {
+                    self.held.push((index, chain));
+                } else {
+                    let _ = queue.complete(chain);
+                }
             }
         }
     }
@@ -119,15 +127,24 @@ impl<M: GuestMemory> Device<M> for Fake {
             book.calls.push(Call::Poll);
             book.news.take()
         });
+        if !self.book.with(|book| book.slow) {
+            for (index, chain) in self.held.drain(..) {
+                if let Some(queue) = queues.get(index) {
+                    let _ = queue.complete(chain);
+                }
+            }
+        }
         if let Some(byte) = news {
             self.config[0] = byte;
             queues.config_changed();
         }
     }
     fn reset_queue(&mut self, index: u16) {
+        self.held.retain(|(queue, _)| *queue != index);
         self.book.with(|book| book.calls.push(Call::ResetQueue(index)));
     }
     fn reset(&mut self) {
+        self.held.clear();
         self.book.with(|book| book.calls.push(Call::Reset));
     }
 }
@@ -151,10 +168,11 @@ impl Rig {
     fn new(interface: Interface) -> Self {
         let book = Shared::default();
         let ram = Arc::new(FlatMemory::new([(RAM, crate::memory::Pages::allocate(3 * EACH as usize))]));
-        let device = Fake { book: book.clone(), config: [1, 2, 3, 4, 5, 6] };
+        let device = Fake { book: book.clone(), config: [1, 2, 3, 4, 5, 6], held: Vec::new() };
         let memory = Watched::new(ram.clone(), "device", Arc::new(book.clone()));
-        let mut state = VirtioDevice::new(Box::new(device), memory, Arc::new(book.clone()), interface)
-            .with_features(Features::RING_RESET | Features::RING_PACKED);
+        let mut state = VirtioDevice::new(Box::new(device), memory, Arc::new(book.clone()), interface).with_features(
+            Features::RING_RESET | Features::RING_PACKED | Features::NOTIFICATION_DATA | Features::NOTIF_CONFIG_DATA,
+        );
         state.set_waker(Arc::new(book.clone()).into());
         Self { state, ram, book }
     }
@@ -264,7 +282,7 @@ fn what_is_offered_has_version_1_the_devices_bits_and_the_transports() {
     let offered = Rig::modern().state.device_features();
     assert!(offered.contains(Features::VERSION_1 | DEVICE_FEATURE | Features::RING_RESET | Features::RING_PACKED));
     let unknown = Features::all() - offered;
-    assert!(unknown.contains(Features::SUSPEND | Features::NOTIFICATION_DATA | Features::ANY_LAYOUT));
+    assert!(unknown.contains(Features::IN_ORDER | Features::SR_IOV | Features::ANY_LAYOUT));
 }
 
 #[test]
@@ -569,6 +587,102 @@ fn a_queue_enabled_after_driver_ok_runs() {
     let polls = rig.book.called(&Call::Poll);
     rig.enable(0);
     assert_eq!(rig.book.called(&Call::Poll), polls + 1, "what waited for the queue may go now");
+}
+
+fn suspendable() -> (Rig, Driver, Driver) {
+    let mut rig = Rig::negotiated(Features::SUSPEND);
+    let drivers = (rig.enable(0), rig.enable(1));
+    rig.state.set_status(READY);
+    rig.book.accesses();
+    (rig, drivers.0, drivers.1)
+}
+
+#[test]
+fn a_suspended_device_touches_nothing_and_goes_on_where_it_was_when_it_is_resumed() {
+    let (mut rig, mut driver, _other) = suspendable();
+    rig.state.set_status(READY | Status::SUSPEND);
+    assert_eq!(rig.state.status(), READY | Status::SUSPEND);
+    rig.book.accesses();
+    rig.book.interrupts();
+    add(&mut driver, 7);
+    rig.book.with(|book| book.news = Some(99));
+    assert!(!rig.state.kick(0));
+    assert!(!rig.state.poll());
+    rig.state.write_config(0, &[9]);
+    assert_eq!((rig.book.served(), rig.book.interrupts(), rig.book.accesses()), (0, vec![], vec![]));
+    assert_eq!(rig.state.config()[0], 1);
+    rig.state.set_status(READY);
+    assert_eq!(rig.state.status(), READY);
+    assert_eq!(rig.book.served(), 1);
+    // What changed meanwhile is told now (N0277).
+    assert_eq!(rig.book.interrupts(), [Cause::Config, Cause::Queue(0)]);
+    assert_eq!(rig.state.config()[0], 99);
+    assert_eq!(driver.get_buf().unwrap(), Some((7, 0)));
+}
+
+#[test]
+fn suspend_shows_only_when_nothing_is_in_flight_any_more() {
+    let (mut rig, mut driver, _other) = suspendable();
+    rig.book.with(|book| book.slow = true);
+    add(&mut driver, 1);
+    rig.state.kick(0);
+    assert_eq!(rig.state.queue_in_flight(0), 1);
+    rig.state.set_status(READY | Status::SUSPEND);
+    assert_eq!(rig.state.status(), READY, "a request is in flight");
+    add(&mut driver, 2);
+    rig.state.kick(0);
+    rig.book.with(|book| book.slow = false);
+    rig.state.poll();
+    assert_eq!(rig.state.status(), READY | Status::SUSPEND);
+    assert_eq!(driver.get_buf().unwrap(), Some((1, 0)));
+    assert_eq!(driver.get_buf().unwrap(), None, "nothing new is taken");
+    rig.state.set_status(READY);
+    assert_eq!(driver.get_buf().unwrap(), Some((2, 0)));
+}
+
+#[test]
+fn suspend_is_nothing_without_the_feature_or_before_driver_ok() {
+    let (mut rig, mut driver, _other) = Rig::running();
+    rig.state.set_status(READY | Status::SUSPEND);
+    assert_eq!(rig.state.status(), READY);
+    add(&mut driver, 1);
+    rig.state.kick(0);
+    assert_eq!(rig.book.served(), 1);
+
+    let mut rig = Rig::negotiated(Features::SUSPEND);
+    let status = rig.state.status();
+    rig.state.set_status(status | Status::SUSPEND);
+    assert_eq!(rig.state.status(), status);
+}
+
+#[test]
+fn a_suspended_device_can_be_reset_and_a_queue_enabled_meanwhile_runs_when_it_is_resumed() {
+    let mut rig = Rig::negotiated(Features::SUSPEND);
+    let _first = rig.enable(0);
+    rig.state.set_status(READY);
+    rig.state.set_status(READY | Status::SUSPEND);
+    let mut second = rig.enable(1);
+    add(&mut second, 5);
+    assert_eq!(rig.book.served(), 0);
+    rig.state.set_status(READY);
+    assert_eq!(rig.book.served(), 1);
+    rig.state.set_status(READY | Status::SUSPEND);
+    rig.state.set_status(Status::empty());
+    assert_eq!(rig.state.status(), Status::empty());
+}
+
+#[test]
+fn a_notification_names_its_queue_as_was_negotiated() {
+    let named = |features, value| Rig::negotiated(features).state.notified_queue(value);
+    let (data, own) = (Features::NOTIFICATION_DATA, Features::NOTIF_CONFIG_DATA);
+    assert_eq!(named(Features::empty(), 2), Some(2));
+    assert_eq!(named(Features::empty(), 3), None, "there are three queues");
+    assert_eq!(named(Features::empty(), 0x8001_0001), None);
+    assert_eq!(named(data, 0x8001_0001), Some(1));
+    let of = VirtioDevice::<Watched<Arc<FlatMemory>>>::queue_notification_data;
+    assert_eq!(named(own, of(2).into()), Some(2));
+    assert_eq!(named(own, 2), None);
+    assert_eq!(named(data | own, 0x1234 << 16 | u32::from(of(1))), Some(1));
 }
 
 #[test]

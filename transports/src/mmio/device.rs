@@ -43,7 +43,7 @@ impl<M: GuestMemory> Device<M> {
     pub fn new(device: Box<dyn device::Device<M>>, memory: M, interrupt: Arc<dyn Interrupt>) -> Self {
         let interrupts = Arc::new(InterruptStatus { bits: AtomicU32::new(0), line: interrupt });
         let state = VirtioDevice::new(device, memory, interrupts.clone(), Interface::Modern)
-            .with_features(Features::RING_RESET | Features::RING_PACKED);
+            .with_features(Features::RING_RESET | Features::RING_PACKED | Features::NOTIFICATION_DATA);
         Self {
             state,
             interrupts,
@@ -94,7 +94,7 @@ impl<M: GuestMemory> Device<M> {
                 _ => {}
             },
             QUEUE_NOTIFY => {
-                if let Ok(index) = u16::try_from(value)
+                if let Some(index) = self.state.notified_queue(value)
                     && self.state.kick(index)
                 {
                     // The write has to return: the rest is served when the host polls.

@@ -173,7 +173,8 @@ impl<G: Registers + 'static> Transport for Driver<G> {
         // Kept from here on: if enabling fails half-way, only a reset makes sure that the device is off the memory.
         let areas = self.queues.entry(index).insert_entry(areas).into_mut();
         let (config, doorbell) = (*areas.config(), self.place.base + QUEUE_NOTIFY);
-        let notify = Box::new(Doorbell { guest: self.guest.clone(), address: doorbell, queue: index });
+        let tells_next = self.features.contains(Features::NOTIFICATION_DATA);
+        let notify = Box::new(Doorbell { guest: self.guest.clone(), address: doorbell, queue: index, tells_next });
         let virtqueue = areas.virtqueue(notify);
         self.configure(&config)?;
         Ok(virtqueue)
@@ -225,11 +226,18 @@ struct Doorbell<G> {
     guest: Arc<G>,
     address: u64,
     queue: u16,
+    /// Whether VIRTIO_F_NOTIFICATION_DATA was accepted: then the register takes more than the queue.
+    tells_next: bool,
 }
 
 impl<G: Registers> Notify for Doorbell<G> {
     fn notify(&mut self) -> Result<(), TransportError> {
         Ok(self.guest.notify(self.address, self.queue.into())?)
+    }
+
+    fn notify_at(&mut self, next: u16) -> Result<(), TransportError> {
+        let next = if self.tells_next { u32::from(next) << 16 } else { 0 };
+        Ok(self.guest.notify(self.address, next | u32::from(self.queue))?)
     }
 }
 

@@ -7,8 +7,8 @@ use super::layout::{
     DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
 };
 use crate::memory::{Access, GuestMemory, Segment, Words};
-use crate::queue::assembly::{Assembly, Chains, read_table};
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
+use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState};
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory> {
@@ -21,12 +21,12 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
     indirect: bool,
     next_available: Position,
     next_used: Position,
-    /// `next_used` when the driver was last considered for an interrupt.
-    signalled: Position,
-    /// Descriptors from there to `next_used`: rounds do not show in positions.
-    unsignalled: u32,
-    /// Descriptors that were taken and not given back.
-    taken: u16,
+    /// Descriptors used so far: rounds do not show in positions.
+    used: u64,
+    /// `next_used` and `used` when the driver was last considered for an interrupt.
+    signalled: (Position, u64),
+    /// Descriptors taken so far: those that are not used yet are in flight.
+    taken: u64,
     chains: Chains<M::Lease>,
     table: Vec<Segment<M::Lease>>,
 }
@@ -49,8 +49,8 @@ impl<M: GuestMemory> Ring<M> {
             indirect: config.indirect,
             next_available: Position::START,
             next_used: Position::START,
-            signalled: Position::START,
-            unsignalled: 0,
+            used: 0,
+            signalled: (Position::START, 0),
             taken: 0,
             // Any 16-bit value is a legal buffer id (2.8.4).
             chains: Chains::new(1 << 16),
@@ -58,74 +58,154 @@ impl<M: GuestMemory> Ring<M> {
         })
     }
 
+    pub(in crate::queue) fn resume(&mut self, state: QueueState) -> Result<(), QueueError> {
+        let position = |packed| {
+            let at = Position::unpack(packed);
+            let size = self.size.into();
+            if at.index < self.size { Ok(at) } else { Err(QueueError::Index { index: at.index, size }) }
+        };
+        (self.next_available, self.next_used) = (position(state.available)?, position(state.used)?);
+        self.signalled = (self.next_used, self.used);
+        Ok(())
+    }
+
+    pub(in crate::queue) const fn state(&self) -> QueueState {
+        QueueState { available: self.next_available.pack(), used: self.next_used.pack() }
+    }
+
+    pub(in crate::queue) fn in_flight(&self) -> usize {
+        self.chains.in_flight()
+    }
+
     pub(in crate::queue) const fn size(&self) -> u16 {
         self.size
     }
 
+    /// The two words of the descriptor at `at`: the second is read with `order`, before the first.
     #[inline(always)]
-    fn tail(&self, at: Position, order: Ordering) -> Tail {
-        Tail::from_word(self.descriptors.load(2 * usize::from(at.index) + 1, order))
+    fn descriptor(&self, at: Position, order: Ordering) -> (u64, u64) {
+        self.descriptors.load_pair_backwards(2 * usize::from(at.index), order)
+    }
+
+    /// At most how many chains are available, as of now.
+    #[inline(always)]
+    pub(in crate::queue) fn available(&mut self) -> Result<u16, Latched> {
+        let tail = self.descriptors.load(2 * usize::from(self.next_available.index) + 1, Ordering::Relaxed);
+        let available = self.next_available.is_available(Tail::from_word(tail).flags);
+        Ok(if available { self.size } else { 0 })
     }
 
     #[inline(always)]
-    fn address(&self, at: Position) -> u64 {
-        u64::from_le(self.descriptors.load(2 * usize::from(at.index), Ordering::Relaxed))
-    }
-
-    #[inline(always)]
-    fn available(&self) -> bool {
-        self.next_available.is_available(self.tail(self.next_available, Ordering::Relaxed).flags)
-    }
-
-    #[inline(always)]
-    pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
-        let size = self.size;
-        let mut at = self.next_available;
+    pub(in crate::queue) fn pop(&mut self) -> Option<Chain<M::Lease>> {
         // Acquire: the rest of the chain is read after the flags that make it available.
-        let mut tail = self.tail(at, Ordering::Acquire);
-        if !at.is_available(tail.flags) {
-            return Ok(None);
+        let first = self.descriptor(self.next_available, Ordering::Acquire);
+        if !self.next_available.is_available(Tail::from_word(first.1).flags) {
+            return None;
         }
-        let first = at;
-        let mut assembly = self.chains.assemble(0);
-        let mut count = 0;
+        self.walk(first).ok()
+    }
+
+    /// The chain that begins with `descriptor`. As long as it is what chains mostly are (direct, short, of whole pieces, without
+    /// fault) it is walked here, with nothing to call; as soon as it is not, [`Ring::walk_on`] goes on.
+    #[inline(always)]
+    fn walk(&mut self, mut descriptor: (u64, u64)) -> Result<Chain<M::Lease>, Latched> {
+        let mut at = self.next_available;
+        let Some(mut assembly) = self.chains.assemble_at_once() else {
+            let assembly = self.chains.assemble();
+            return self.walk_on(assembly, at, descriptor);
+        };
+        let id = loop {
+            let (address, Tail { len, id, flags }) = parse(descriptor);
+            if flags & INDIRECT != 0 || !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0) {
+                return self.walk_on(assembly, at, descriptor);
+            }
+            at = at.advanced(1, self.size);
+            if flags & NEXT == 0 {
+                break id;
+            }
+            descriptor = self.descriptor(at, Ordering::Relaxed);
+        };
+        // A segment each, so far.
+        let count = assembly.segments();
+        if count > self.free() {
+            return Err(self.overrun(count));
+        }
+        self.enter(assembly, id, at, count as u16)
+    }
+
+    /// The next chain from `descriptor` on, which is at `at` and of which `assembly` has a segment for each before.
+    #[inline(never)]
+    fn walk_on(
+        &mut self,
+        mut assembly: Assembly<M::Lease>,
+        mut at: Position,
+        descriptor: (u64, u64),
+    ) -> Result<Chain<M::Lease>, Latched> {
+        let mut count = assembly.segments();
+        let (mut address, mut tail) = parse(descriptor);
         loop {
             count += 1;
-            if self.taken + count > size {
-                return Err(if count > size {
-                    QueueError::TooManyDescriptors { head: first.index, limit: size.into() }
-                } else {
-                    QueueError::Overrun { size }
-                });
+            if count > self.free() {
+                return Err(self.overrun(count));
             }
-            let address = self.address(at);
-            at = at.advanced(1, size);
+            at = at.advanced(1, self.size);
+            let (piece, writable) = ((address, tail.len), tail.flags & WRITE != 0);
             if tail.flags & INDIRECT != 0 {
                 if tail.flags & NEXT != 0 || count > 1 {
-                    return Err(QueueError::IndirectWithNext { head: tail.id });
+                    return Err(self.chains.fail(QueueError::IndirectWithNext { head: tail.id }));
                 }
-                self.walk_table(&mut assembly, address, tail)?;
+                self.add_table(&mut assembly, address, tail).map_err(|reason| self.chains.fail(reason))?;
                 break;
             }
-            assembly.add(&self.memory, address, tail.len, tail.flags & WRITE != 0)?;
+            assembly.add(&self.memory, tail.id, piece, writable).map_err(|reason| self.chains.fail(reason))?;
             if tail.flags & NEXT == 0 {
                 break;
             }
-            // The driver makes the first descriptor available last: the others are there.
-            tail = self.tail(at, Ordering::Relaxed);
+            (address, tail) = parse(self.descriptor(at, Ordering::Relaxed));
         }
-        // The id is that of the last descriptor (2.8.6).
-        if !self.chains.take(tail.id) {
-            return Err(QueueError::InFlight { head: tail.id });
+        self.enter(assembly, tail.id, at, count as u16)
+    }
+
+    /// The chain known as `id`, that of its last descriptor (2.8.6), which has `count` descriptors and ends before `behind`.
+    #[inline(always)]
+    fn enter(
+        &mut self,
+        assembly: Assembly<M::Lease>,
+        id: u16,
+        behind: Position,
+        count: u16,
+    ) -> Result<Chain<M::Lease>, Latched> {
+        if !self.chains.is_free(id) {
+            return Err(self.chains.not_free(id));
         }
-        self.taken += count;
-        self.next_available = at;
-        Ok(Some(assembly.finish(tail.id, count)))
+        self.chains.mark(id);
+        self.taken += u64::from(count);
+        self.next_available = behind;
+        assembly.finish(&mut self.chains, id, count)
+    }
+
+    /// The descriptors that the driver can have made available: those that are not in flight.
+    #[inline(always)]
+    const fn free(&self) -> usize {
+        // Never more in flight than the size.
+        self.size as usize - (self.taken - self.used) as usize
+    }
+
+    /// A chain of at least `count` descriptors is more than the driver has.
+    #[cold]
+    fn overrun(&mut self, count: usize) -> Latched {
+        let (size, head) = (self.size, self.next_available.index);
+        let too_many = count > usize::from(size);
+        let limit = size.into();
+        self.chains.fail(if too_many {
+            QueueError::TooManyDescriptors { head, limit }
+        } else {
+            QueueError::Overrun { size }
+        })
     }
 
     /// The chain is the table at `address` (2.8.7): every entry of it, in order.
-    #[inline(never)]
-    fn walk_table(&mut self, assembly: &mut Assembly<M::Lease>, address: u64, tail: Tail) -> Result<(), QueueError> {
+    fn add_table(&mut self, assembly: &mut Assembly<M::Lease>, address: u64, tail: Tail) -> Result<(), QueueError> {
         let (head, len) = (tail.id, tail.len);
         if !self.indirect {
             return Err(QueueError::IndirectNotNegotiated { head });
@@ -141,21 +221,21 @@ impl<M: GuestMemory> Ring<M> {
         let table = &mut self.table;
         self.memory.resolve(address, len.into(), Access::READ, |segment| table.push(segment))?;
         for index in 0..entries as u16 {
-            let [address, rest] = read_table(&self.table, index)?;
+            let (address, rest) = read_table(&self.table, index)?;
             // Only WRITE has a meaning here; the other flags are ignored (2.8.7), except that a table in a table is
             // told apart from a buffer by one of them.
             let entry = Tail::from_word(rest);
             if entry.flags & INDIRECT != 0 {
                 return Err(QueueError::IndirectNested { head });
             }
-            assembly.add(&self.memory, u64::from_le(address), entry.len, entry.flags & WRITE != 0)?;
+            assembly.add(&self.memory, head, (u64::from_le(address), entry.len), entry.flags & WRITE != 0)?;
         }
         self.table.clear();
         Ok(())
     }
 
     #[inline(always)]
-    pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+    pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
         let (id, written, count) = (chain.0.head, chain.0.written, chain.0.entries);
         self.chains.give_back(chain)?;
         let at = self.next_used;
@@ -164,23 +244,21 @@ impl<M: GuestMemory> Ring<M> {
         // Release: the buffer's bytes are visible before the flags that make it used.
         self.descriptors.store(2 * usize::from(at.index) + 1, word, Ordering::Release);
         self.next_used = at.advanced(count, self.size);
-        self.unsignalled = self.unsignalled.saturating_add(count.into());
-        self.taken -= count;
+        self.used += u64::from(count);
         Ok(())
     }
 
     #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
-        if self.unsignalled == 0 {
+        if self.used == self.signalled.1 {
             return false;
         }
         // The driver writes its wish, then looks for used descriptors; we do the reverse. One of us must see the other.
         fence(Ordering::SeqCst);
-        let old = core::mem::replace(&mut self.signalled, self.next_used);
-        let moved = core::mem::take(&mut self.unsignalled);
+        let (old, before) = core::mem::replace(&mut self.signalled, (self.next_used, self.used));
         let events = Events::from_word(self.driver.load(0, Ordering::Relaxed));
         // More than a round passes every place, but positions do not tell it from less.
-        let event_idx = self.event_idx && moved <= self.size.into();
+        let event_idx = self.event_idx && self.used - before <= self.size.into();
         events.wanted(event_idx, old, self.next_used, self.size)
     }
 
@@ -196,10 +274,24 @@ impl<M: GuestMemory> Ring<M> {
     }
 
     /// Asks for kicks. True if chains are available already, for which no kick will come.
-    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, Latched> {
         self.wish(if self.event_idx { EVENTS_AT } else { EVENTS_ON });
         // We write our wish, then look for available descriptors; the driver does the reverse.
         fence(Ordering::SeqCst);
-        Ok(self.available())
+        Ok(self.available()? > 0)
     }
+
+    pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Latched {
+        self.chains.fail(reason)
+    }
+
+    pub(in crate::queue) const fn broken(&self) -> Option<QueueError> {
+        self.chains.broken()
+    }
+}
+
+/// Address and second word of a descriptor.
+#[inline(always)]
+fn parse((address, tail): (u64, u64)) -> (u64, Tail) {
+    (u64::from_le(address), Tail::from_word(tail))
 }

@@ -25,6 +25,13 @@ pub(in crate::queue) struct Ring {
     interrupts: bool,
 }
 
+/// Where the pieces of a buffer go, as they are written.
+pub(in crate::queue) struct Cursor {
+    at: Position,
+    /// Whether the next one is the first of what is not published.
+    holds: bool,
+}
+
 impl Ring {
     pub(in crate::queue) fn new(
         config: &QueueConfig,
@@ -59,44 +66,58 @@ impl Ring {
         self.indirect
     }
 
+    /// Where the next piece goes.
+    #[inline(always)]
+    pub(in crate::queue) fn cursor(&self) -> Cursor {
+        Cursor { at: self.next_available, holds: self.unpublished.is_none() }
+    }
+
     /// Writes one piece of the buffer `id`.
     #[inline(always)]
-    pub(in crate::queue) fn write(&mut self, id: u16, piece: Buffer, place: Place) {
+    pub(in crate::queue) fn write(&mut self, at: &mut Cursor, id: u16, piece: Buffer, place: Place) {
         let write = if place.writable { WRITE } else { 0 };
-        self.write_descriptor(id, piece, write | if place.last { 0 } else { NEXT });
+        self.write_descriptor(at, id, piece, write | if place.last { 0 } else { NEXT });
     }
 
     /// Makes the entry of an indirect table: piece, number of the next, writable, last. Entries follow one another.
-    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> [u64; 2] + use<> {
+    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> (u64, u64) + use<> {
         |piece, _, writable, _| {
             let tail = Tail { len: piece.len, id: 0, flags: if writable { WRITE } else { 0 } };
-            [piece.address.to_le(), tail.to_word()]
+            (piece.address.to_le(), tail.to_word())
         }
     }
 
     /// Writes the descriptor that names the indirect table of buffer `id`.
-    pub(in crate::queue) fn write_table(&mut self, id: u16, table: Buffer) {
-        self.write_descriptor(id, table, INDIRECT);
+    pub(in crate::queue) fn write_table(&mut self, at: &mut Cursor, id: u16, table: Buffer) {
+        self.write_descriptor(at, id, table, INDIRECT);
     }
 
-    /// On a packed ring the descriptors themselves are the entry.
+    /// On a packed ring the descriptors themselves are the entry; the next one goes behind them.
     #[inline(always)]
-    pub(in crate::queue) fn enter(&mut self, _id: u16) {}
+    pub(in crate::queue) fn enter(&mut self, at: Cursor, _id: u16) {
+        self.next_available = at.at;
+    }
 
     /// Writes the next descriptor; the very first of what is not published is only remembered, so that nothing can be
     /// seen before all of it is there.
     #[inline(always)]
-    fn write_descriptor(&mut self, id: u16, piece: Buffer, flags: u16) {
-        let at = self.next_available;
+    fn write_descriptor(&mut self, cursor: &mut Cursor, id: u16, piece: Buffer, flags: u16) {
+        let at = cursor.at;
         let word = Tail { len: piece.len, id, flags: flags | at.available_flags() }.to_word();
         let index = 2 * usize::from(at.index);
-        self.descriptors.store(index, piece.address.to_le(), Ordering::Relaxed);
-        if self.unpublished.is_none() {
+        if cursor.holds {
+            self.descriptors.store(index, piece.address.to_le(), Ordering::Relaxed);
             self.unpublished = Some((at, word));
+            cursor.holds = false;
         } else {
-            self.descriptors.store(index + 1, word, Ordering::Relaxed);
+            self.descriptors.store_pair(index, (piece.address.to_le(), word), Ordering::Relaxed);
         }
-        self.next_available = at.advanced(1, self.size);
+        cursor.at = at.advanced(1, self.size);
+    }
+
+    /// Where the driver goes on, as a notification tells it.
+    pub(in crate::queue) const fn next(&self) -> u16 {
+        self.next_available.pack()
     }
 
     /// Publishes what was added; whether the device wants to be notified of it.

@@ -90,13 +90,28 @@ impl Events {
 pub struct Position {
     /// Index into the ring, below its size.
     pub index: u16,
-    /// The wrap counter: true in the first round.
-    pub wrap: bool,
+    /// The wrap counter, as the flags that make a descriptor available in this round: [`AVAILABLE`] if it is 1,
+    /// [`USED`] if it is 0.
+    round: u16,
 }
+
+/// Both flags that tell the round.
+const ROUND: u16 = AVAILABLE | USED;
 
 impl Position {
     /// Where both sides start.
-    pub const START: Self = Self { index: 0, wrap: true };
+    pub const START: Self = Self::new(0, true);
+
+    /// The place at `index` in a round with the wrap counter `wrap`.
+    pub const fn new(index: u16, wrap: bool) -> Self {
+        Self { index, round: if wrap { AVAILABLE } else { USED } }
+    }
+
+    /// The wrap counter: true in the first round.
+    #[inline(always)]
+    pub const fn wrap(self) -> bool {
+        self.round == AVAILABLE
+    }
 
     /// The place `count` descriptors further on in a ring of `size`; `count` is at most `size`.
     #[must_use]
@@ -105,46 +120,52 @@ impl Position {
         // The sum can exceed 16 bits: size is up to 32768.
         let next = self.index as u32 + count as u32;
         if next >= size as u32 {
-            Self { index: (next - size as u32) as u16, wrap: !self.wrap }
-        } else {
-            Self { index: next as u16, wrap: self.wrap }
+            return self.wrapped(next - size as u32);
         }
+        Self { index: next as u16, round: self.round }
+    }
+
+    /// In the next round, at `index`. Apart, so that it is a branch that is hardly ever taken and not arithmetic.
+    #[cold]
+    const fn wrapped(self, index: u32) -> Self {
+        Self { index: index as u16, round: self.round ^ ROUND }
     }
 
     /// The flags that make a descriptor available at this place.
     #[inline(always)]
     pub const fn available_flags(self) -> u16 {
-        if self.wrap { AVAILABLE } else { USED }
+        self.round
     }
 
     /// The flags that make a descriptor used at this place.
     #[inline(always)]
     pub const fn used_flags(self) -> u16 {
-        if self.wrap { AVAILABLE | USED } else { 0 }
+        let wrap = self.round & AVAILABLE;
+        wrap | wrap << (USED.trailing_zeros() - AVAILABLE.trailing_zeros())
     }
 
     /// Whether a descriptor with `flags` at this place is available.
     #[inline(always)]
     pub const fn is_available(self, flags: u16) -> bool {
-        flags & (AVAILABLE | USED) == self.available_flags()
+        flags & ROUND == self.available_flags()
     }
 
     /// Whether a descriptor with `flags` at this place is used.
     #[inline(always)]
     pub const fn is_used(self, flags: u16) -> bool {
-        flags & (AVAILABLE | USED) == self.used_flags()
+        flags & ROUND == self.used_flags()
     }
 
     /// As the event suppression structure and saved states hold it: the index in bits 0 to 14, the wrap counter in 15.
     #[inline(always)]
     pub const fn pack(self) -> u16 {
-        self.index | (self.wrap as u16) << 15
+        self.index | (self.wrap() as u16) << 15
     }
 
     /// The reverse of [`Position::pack`]; the index is not checked.
     #[inline(always)]
     pub const fn unpack(value: u16) -> Self {
-        Self { index: value & 0x7fff, wrap: value & 0x8000 != 0 }
+        Self::new(value & 0x7fff, value & 0x8000 != 0)
     }
 }
 
@@ -162,7 +183,7 @@ pub const fn reaches(event: Position, old: Position, new: Position, size: u16) -
 /// How many descriptors `to` is ahead of `from`; wraps to a huge number if `from` is ahead.
 #[inline(always)]
 const fn distance(from: Position, to: Position, size: u16) -> u32 {
-    let lap = if from.wrap == to.wrap { 0 } else { size as u32 };
+    let lap = if from.round == to.round { 0 } else { size as u32 };
     (to.index as u32 + lap).wrapping_sub(from.index as u32)
 }
 
@@ -171,7 +192,7 @@ mod tests {
     use super::*;
 
     const fn at(index: u16, wrap: bool) -> Position {
-        Position { index, wrap }
+        Position::new(index, wrap)
     }
 
     #[test]

@@ -6,8 +6,8 @@ use core::sync::atomic::{Ordering, fence};
 
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Access, GuestMemory, Segment, Words};
-use crate::queue::assembly::{Assembly, Chains, read_table};
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
+use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState};
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory, O> {
@@ -22,8 +22,6 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     indirect: bool,
     /// The next available entry to take.
     next_available: u16,
-    /// The available index as last read: entries before it are the device's.
-    available: u16,
     /// How many chains were completed; its low 16 bits are the used index. Wider than that, so that a whole round of
     /// indices between two looks at the driver's wish does not pass for nothing.
     completed: u32,
@@ -56,7 +54,6 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             event_idx: config.event_idx,
             indirect: config.indirect,
             next_available: 0,
-            available: 0,
             completed: 0,
             signalled: 0,
             chains: Chains::new(size.into()),
@@ -65,76 +62,131 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         })
     }
 
+    pub(in crate::queue) fn resume(&mut self, state: QueueState) -> Result<(), QueueError> {
+        self.next_available = state.available;
+        self.completed = state.used.into();
+        self.signalled = self.completed;
+        Ok(())
+    }
+
+    pub(in crate::queue) const fn state(&self) -> QueueState {
+        QueueState { available: self.next_available, used: self.completed as u16 }
+    }
+
+    pub(in crate::queue) fn in_flight(&self) -> usize {
+        self.chains.in_flight()
+    }
+
     pub(in crate::queue) const fn size(&self) -> u16 {
         self.size
     }
 
+    /// Takes the next chain: [`Ring::available`] has said that there is one. None if that latched the queue.
     #[inline(always)]
-    pub(in crate::queue) fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
-        if self.next_available == self.available && !self.look()? {
-            return Ok(None);
-        }
+    pub(in crate::queue) fn pop(&mut self) -> Option<Chain<M::Lease>> {
         let slot = usize::from(self.next_available) & self.mask;
         let head = O::u16(self.driver.load(layout::available_entry(slot), Ordering::Relaxed));
-        if head >= self.size {
-            return Err(QueueError::Index { index: head, size: self.size.into() });
+        if !self.chains.is_free(head) {
+            self.chains.not_free(head);
+            return None;
         }
-        if !self.chains.take(head) {
-            return Err(QueueError::InFlight { head });
-        }
-        let mut assembly = self.chains.assemble(head);
-        self.walk(&mut assembly)?;
+        self.chains.mark(head);
         self.next_available = self.next_available.wrapping_add(1);
-        Ok(Some(assembly.finish(head, 1)))
+        self.walk(head).ok()
     }
 
-    /// Reads the available index; whether there is more than before.
+    /// How many chains are available, as of now.
     #[inline(always)]
-    fn look(&mut self) -> Result<bool, QueueError> {
+    pub(in crate::queue) fn available(&mut self) -> Result<u16, Latched> {
         // Acquire: entries and descriptors are read after the index that covers them.
         let index = O::u16(self.driver.load(INDEX, Ordering::Acquire));
-        if index.wrapping_sub(self.next_available) > self.size {
-            return Err(QueueError::IndexJump { last: self.next_available, index, size: self.size });
+        let available = index.wrapping_sub(self.next_available);
+        if available > self.size {
+            let (last, size) = (self.next_available, self.size);
+            return Err(self.chains.fail(QueueError::IndexJump { last, index, size }));
         }
-        self.available = index;
-        Ok(index != self.next_available)
+        Ok(available)
     }
 
     #[inline(always)]
-    fn descriptor(&self, index: u16) -> Descriptor {
-        let at = 2 * usize::from(index);
-        O::descriptor([self.descriptors.load(at, Ordering::Relaxed), self.descriptors.load(at + 1, Ordering::Relaxed)])
+    fn descriptor(&self, index: u16) -> Option<Descriptor> {
+        self.descriptors.load_pair(2 * usize::from(index), Ordering::Relaxed).map(O::descriptor)
     }
 
+    /// The chain at `head`. As long as it is what chains mostly are (direct, short, of whole pieces, without fault) it is
+    /// walked here, with nothing to call; as soon as it is not, [`Ring::walk_on`] goes on.
     #[inline(always)]
-    fn walk(&mut self, assembly: &mut Assembly<M::Lease>) -> Result<(), QueueError> {
-        let head = assembly.head();
-        let mut descriptor = self.descriptor(head);
-        for left in (0..self.size).rev() {
-            if descriptor.flags & INDIRECT != 0 {
-                return self.walk_table(assembly, descriptor, left + 1);
+    fn walk(&mut self, head: u16) -> Result<Chain<M::Lease>, Latched> {
+        let Some(mut descriptor) = self.descriptor(head) else { return Err(self.chains.not_free(head)) };
+        let Some(mut assembly) = self.chains.assemble_at_once() else {
+            let assembly = self.chains.assemble();
+            return self.walk_on(assembly, head, descriptor);
+        };
+        loop {
+            let Descriptor { address, len, flags, next } = descriptor;
+            if flags & INDIRECT != 0 || !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0) {
+                return self.walk_on(assembly, head, descriptor);
             }
-            assembly.add(&self.memory, descriptor.address, descriptor.len, descriptor.flags & WRITE != 0)?;
-            if descriptor.flags & NEXT == 0 {
+            if flags & NEXT == 0 {
+                break;
+            }
+            match self.descriptor(next) {
+                Some(next) => descriptor = next,
+                None => return Err(self.chains.fail(QueueError::Index { index: next, size: self.size.into() })),
+            }
+        }
+        // A segment each, so far.
+        if assembly.segments() > usize::from(self.size) {
+            return Err(self.chains.fail(QueueError::TooManyDescriptors { head, limit: self.size.into() }));
+        }
+        assembly.finish(&mut self.chains, head, 1)
+    }
+
+    /// The chain at `head` from `descriptor` on, of which `assembly` has a segment for each descriptor before.
+    #[inline(never)]
+    fn walk_on(
+        &mut self,
+        mut assembly: Assembly<M::Lease>,
+        head: u16,
+        descriptor: Descriptor,
+    ) -> Result<Chain<M::Lease>, Latched> {
+        match self.add_all(&mut assembly, head, descriptor) {
+            Ok(()) => assembly.finish(&mut self.chains, head, 1),
+            Err(reason) => Err(self.chains.fail(reason)),
+        }
+    }
+
+    fn add_all(
+        &mut self,
+        assembly: &mut Assembly<M::Lease>,
+        head: u16,
+        mut descriptor: Descriptor,
+    ) -> Result<(), QueueError> {
+        let left = usize::from(self.size).saturating_sub(assembly.segments()) as u16;
+        for left in (1..=left).rev() {
+            let Descriptor { address, len, flags, next } = descriptor;
+            if flags & INDIRECT != 0 {
+                return self.add_table(assembly, head, descriptor, left);
+            }
+            assembly.add(&self.memory, head, (address, len), flags & WRITE != 0)?;
+            if flags & NEXT == 0 {
                 return Ok(());
             }
-            if descriptor.next >= self.size {
-                return Err(QueueError::Index { index: descriptor.next, size: self.size.into() });
-            }
-            descriptor = self.descriptor(descriptor.next);
+            let beyond = QueueError::Index { index: next, size: self.size.into() };
+            descriptor = self.descriptor(next).ok_or(beyond)?;
         }
         Err(QueueError::TooManyDescriptors { head, limit: self.size.into() })
     }
 
     /// The rest of the chain, at most `left` descriptors, is in the table that `descriptor` names (2.7.5.3).
-    #[inline(never)]
-    fn walk_table(
+    fn add_table(
         &mut self,
         assembly: &mut Assembly<M::Lease>,
+        head: u16,
         descriptor: Descriptor,
         left: u16,
     ) -> Result<(), QueueError> {
-        let (head, len) = (assembly.head(), descriptor.len);
+        let len = descriptor.len;
         if !self.indirect {
             return Err(QueueError::IndirectNotNegotiated { head });
         }
@@ -158,7 +210,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             if entry.flags & INDIRECT != 0 {
                 return Err(QueueError::IndirectNested { head });
             }
-            assembly.add(&self.memory, entry.address, entry.len, entry.flags & WRITE != 0)?;
+            assembly.add(&self.memory, head, (entry.address, entry.len), entry.flags & WRITE != 0)?;
             if entry.flags & NEXT == 0 {
                 self.table.clear();
                 return Ok(());
@@ -169,12 +221,11 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     #[inline(always)]
-    pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+    pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
         let (head, written) = (chain.0.head, chain.0.written);
         self.chains.give_back(chain)?;
         let entry = layout::used_entry(self.completed as usize & self.mask);
-        self.device.store(entry, O::u32(u32::from(head)), Ordering::Relaxed);
-        self.device.store(entry + 1, O::u32(written), Ordering::Relaxed);
+        self.device.store_pair(entry, (O::u32(u32::from(head)), O::u32(written)), Ordering::Relaxed);
         self.completed = self.completed.wrapping_add(1);
         // Release: the buffer's bytes and the entry are visible before the index that covers them.
         self.device.store(INDEX, O::u16(self.completed as u16), Ordering::Release);
@@ -206,7 +257,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// Asks for kicks. True if chains are available already, for which no kick will come.
-    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, QueueError> {
+    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, Latched> {
         if self.event_idx {
             self.device.store(layout::avail_event(self.size), O::u16(self.next_available), Ordering::Relaxed);
         } else {
@@ -214,6 +265,14 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         }
         // We write our wish, then read the index; the driver does the reverse. One of us must see the other.
         fence(Ordering::SeqCst);
-        self.look()
+        Ok(self.available()? > 0)
+    }
+
+    pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Latched {
+        self.chains.fail(reason)
+    }
+
+    pub(in crate::queue) const fn broken(&self) -> Option<QueueError> {
+        self.chains.broken()
     }
 }

@@ -27,6 +27,9 @@ pub(in crate::queue) struct Ring<O> {
     order: PhantomData<O>,
 }
 
+/// Where the pieces of a buffer go: their places say so.
+pub(in crate::queue) struct Cursor;
+
 impl<O: Order> Ring<O> {
     pub(in crate::queue) fn new(
         config: &QueueConfig,
@@ -63,9 +66,15 @@ impl<O: Order> Ring<O> {
         self.indirect
     }
 
+    /// Where the next piece goes.
+    #[inline(always)]
+    pub(in crate::queue) const fn cursor(&self) -> Cursor {
+        Cursor
+    }
+
     /// Writes one piece of the chain at `head`.
     #[inline(always)]
-    pub(in crate::queue) fn write(&mut self, _head: u16, piece: Buffer, place: Place) {
+    pub(in crate::queue) fn write(&mut self, _at: &mut Cursor, _head: u16, piece: Buffer, place: Place) {
         let next = if place.last { 0 } else { NEXT };
         let write = if place.writable { WRITE } else { 0 };
         let Buffer { address, len } = piece;
@@ -73,7 +82,7 @@ impl<O: Order> Ring<O> {
     }
 
     /// Makes the entry of an indirect table: piece, number of the next, writable, last.
-    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> [u64; 2] + use<O> {
+    pub(in crate::queue) fn table_words(&self) -> impl Fn(Buffer, u16, bool, bool) -> (u64, u64) + use<O> {
         |piece, next, writable, last| {
             let flags = if writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
             O::words(Descriptor { address: piece.address, len: piece.len, flags, next: if last { 0 } else { next } })
@@ -81,25 +90,27 @@ impl<O: Order> Ring<O> {
     }
 
     /// Writes the descriptor at `head` that names an indirect table.
-    pub(in crate::queue) fn write_table(&mut self, head: u16, table: Buffer) {
+    pub(in crate::queue) fn write_table(&mut self, _at: &mut Cursor, head: u16, table: Buffer) {
         let Buffer { address, len } = table;
         self.write_descriptor(head, Descriptor { address, len, flags: INDIRECT, next: 0 });
     }
 
     #[inline(always)]
     fn write_descriptor(&self, index: u16, descriptor: Descriptor) {
-        let [first, second] = O::words(descriptor);
-        let at = 2 * usize::from(index);
-        self.descriptors.store(at, first, Ordering::Relaxed);
-        self.descriptors.store(at + 1, second, Ordering::Relaxed);
+        self.descriptors.store_pair(2 * usize::from(index), O::words(descriptor), Ordering::Relaxed);
     }
 
     /// Enters the chain at `head` into the available ring.
     #[inline(always)]
-    pub(in crate::queue) fn enter(&mut self, head: u16) {
+    pub(in crate::queue) fn enter(&mut self, _at: Cursor, head: u16) {
         let slot = usize::from(self.next_available) & self.mask;
         self.driver.store(layout::available_entry(slot), O::u16(head), Ordering::Relaxed);
         self.next_available = self.next_available.wrapping_add(1);
+    }
+
+    /// Where the driver goes on, as a notification tells it: the available index.
+    pub(in crate::queue) const fn next(&self) -> u16 {
+        self.next_available
     }
 
     /// Publishes what was added; whether the device wants to be notified of it.
@@ -132,10 +143,9 @@ impl<O: Order> Ring<O> {
             }
         }
         let entry = layout::used_entry(usize::from(self.next_used) & self.mask);
-        let id = O::u32(self.device.load(entry, Ordering::Relaxed));
-        let len = O::u32(self.device.load(entry + 1, Ordering::Relaxed));
+        let (id, len) = self.device.load_pair(entry, Ordering::Relaxed)?;
         self.next_used = self.next_used.wrapping_add(1);
-        Some((id, len))
+        Some((O::u32(id), O::u32(len)))
     }
 
     /// Reads the used index; whether there is more than before.

@@ -90,9 +90,9 @@ pub(in crate::queue) trait Order: Copy {
     fn u16(raw: u16) -> u16;
     fn u32(raw: u32) -> u32;
     /// A descriptor from its two 64-bit words.
-    fn descriptor(raw: [u64; 2]) -> Descriptor;
+    fn descriptor(raw: (u64, u64)) -> Descriptor;
     /// The reverse of [`Order::descriptor`].
-    fn words(descriptor: Descriptor) -> [u64; 2];
+    fn words(descriptor: Descriptor) -> (u64, u64);
 }
 
 /// Least significant byte first: VIRTIO 1.0 and later, and legacy guests of that order.
@@ -113,19 +113,19 @@ impl Order for Little {
         u32::from_le(raw)
     }
     #[inline(always)]
-    fn descriptor(raw: [u64; 2]) -> Descriptor {
-        let rest = u64::from_le(raw[1]);
+    fn descriptor(raw: (u64, u64)) -> Descriptor {
+        let rest = u64::from_le(raw.1);
         Descriptor {
-            address: u64::from_le(raw[0]),
+            address: u64::from_le(raw.0),
             len: rest as u32,
             flags: (rest >> 32) as u16,
             next: (rest >> 48) as u16,
         }
     }
     #[inline(always)]
-    fn words(d: Descriptor) -> [u64; 2] {
+    fn words(d: Descriptor) -> (u64, u64) {
         let rest = u64::from(d.len) | u64::from(d.flags) << 32 | u64::from(d.next) << 48;
-        [d.address.to_le(), rest.to_le()]
+        (d.address.to_le(), rest.to_le())
     }
 }
 
@@ -136,18 +136,18 @@ impl Order for Big {
     fn u32(raw: u32) -> u32 {
         u32::from_be(raw)
     }
-    fn descriptor(raw: [u64; 2]) -> Descriptor {
-        let rest = u64::from_be(raw[1]);
+    fn descriptor(raw: (u64, u64)) -> Descriptor {
+        let rest = u64::from_be(raw.1);
         Descriptor {
-            address: u64::from_be(raw[0]),
+            address: u64::from_be(raw.0),
             len: (rest >> 32) as u32,
             flags: (rest >> 16) as u16,
             next: rest as u16,
         }
     }
-    fn words(d: Descriptor) -> [u64; 2] {
+    fn words(d: Descriptor) -> (u64, u64) {
         let rest = u64::from(d.len) << 32 | u64::from(d.flags) << 16 | u64::from(d.next);
-        [d.address.to_be(), rest.to_be()]
+        (d.address.to_be(), rest.to_be())
     }
 }
 
@@ -171,8 +171,8 @@ mod tests {
         let d = Descriptor { address: 0x0102_0304_0506_0708, len: 0x0a0b_0c0d, flags: 3, next: 0x1122 };
         assert_eq!(Little::descriptor(Little::words(d)), d);
         assert_eq!(Big::descriptor(Big::words(d)), d);
-        assert_eq!(Big::words(d)[1].to_ne_bytes(), [0x0a, 0x0b, 0x0c, 0x0d, 0, 3, 0x11, 0x22]);
-        assert_eq!(Little::words(d)[1].to_ne_bytes(), [0x0d, 0x0c, 0x0b, 0x0a, 3, 0, 0x22, 0x11]);
+        assert_eq!(Big::words(d).1.to_ne_bytes(), [0x0a, 0x0b, 0x0c, 0x0d, 0, 3, 0x11, 0x22]);
+        assert_eq!(Little::words(d).1.to_ne_bytes(), [0x0d, 0x0c, 0x0b, 0x0a, 3, 0, 0x22, 0x11]);
     }
 
     #[test]

@@ -1,0 +1,20 @@
+//! vhost-user: a device in another process than its driver's VMM, behind a socket.
+//!
+//! The front end hands guest memory, queues and doorbells over as file descriptors. A [`Backend`] is the device's side,
+//! which serves any front end: QEMU, User Mode Linux, our own.
+
+mod calls;
+mod connection;
+mod device;
+mod error;
+mod map;
+mod memory;
+pub mod messages;
+mod serve;
+
+pub use connection::{Connection, ConnectionError, Message};
+pub use device::Backend;
+pub use error::ServeError;
+pub use map::{MapError, memory_file};
+pub use memory::{Mapped, Memory, RegionError};
+pub use serve::{Ended, Stop, listen};
