@@ -77,7 +77,12 @@ static CASES: [Case; 12] = [
         judge: Judge::Any(driver),
         event: Some("found"),
     },
-    Case { name: "lab/size", about: "the kernel sees the disk at its size", judge: Judge::Disk(size), event: None },
+    Case {
+        name: "lab/shape",
+        about: "the kernel sees the disk with its size and its queues",
+        judge: Judge::Disk(shape),
+        event: None,
+    },
     Case {
         name: "lab/read",
         about: "the whole disk, read by the guest, has the SHA-256 that the host computed",

@@ -33,7 +33,11 @@ pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn F
         match one(cache, guest, progress) {
             Ok(these) => cells.extend(these),
             Err(error) => {
-                cells.extend(guest.devices.iter().map(|device| skipped(guest, device, &error.to_string())));
+                let told = Transcript::without_a_start(&error);
+                cells.extend(guest.devices.iter().map(|device| match error.is_absence() {
+                    true => skipped(guest, device, &error.to_string()),
+                    false => broken(guest, device, &told),
+                }));
             }
         }
         progress(Step::Done);
@@ -101,8 +105,10 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
     })?;
 
-    let kernel_version = told.kernel().map(|version| format!("Linux {version}"));
-    let versions: Vec<_> = kernel_version.into_iter().chain(machine::version(guest, cache)).collect();
+    let Some(version) = told.kernel() else {
+        return Ok(guest.devices.iter().map(|device| broken(guest, device, &told)).collect());
+    };
+    let versions: Vec<_> = [format!("Linux {version}")].into_iter().chain(machine::version(guest, cache)).collect();
     let disks = driven.iter().filter(|device| device.kind == Kind::Blk).count();
     let mut cells = Vec::new();
     for Served { device, image, server, .. } in &mut served {
@@ -158,6 +164,17 @@ fn skipped(guest: &Guest, device: &Device, reason: &str) -> Cell {
         cell.cases.push(told_case(case.name, case.about, Outcome::Skipped, 0.0));
         cell.skipped.push(Skipped { case: case.name.into(), reason: reason.to_owned() });
     }
+    cell
+}
+
+/// The cell of a device whose guest was not started, or `told` nothing, though everything is there.
+fn broken(guest: &Guest, device: &Device, told: &Transcript) -> Cell {
+    let (case, about) = ("lab/start", "the device is served, and the guest's kernel started");
+    let mut cell = empty(guest, device);
+    cell.failed = 1;
+    cell.cases.push(told_case(case, about, Outcome::Failed, 0.0));
+    let wrong = Wrong { expected: about.to_owned(), observed: told.ending() };
+    cell.failures.push(failure(case, wrong, told));
     cell
 }
 
