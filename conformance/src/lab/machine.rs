@@ -70,7 +70,7 @@ fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
         .arg("-initrd")
         .arg(boot.initramfs)
         .args(["-append", &format!("console={} rdinit=/init quiet panic=-1", machine.tty)])
-        .args(["-chardev", "stdio,id=console,signal=off,mux=on"])
+        .args(["-chardev", "stdio,id=console,signal=off"])
         .args(machine.console);
     for (number, (device, socket)) in (1..).zip(boot.devices) {
         let mut chardev = OsString::from(format!("socket,id=socket{number},path="));
