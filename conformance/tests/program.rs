@@ -9,8 +9,10 @@ use sha2::{Digest, Sha256};
 
 /// Cells that every host can run, and that are quick.
 const QUICK: [&str; 4] = ["--hypervisor", "loopback", "--device", "rng"];
-/// A block cell that every host can run.
+/// Block cells that every host can run.
 const BLOCK: [&str; 6] = ["--hypervisor", "loopback", "--transport", "mmio", "--device", "blk"];
+/// The formats of their rings, in order.
+const RINGS: [&str; 2] = ["split", "packed"];
 
 fn polyvirt(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_polyvirt"));
@@ -132,6 +134,8 @@ fn json_has_every_cell_and_adds_up() {
     let cells = report["cells"].as_array().unwrap();
     assert!(!cells.is_empty());
     let mut passed = 0;
+    let rings: Vec<_> = cells.iter().map(|cell| cell["ring"].as_str().unwrap()).collect();
+    assert_eq!(rings, RINGS);
     for cell in cells {
         assert_eq!(cell["hypervisor"], "loopback");
         assert_eq!(cell["device"], "rng");
@@ -148,6 +152,17 @@ fn json_has_every_cell_and_adds_up() {
     assert!(passed > 0);
     assert_eq!(report["summary"]["passed"], passed);
     assert_eq!(report["summary"]["cells"], cells.len());
+}
+
+#[test]
+fn cells_are_selected_by_the_format_of_their_rings() {
+    for ring in RINGS {
+        let report = json(&check(&QUICK, &["--ring", ring, "--format", "json"]));
+        let cells = report["cells"].as_array().unwrap();
+        assert!(cells.len() == 1 && cells[0]["ring"] == ring, "{cells:?}");
+    }
+    assert_mistake(&check(&QUICK, &["--ring", "round"]), &["no ring format 'round'", "split, packed"]);
+    assert_mistake(&run(&["--hypervisor", "lguest", "--ring", "packed"]), &["no cell has lguest with packed"]);
 }
 
 #[test]
@@ -176,9 +191,11 @@ fn a_given_image_comes_through_and_is_not_changed() {
     let sha256: String = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(report["image"]["sha256"], sha256);
     assert_eq!(report["image"]["bytes"], content.len());
-    let image = &report["cells"][0]["image"];
-    assert_eq!(image["ok"], true, "{image}");
-    assert!(image["bytes"].as_u64().unwrap() > content.len() as u64);
+    for cell in report["cells"].as_array().unwrap() {
+        let image = &cell["image"];
+        assert_eq!(image["ok"], true, "{image}");
+        assert!(image["bytes"].as_u64().unwrap() > content.len() as u64);
+    }
 
     assert!(fs::read(&path).unwrap() == content);
     assert_eq!(fs::metadata(&path).unwrap().modified().unwrap(), before);
@@ -192,8 +209,8 @@ fn without_an_image_a_generated_one_is_carried() {
     assert_success(&output);
     let report = json(&output);
     assert!(report["image"]["file"].is_null());
-    assert_eq!(report["cells"][0]["image"]["ok"], true);
-    assert_eq!(report["summary"]["images"], 1);
+    assert!(report["cells"].as_array().unwrap().iter().all(|cell| cell["image"]["ok"] == true));
+    assert_eq!(report["summary"]["images"], RINGS.len());
 }
 
 #[test]
@@ -204,7 +221,7 @@ fn the_page_is_written_into_a_new_directory() {
     assert_success(&output);
     let page = fs::read_to_string(reports.join("report.html")).unwrap();
     assert!(page.starts_with("<!DOCTYPE html>") && page.trim_end().ends_with("</html>"));
-    assert!(page.contains("id=\"loopback-mmio-rng\""));
+    assert!(page.contains("id=\"loopback-mmio-rng-packed\""));
     assert!(stdout(&output).contains("report.html"));
 }
 

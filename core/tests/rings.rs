@@ -5,7 +5,7 @@ mod common;
 use std::collections::VecDeque;
 
 use common::{BUFFERS, Rig, Shape};
-use polyvirt_core::queue::{AddError, Buffer, ByteOrder, Layout};
+use polyvirt_core::queue::{AddError, Buffer, ByteOrder, Layout, Queue, QueueError};
 use proptest::prelude::*;
 
 /// Bytes of each buffer piece.
@@ -39,6 +39,7 @@ enum Step {
     End,
     Complete { which: usize },
     Interrupt,
+    Restore,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -54,6 +55,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             3 => Just(Step::End),
             4 => any::<usize>().prop_map(|which| Step::Complete { which }),
             3 => Just(Step::Interrupt),
+            1 => Just(Step::Restore),
         ],
         1..200,
     )
@@ -139,7 +141,7 @@ proptest! {
                         prop_assert_eq!(u64::from_le_bytes(stamp), token);
                     }
                     seen += 1;
-                    held.push((chain, token));
+                    held.push((chain, (token, readable, writable)));
                 }
                 Step::End => {
                     let Some(drained) = burst.take() else { continue };
@@ -151,7 +153,7 @@ proptest! {
                     if held.is_empty() {
                         continue;
                     }
-                    let (mut chain, token) = held.swap_remove(which % held.len());
+                    let (mut chain, (token, ..)) = held.swap_remove(which % held.len());
                     if chain.writable_len() >= 8 {
                         chain.write(0, &token.to_le_bytes()).unwrap();
                     }
@@ -165,6 +167,26 @@ proptest! {
                         prop_assert!(completed == got, "the driver sleeps through used buffers");
                     }
                     prop_assert!(!rig.device.needs_interrupt(), "a second interrupt for nothing");
+                }
+                Step::Restore => {
+                    driver_awake |= rig.device.needs_interrupt();
+                    let saved = match rig.device.save() {
+                        Ok(saved) => saved,
+                        Err(reason) => {
+                            prop_assert_eq!(reason, QueueError::Overwritten);
+                            prop_assert!(shape.layout == Layout::Packed && !held.is_empty());
+                            continue;
+                        }
+                    };
+                    // What was in flight is popped again: on a split ring in the order of the list, on a packed one in that
+                    // of the ring, before anything that was not.
+                    let place = |head| saved.in_flight.iter().position(|&other| other == head);
+                    held.sort_by_key(|(chain, (token, ..))| (place(chain.head()), *token));
+                    seen -= held.len();
+                    held.drain(..).rev().for_each(|(_, buffer)| published.push_front(buffer));
+                    rig.device = Queue::restore(rig.memory.map.clone(), shape.config(), &saved).unwrap();
+                    // Whoever restores looks.
+                    (burst, device_awake) = (None, true);
                 }
                 Step::Disable => {
                     rig.driver.disable_cb();

@@ -9,7 +9,9 @@ use crate::suite::{Applies, BLK, Case, Finding, Objection, Session, Variant, Ver
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
-    case("blk/write-then-read", "what is written is read back, and is on the disk", write_read).judges(&["N0041"]),
+    case("blk/write-then-read", "what is written is read back, and is on the disk", write_read)
+        .judges(&["N0041"])
+        .packed_judges(&["N0089"]),
     case("blk/first-and-last-sector", "the first and the last sector can be read and written", edges),
     case("blk/large", "a request of many sectors in one descriptor", large),
     case("blk/many-in-flight", "many requests at once, each with its own data", many),
@@ -19,7 +21,9 @@ pub const CASES: &[Case] = &[
     case("blk/empty", "reads and writes of nothing do no harm", empty).class(&[10]),
     case("blk/status-is-last-byte", "the status is the last device-writable byte, wherever that is", status_last)
         .judges(&["N0037"]),
-    case("blk/used-length-of-writes", "a write's used length is its status byte", write_length).judges(&["N0067"]),
+    case("blk/used-length-of-writes", "a write's used length is its status byte", write_length)
+        .judges(&["N0067"])
+        .packed_judges(&[]),
     case("blk/flush-offered", "VIRTIO_BLK_F_FLUSH is offered", flush_offered).judges(&["N0756", "N0757"]),
     case("blk/read-only", "a disk that cannot be written says so, and fails writes", read_only)
         .judges(&["N0802", "N0803"])

@@ -8,71 +8,103 @@ use super::indirect::need_indirect;
 use super::sample::{Attack, POISON, Sample, Tolerance, attack, blk_header, descriptor, ensure_eq, entries};
 use super::sample::{BLK_IN, BLK_OUT};
 use crate::raw::{INDIRECT, Memory, NEXT, Ring, WRITE, link};
-use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, RNG, Session, Verdict};
+use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, RNG, RingFormat, Session, Verdict};
 
 /// What every attack judges: the device says that it cannot go on, where it cannot; it writes neither to what it may only
 /// read, nor to descriptors.
 pub(super) const REFUSED: &[&str] = &["N0006", "N0041", "N0044"];
+/// The same with a packed ring, whose descriptors the device writes too.
+pub(super) const PACKED_REFUSED: &[&str] = &["N0006", "N0089"];
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
     Case::new("chains/loop", "a chain whose last descriptor links back to its first", looped)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[1]),
-    Case::new("chains/self-loop", "a descriptor that links to itself", self_looped).judges(REFUSED).class(&[1]),
+    Case::new("chains/self-loop", "a descriptor that links to itself", self_looped)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[1]),
     Case::new("chains/next-beyond-table", "a link to a descriptor that the table does not have", next_beyond)
         .judges(REFUSED)
-        .class(&[2]),
+        .packed_judges(PACKED_REFUSED)
+        .class(&[2])
+        .only(RingFormat::Split),
     Case::new("chains/queue-size", "a chain of as many descriptors as the queue has is served", queue_size)
         .judges(&["N0037", "N0038"])
-        .class(&[3]),
+        .class(&[3])
+        .packed_judges(&["N0037", "N0103"]),
     Case::new("chains/above-queue-size", "an indirect chain with one descriptor more than the queue", above_queue_size)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[3]),
-    Case::new("chains/address-wraps", "a buffer whose end wraps around 2^64", wraps).judges(REFUSED).class(&[9]),
-    Case::new("chains/length-zero", "a descriptor of length 0 beside good ones", zero).judges(REFUSED).class(&[10]),
+    Case::new("chains/address-wraps", "a buffer whose end wraps around 2^64", wraps)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[9]),
+    Case::new("chains/length-zero", "a descriptor of length 0 beside good ones", zero)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[10]),
     Case::new("chains/only-length-zero", "a chain of nothing but a descriptor of length 0", only_zero)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[10, 14]),
     Case::new("chains/above-4-gib", "buffers that add up to more than 2^32 bytes", above_4_gib)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[11]),
-    Case::new("chains/nowhere", "a buffer where no memory is", nowhere).judges(REFUSED).class(&[12]),
+    Case::new("chains/nowhere", "a buffer where no memory is", nowhere)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[12]),
     Case::new("chains/edge-of-memory", "a buffer that reaches one byte beyond the end of memory", edge)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[12]),
     Case::new("chains/last-byte-of-memory", "a buffer that ends where memory ends is served", last_byte)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[12]),
     Case::new("chains/aimed-at-descriptors", "a buffer that is the ring's own descriptor table", at_descriptors)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[13]),
     Case::new("chains/aimed-at-used-ring", "a buffer that is the ring's own used ring", at_used)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[13]),
     Case::new("chains/wrong-direction", "buffers of the wrong direction", wrong_direction)
         .judges(&["N0041"])
-        .class(&[15]),
+        .class(&[15])
+        .packed_judges(&["N0089"]),
     Case::new("chains/writable-first", "a device-readable buffer behind a device-writable one", writable_first)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[15]),
     Case::new("chains/memory-refused", "memory that is taken away before the device gets to it", refused)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[12]),
     Case::new("chains/blk-header-only", "a block request with nothing but its header", blk_header_only)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[14])
         .on(Applies::to(BLK)),
     Case::new("chains/blk-short-header", "a block request with a header of 15 bytes", blk_short_header)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[14])
         .on(Applies::to(BLK)),
     Case::new("chains/blk-no-status", "a block write with no byte for its status", blk_no_status)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[14])
         .on(Applies::to(BLK)),
     Case::new("chains/blk-odd-length", "a block read of 511 bytes", blk_odd_length)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[16])
         .on(Applies::to(BLK)),
 ];
@@ -361,7 +393,10 @@ fn at_area(session: &mut Session, area: usize) -> Verdict {
         ring.chain(0, &sample.pieces);
         let slot = data_piece(sample);
         let mut changed = sample.entries()[usize::from(slot)];
-        let (address, len, _) = ring.areas()[area];
+        let (start, all, _) = ring.areas()[area];
+        // Of a packed ring only what is not in use: both sides would find nonsense in the rest.
+        let in_use = if ring.is_packed() && area == 0 { all / 2 } else { 0 };
+        let (address, len) = (start + in_use, all - in_use);
         // Whole sectors, where there are so many.
         let len = (len as u32).min(changed.len);
         (changed.address, changed.len) = (address, len);

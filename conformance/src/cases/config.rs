@@ -13,18 +13,27 @@ use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Ver
 /// The cases of this area.
 pub const CASES: &[Case] = &[
     Case::new("config/before-features-ok", "the configuration can be read before FEATURES_OK", before_features_ok)
-        .judges(&["N0029"]),
+        .judges(&["N0029"])
+        .once(),
     Case::new("config/stable", "the configuration stays the same while nothing changes", stable),
-    Case::new("config/width-makes-no-difference", "bytes, words and the whole read the same", widths).class(&[31]),
-    Case::new("config/read-only", "writing read-only fields changes nothing", read_only).class(&[31]),
-    Case::new("config/change-is-told", "a changed configuration is told, and read", change_told).judges(&["N0801"]),
-    Case::new("config/generation", "a changed configuration has another generation", generation).on(Applies::MODERN),
+    Case::new("config/width-makes-no-difference", "bytes, words and the whole read the same", widths)
+        .class(&[31])
+        .once(),
+    Case::new("config/read-only", "writing read-only fields changes nothing", read_only).class(&[31]).once(),
+    Case::new("config/change-is-told", "a changed configuration is told, and read", change_told)
+        .judges(&["N0801"])
+        .once(),
+    Case::new("config/generation", "a changed configuration has another generation", generation)
+        .on(Applies::MODERN)
+        .once(),
     Case::new("config/changes-while-read", "a driver never reads halves of two configurations", racing)
         .class(&[32])
-        .on(Applies::MODERN),
-    Case::new("config/change-before-driver-ok", "a change before DRIVER_OK breaks nothing", early_change),
+        .on(Applies::MODERN)
+        .once(),
+    Case::new("config/change-before-driver-ok", "a change before DRIVER_OK breaks nothing", early_change).once(),
     Case::new("config/never-settles", "(driver) a configuration that never settles is given up on", never_settles)
-        .class(&[104]),
+        .class(&[104])
+        .once(),
 ];
 
 /// Bytes of configuration that a driver reads in any case.

@@ -12,23 +12,28 @@ use crate::suite::{Applies, BLK, CONSOLE, Call, Case, Finding, Objection, RNG, S
 pub const CASES: &[Case] = &[
     Case::new("features/version-1", "the device offers VIRTIO_F_VERSION_1", version_1)
         .judges(&["N1586"])
-        .on(Applies::MODERN),
+        .on(Applies::MODERN)
+        .once(),
     Case::new("features/legacy-word", "a legacy device offers bits 0 to 31 only", legacy_word)
         .on(Applies { legacy: Some(true), ..Applies::ANY }),
     Case::new("features/known-only", "the device offers no bit that its type and VIRTIO 1.4 do not name", known_only)
-        .judges(&["N0019"]),
+        .judges(&["N0019"])
+        .once(),
     Case::new("features/dependencies", "no offered feature needs one that is not offered", dependencies)
-        .judges(&["N0016", "N0757"]),
+        .judges(&["N0016", "N0757"])
+        .once(),
     Case::new("features/all-offered", "a driver that accepts all that is offered is accepted, and served", all_offered)
         .judges(&["N0019", "N0018"]),
     Case::new("features/each-alone", "each offered feature is accepted alone, with what it needs", each_alone)
-        .judges(&["N0017"]),
+        .judges(&["N0017"])
+        .once(),
     Case::new("features/none", "a driver that accepts nothing but VERSION_1 is accepted, and served", none)
         .judges(&["N0017"]),
     Case::new("features/not-offered", "accepting what is not offered keeps FEATURES_OK from being set", not_offered)
         .judges(&["N0018"])
         .class(&[33])
-        .on(Applies::MODERN),
+        .on(Applies::MODERN)
+        .once(),
     Case::new(
         "features/without-version-1",
         "a modern driver without VERSION_1 is refused or served",
@@ -175,7 +180,8 @@ fn without_version_1(session: &mut Session) -> Verdict {
 fn frozen(session: &mut Session) -> Verdict {
     session.negotiate(Features::empty())?;
     let offered = session.transport.device_features()?;
-    session.transport.set_driver_features(Features::VERSION_1 | offered & Features::INDIRECT_DESC)?;
+    let before = Features::VERSION_1 | session.cell.ring.feature();
+    session.transport.set_driver_features(before | offered & Features::INDIRECT_DESC)?;
     ensure(session.transport.status()?.contains(Status::FEATURES_OK), "FEATURES_OK stays", "it is gone")?;
     // Whether indirect descriptors are in force shows by using one.
     let sample = Sample::new(session)?;

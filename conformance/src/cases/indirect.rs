@@ -5,43 +5,67 @@ use polyvirt_core::memory::Access;
 use polyvirt_core::queue::split::layout::Descriptor;
 use polyvirt_core::transport::Transport;
 
-use super::chains::{NOWHERE, REFUSED, memory_end, ring};
+use super::chains::{NOWHERE, PACKED_REFUSED, REFUSED, memory_end, ring};
 use super::ring::cut;
 use super::sample::{Attack, Sample, Tolerance, attack, descriptor, ensure_eq, entries};
 use crate::raw::{INDIRECT, Memory, NEXT, Ring, WRITE, link};
-use crate::suite::{BLK, Case, Finding, Objection, Session, Verdict};
+use crate::suite::{BLK, Case, Finding, Objection, RingFormat, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
-    Case::new("ring/indirect", "a chain in an indirect table is served", indirect).judges(&["N0053"]),
+    Case::new("ring/indirect", "a chain in an indirect table is served", indirect)
+        .judges(&["N0053"])
+        .packed_judges(&[]),
     Case::new("ring/indirect-behind-direct", "direct descriptors, then an indirect one, make one chain", mixed)
-        .judges(&["N0053"]),
+        .judges(&["N0053"])
+        .only(RingFormat::Split),
     Case::new("ring/indirect-write-flag", "the WRITE flag beside INDIRECT means nothing", indirect_write)
-        .judges(&["N0052"]),
-    Case::new("ring/indirect-out-of-order", "an indirect table in any order", indirect_scattered).judges(&["N0037"]),
-    Case::new("chains/indirect-loop", "an indirect table that loops", indirect_loop).judges(REFUSED).class(&[1]),
+        .judges(&["N0052"])
+        .packed_judges(&[]),
+    Case::new("ring/indirect-out-of-order", "an indirect table in any order", indirect_scattered)
+        .judges(&["N0037"])
+        .only(RingFormat::Split),
+    Case::new("chains/indirect-loop", "an indirect table that loops", indirect_loop)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[1])
+        .only(RingFormat::Split),
     Case::new("chains/indirect-next-beyond-table", "a link beyond the end of an indirect table", indirect_beyond)
         .judges(REFUSED)
-        .class(&[2]),
+        .packed_judges(PACKED_REFUSED)
+        .class(&[2])
+        .only(RingFormat::Split),
     Case::new("chains/indirect-nested", "an indirect descriptor in an indirect table", indirect_nested)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[4]),
     Case::new("chains/indirect-with-next", "a descriptor with both INDIRECT and NEXT", indirect_next)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[5]),
-    Case::new("chains/indirect-empty", "an indirect table of length 0", indirect_empty).judges(REFUSED).class(&[6]),
+    Case::new("chains/indirect-empty", "an indirect table of length 0", indirect_empty)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[6]),
     Case::new("chains/indirect-odd-length", "an indirect table that is no multiple of 16 long", indirect_odd)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[6]),
-    Case::new("chains/indirect-huge", "an indirect table of 4 GiB", indirect_huge).judges(REFUSED).class(&[6]),
+    Case::new("chains/indirect-huge", "an indirect table of 4 GiB", indirect_huge)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[6]),
     Case::new("chains/indirect-nowhere", "an indirect table where no memory is", indirect_nowhere)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[7]),
     Case::new("chains/indirect-at-the-edge", "an indirect table across the end of memory", indirect_edge)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[7, 12]),
     Case::new("chains/indirect-not-negotiated", "an indirect descriptor without the feature", indirect_unasked)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[8]),
 ];
 

@@ -132,9 +132,8 @@ fn untouched(
     when: &str,
 ) -> Result<(), Objection> {
     let ring = &rings[usize::from(sample.queue)];
-    let used = ring.used_index();
     // Where the host owns the rings, it may have cleared them.
-    ensure(used == ring.taken || used == 0, format_args!("nothing used {when}"), format_args!("used index {used}"))?;
+    ensure(!ring.has_used() || ring.is_rewound(), format_args!("nothing used {when}"), "something was")?;
     let ranges: Vec<_> = rings.iter().flat_map(Ring::areas).chain(sample.ranges()).collect();
     for access in session.probe()?.since(mark)? {
         let touched = ranges.iter().any(|&(address, len, _)| touches(access, address, len));
@@ -195,7 +194,7 @@ pub fn serve_next(session: &mut Session, rings: &mut [Ring]) -> Result<Sample, O
     let sample = Sample::new(session)?;
     let ring = &mut rings[usize::from(sample.queue)];
     // Another head and another place in the ring each time.
-    let head = ring.available % ring.size();
+    let head = ring.offered % ring.size();
     ring.chain(head, &sample.pieces);
     ring.offer(head);
     ring.kick()?;
@@ -238,11 +237,10 @@ fn failed(session: &mut Session) -> Verdict {
     session.transport.set_status(status | Status::FAILED)?;
     ensure(session.transport.status()?.contains(Status::FAILED), "FAILED stays", "it is gone")?;
     // Written, but nobody may serve it.
-    let before = rings[usize::from(Sample::new(session)?.queue)].used_index();
     let sample = offer(session, &mut rings)?;
     session.transport.set_status(status)?;
     session.transport.status()?;
-    ensure_eq("used index after FAILED", rings[usize::from(sample.queue)].used_index(), before)?;
+    ensure(!rings[usize::from(sample.queue)].has_used(), "nothing used after FAILED", "something was")?;
     revive(session, rings)?;
     Ok(Finding::Passed)
 }
@@ -301,7 +299,7 @@ fn reset_busy(session: &mut Session) -> Verdict {
         rings[queue].kick()?;
         session.transport.reset()?;
         let mark = session.probe()?.mark();
-        let used = rings[queue].used_index();
+        let used = rings[queue].used_bytes()?;
         let old: Vec<_> = rings.iter().flat_map(Ring::areas).chain(samples.iter().flat_map(Sample::ranges)).collect();
         // The new run keeps the old memory alive, so an access to it would be seen.
         let mut fresh = session.bring_up(Features::empty())?;
@@ -311,7 +309,7 @@ fn reset_busy(session: &mut Session) -> Verdict {
         }
         serve(session, &mut fresh)?;
         if !session.cell.legacy {
-            ensure_eq("used index of the old ring", rings[queue].used_index(), used)?;
+            ensure(rings[queue].used_bytes()? == used, "the old ring as it was", "it changed")?;
             for access in session.probe()?.since(mark)? {
                 let new = fresh.iter().flat_map(Ring::areas).any(|(address, len, _)| touches(access, address, len));
                 let touched = old.iter().any(|&(address, len, _)| touches(access, address, len));
@@ -324,18 +322,11 @@ fn reset_busy(session: &mut Session) -> Verdict {
     Ok(Finding::Passed)
 }
 
-/// Makes available what is no descriptor.
-fn break_queue(rings: &mut [Ring], sample: &Sample) {
-    let ring = &mut rings[usize::from(sample.queue)];
-    let head = ring.size();
-    ring.offer(head);
-}
-
 fn needs_reset(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
     let sample = Sample::new(session)?;
     while session.interrupted()? {}
-    break_queue(&mut rings, &sample);
+    rings[usize::from(sample.queue)].offer_nonsense();
     rings[usize::from(sample.queue)].kick()?;
     session.wait_config()?;
     ensure(session.needs_reset()?, "DEVICE_NEEDS_RESET", session.transport.status()?.bits())?;
@@ -346,21 +337,20 @@ fn needs_reset(session: &mut Session) -> Verdict {
 fn needs_reset_lasts(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
     let sample = Sample::new(session)?;
-    break_queue(&mut rings, &sample);
+    rings[usize::from(sample.queue)].offer_nonsense();
     rings[usize::from(sample.queue)].kick()?;
     session.wait_config()?;
     let mark = session.probe()?.mark();
     // A good request, in place of the bad one and behind it.
     let ring = &mut rings[usize::from(sample.queue)];
     ring.chain(0, &sample.pieces);
-    ring.set_entry(0, 0);
-    ring.offer(0);
+    ring.offer_instead(0);
     for _ in 0..100 {
         ring.kick()?;
     }
     session.transport.status()?;
     let ring = &rings[usize::from(sample.queue)];
-    ensure_eq("used index", ring.used_index(), 0)?;
+    ensure(!ring.has_used(), "nothing used", "something was")?;
     only_allowed(session, mark, &[], &[])?;
     revive(session, rings)?;
     Ok(Finding::Rejected)

@@ -7,7 +7,7 @@ use polyvirt_transports::mmio::registers::*;
 
 use super::mmio::case;
 use super::sample::{Sample, ensure, ensure_eq, revive, serve};
-use crate::suite::{Case, Finding, Objection, Session, Verdict};
+use crate::suite::{Case, Finding, Objection, RingFormat, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
@@ -155,8 +155,9 @@ fn device_sizes(session: &mut Session) -> Verdict {
         session.registers()?.lie(QUEUE_SIZE_MAX, None);
         if let Ok(found) = found {
             let size = found.config.size;
-            let right = size.is_power_of_two() && u32::from(size) <= max && size <= MAX_QUEUE_SIZE;
-            ensure(right, format_args!("a power of two up to {max}"), size)?;
+            let shape = size.is_power_of_two() || session.cell.ring == RingFormat::Packed && size > 0;
+            let right = shape && u32::from(size) <= max && size <= MAX_QUEUE_SIZE;
+            ensure(right, format_args!("a size up to {max}, of a split ring a power of two"), size)?;
         }
     }
     revive(session, Vec::new())?;

@@ -13,6 +13,7 @@ pub mod init;
 pub mod mmio;
 pub mod mmio_driver;
 pub mod notify;
+pub mod played;
 pub mod ring;
 pub mod rng;
 pub mod rogue;

@@ -4,34 +4,46 @@ use polyvirt_core::Features;
 use polyvirt_core::transport::Transport;
 
 use super::init::serve_next;
-use super::sample::{Sample, ensure, ensure_eq, offer, serve_told};
-use crate::raw::{NO_INTERRUPT, Ring};
-use crate::suite::{Case, Finding, Objection, Session, Verdict};
+use super::sample::{Sample, ensure, offer, serve_told};
+use crate::raw::Ring;
+use crate::suite::{Case, Finding, Objection, RingFormat, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
-    Case::new("notify/interrupt-when-wanted", "with flags 0 every used buffer is told", wanted).judges(&["N0062"]),
+    Case::new("notify/interrupt-when-wanted", "with flags 0 every used buffer is told", wanted)
+        .judges(&["N0062"])
+        .packed_judges(&[]),
     Case::new("notify/no-interrupt-when-not-wanted", "with flags 1 used buffers are not told", unwanted)
-        .judges(&["N0061"]),
+        .judges(&["N0061"])
+        .packed_judges(&[]),
     Case::new("notify/wanted-again", "interrupts come again when the driver wants them again", wanted_again)
-        .judges(&["N0061", "N0062"]),
+        .judges(&["N0061", "N0062"])
+        .packed_judges(&[]),
     Case::new("notify/used-event-ignored", "without EVENT_IDX used_event means nothing", event_ignored)
         .judges(&["N0060"])
-        .class(&[22]),
+        .class(&[22])
+        .packed_judges(&[]),
     Case::new("notify/used-event-reached", "with EVENT_IDX the element at used_event is told", event_reached)
-        .judges(&["N0064"]),
+        .judges(&["N0064"])
+        .packed_judges(&[]),
     Case::new("notify/used-event-not-reached", "with EVENT_IDX elements before used_event are not told", event_ahead)
-        .judges(&["N0065"]),
+        .judges(&["N0065"])
+        .packed_judges(&[]),
     Case::new("notify/flags-ignored", "with EVENT_IDX the available flags mean nothing", flags_ignored)
-        .judges(&["N0063"]),
+        .judges(&["N0063"])
+        .only(RingFormat::Split),
     Case::new("notify/used-event-poisoned", "any used_event at any time", event_poisoned).class(&[22]),
     Case::new("notify/used-flags", "the used flags are 0 or 1, and 0 with EVENT_IDX", used_flags)
-        .judges(&["N0078", "N0080"]),
-    Case::new("notify/kick-asked-for", "an idle device asks for kicks", kick_asked_for).judges(&["N0082"]),
-    Case::new("notify/storm", "a storm of kicks for nothing", storm).judges(&["N0082"]).class(&[26]),
+        .judges(&["N0078", "N0080"])
+        .only(RingFormat::Split),
+    Case::new("notify/kick-asked-for", "an idle device asks for kicks", kick_asked_for)
+        .judges(&["N0082"])
+        .packed_judges(&[]),
+    Case::new("notify/storm", "a storm of kicks for nothing", storm).judges(&["N0082"]).class(&[26]).packed_judges(&[]),
     Case::new("notify/kicks-for-other-queues", "kicks of queues that have nothing, among good ones", other_queues)
         .judges(&["N0082"])
-        .class(&[26]),
+        .class(&[26])
+        .packed_judges(&[]),
 ];
 
 /// Lets the device serve a sample, looking at the ring alone.
@@ -66,7 +78,7 @@ fn silence(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
 fn unwanted(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
     let queue = queue(session)?;
-    rings[queue].set_flags(NO_INTERRUPT);
+    rings[queue].want_interrupts(false);
     silence(session, &mut rings)?;
     Ok(Finding::Passed)
 }
@@ -75,9 +87,9 @@ fn wanted_again(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
     let queue = queue(session)?;
     for _ in 0..3 {
-        rings[queue].set_flags(NO_INTERRUPT);
+        rings[queue].want_interrupts(false);
         silence(session, &mut rings)?;
-        rings[queue].set_flags(0);
+        rings[queue].want_interrupts(true);
         // The interrupt is waited for, so that none is still on its way when silence is asked for again.
         serve_told(session, &mut rings)?;
     }
@@ -88,7 +100,7 @@ fn event_ignored(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
     let queue = queue(session)?;
     for event in [0, 1, 0x7fff, 0x8000, 0xffff] {
-        rings[queue].set_used_event(event);
+        rings[queue].set_interrupt_event(event);
         serve_told(session, &mut rings)?;
     }
     Ok(Finding::Passed)
@@ -106,8 +118,7 @@ fn event_reached(session: &mut Session) -> Verdict {
     let mut rings = with_event_idx(session)?;
     let queue = queue(session)?;
     for _ in 0..10 {
-        let next = rings[queue].taken;
-        rings[queue].set_used_event(next);
+        rings[queue].want_interrupt_after(0, 1);
         serve_told(session, &mut rings)?;
     }
     Ok(Finding::Passed)
@@ -116,7 +127,8 @@ fn event_reached(session: &mut Session) -> Verdict {
 fn event_ahead(session: &mut Session) -> Verdict {
     let mut rings = with_event_idx(session)?;
     let queue = queue(session)?;
-    rings[queue].set_used_event(4);
+    let descriptors = Sample::new(session)?.pieces.len();
+    rings[queue].want_interrupt_after(4, descriptors);
     // Elements 0, 1 and 2 are not told, element 3 is served but not told either, element 4 is.
     silence(session, &mut rings)?;
     serve_silently(session, &mut rings)?;
@@ -127,15 +139,14 @@ fn event_ahead(session: &mut Session) -> Verdict {
 fn flags_ignored(session: &mut Session) -> Verdict {
     let mut rings = with_event_idx(session)?;
     let queue = queue(session)?;
-    rings[queue].set_flags(NO_INTERRUPT);
+    rings[queue].want_interrupts(false);
     for _ in 0..3 {
-        let next = rings[queue].taken;
-        rings[queue].set_used_event(next);
+        rings[queue].want_interrupt_after(0, 1);
         serve_told(session, &mut rings)?;
     }
-    rings[queue].set_flags(0);
-    let passed = rings[queue].taken.wrapping_sub(1);
-    rings[queue].set_used_event(passed);
+    rings[queue].want_interrupts(true);
+    // The element that was used last.
+    rings[queue].want_interrupt_after(u16::MAX, 1);
     silence(session, &mut rings)?;
     Ok(Finding::Passed)
 }
@@ -144,7 +155,7 @@ fn event_poisoned(session: &mut Session) -> Verdict {
     let mut rings = with_event_idx(session)?;
     let queue = queue(session)?;
     for event in [0xffff, 0x8000, 0x7fff, 0, 1, 2, 0x1234, 0xfffe] {
-        rings[queue].set_used_event(event);
+        rings[queue].set_interrupt_event(event);
         serve_silently(session, &mut rings)?;
     }
     while session.interrupted()? {}
@@ -159,11 +170,11 @@ fn used_flags(session: &mut Session) -> Verdict {
         let queue = queue(session)?;
         for _ in 0..5 {
             let sample = offer(session, &mut rings)?;
-            let flags = rings[queue].used_flags();
+            let flags = rings[queue].split().used_flags();
             ensure(flags <= 1, "used flags of 0 or 1", flags)?;
             let (_, len) = session.wait_used(&mut rings[queue])?;
             sample.check(session, len)?;
-            let flags = rings[queue].used_flags();
+            let flags = rings[queue].split().used_flags();
             let allowed = if features.contains(Features::EVENT_IDX) { 0 } else { 1 };
             ensure(flags <= allowed, format_args!("used flags of at most {allowed}"), flags)?;
         }
@@ -180,9 +191,9 @@ fn kick_asked_for(session: &mut Session) -> Verdict {
         serve_next(session, &mut rings)?;
     }
     let begun = std::time::Instant::now();
-    while rings[queue].used_flags() != 0 {
+    while !rings[queue].asks_for_kicks() {
         let expected = "an idle device asks for kicks";
-        ensure(begun.elapsed() < session.watchdog, expected, "its used flags stay 1")?;
+        ensure(begun.elapsed() < session.watchdog, expected, "it keeps saying that it wants none")?;
         std::thread::yield_now();
     }
     Ok(Finding::Passed)
@@ -192,14 +203,13 @@ fn storm(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
     serve_told(session, &mut rings)?;
     let queue = queue(session)?;
-    let used = rings[queue].used_index();
     for _ in 0..500 {
         for ring in &mut rings {
             ring.kick()?;
         }
     }
     session.transport.status()?;
-    ensure_eq("used index", rings[queue].used_index(), used)?;
+    ensure(!rings[queue].has_used(), "nothing used for nothing", "something was")?;
     ensure(!session.interrupted()?, "no interrupt for nothing", "one came")?;
     serve_next(session, &mut rings)?;
     Ok(Finding::Passed)
@@ -218,7 +228,7 @@ fn other_queues(session: &mut Session) -> Verdict {
         let (_, len) = session.wait_used(&mut rings[usize::from(sample.queue)])?;
         sample.check(session, len)?;
         for ring in &rings {
-            ensure_eq("used index", ring.used_index(), ring.taken)?;
+            ensure(!ring.has_used(), "nothing used for nothing", "something was")?;
         }
     }
     Ok(Finding::Passed)

@@ -10,7 +10,8 @@ use crate::suite::{Applies, Case, Finding, Objection, RNG, Session, Verdict};
 pub const CASES: &[Case] = &[
     case("rng/at-least-a-byte", "a buffer comes back with at least one byte in it", at_least_one).judges(&["N0853"]),
     case("rng/any-size", "buffers of any size are filled up to the used length, and no further", any_size)
-        .judges(&["N0853", "N0067"]),
+        .judges(&["N0853", "N0067"])
+        .packed_judges(&["N0853"]),
     case("rng/random", "no two buffers are alike, and no byte is missing", random).judges(&["N0853"]),
     case("rng/many", "many buffers at once, each with bytes of its own", many).judges(&["N0853"]),
     case("rng/large", "a buffer of a mebibyte", large).judges(&["N0854"]),

@@ -5,26 +5,37 @@ use std::time::Instant;
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
-use polyvirt_core::queue::split::layout::Descriptor;
 use polyvirt_core::transport::Transport;
 
-use super::chains::REFUSED;
+use super::chains::{PACKED_REFUSED, REFUSED};
 use super::sample::{Attack, POISON, Sample, Tolerance, attack, ensure, only_allowed, revive};
-use crate::raw::Memory;
-use crate::suite::{Applies, CONSOLE, Case, Finding, Objection, Session, Verdict};
+use crate::raw::{Descriptor, Memory};
+use crate::suite::{Applies, CONSOLE, Case, Finding, Objection, RingFormat, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
     Case::new("ring/head-beyond-table", "a head that the table does not have", head_beyond)
         .judges(REFUSED)
-        .class(&[19]),
+        .packed_judges(PACKED_REFUSED)
+        .class(&[19])
+        .only(RingFormat::Split),
     Case::new("ring/index-jump", "an available index further ahead than the queue is long", index_jump)
         .judges(REFUSED)
-        .class(&[19, 21]),
-    Case::new("ring/index-back", "an available index that goes back", index_back).judges(REFUSED).class(&[19]),
-    Case::new("ring/same-head-twice", "the same head made available twice at once", twice).judges(REFUSED).class(&[20]),
+        .packed_judges(PACKED_REFUSED)
+        .class(&[19, 21])
+        .only(RingFormat::Split),
+    Case::new("ring/index-back", "an available index that goes back", index_back)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[19])
+        .only(RingFormat::Split),
+    Case::new("ring/same-head-twice", "the same head made available twice at once", twice)
+        .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
+        .class(&[20]),
     Case::new("ring/same-head-in-flight", "a head that the device still holds is made available again", in_flight)
         .judges(REFUSED)
+        .packed_judges(PACKED_REFUSED)
         .class(&[20, 21])
         .on(Applies::to(CONSOLE)),
     Case::new("ring/rewritten", "descriptors that change while the device reads them", rewritten).class(&[24]),
@@ -55,9 +66,10 @@ fn index_jump(session: &mut Session) -> Verdict {
             let ring = &mut rings[usize::from(sample.queue)];
             ring.chain(0, &sample.pieces);
             for slot in 0..ring.size() {
-                ring.set_entry(slot, 0);
+                ring.split().set_entry(slot, 0);
             }
-            ring.set_available(ring.size() + jump);
+            let index = ring.size() + jump;
+            ring.split().set_available(index);
             Ok(Attack::new(session, sample, Tolerance::None).chains(u16::MAX))
         })?;
         session.transport.reset()?;
@@ -76,7 +88,7 @@ fn index_back(session: &mut Session) -> Verdict {
         if session.cell.device_type == CONSOLE {
             session.far_side.output()?;
         }
-        ring.set_available(0);
+        ring.split().set_available(0);
         Ok(Attack::new(session, sample, Tolerance::None).chains(u16::MAX))
     })
 }
@@ -121,15 +133,11 @@ fn rewritten(session: &mut Session) -> Verdict {
         let bad = Descriptor { address: u64::MAX - 3, len: u32::MAX, ..good };
         let stop = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            let table = ring.descriptors();
-            let (good, bad) = (ring.words(good), ring.words(bad));
+            let mut spoil = ring.spoiler(good, bad);
             let stop = &stop;
             scope.spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
-                    for [first, second] in [bad, good] {
-                        table.store(0, first, Ordering::SeqCst);
-                        table.store(1, second, Ordering::SeqCst);
-                    }
+                    spoil();
                 }
             });
             let begun = Instant::now();
@@ -167,8 +175,7 @@ fn not_retried(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
     let sample = Sample::new(session)?;
     let ring = &mut rings[usize::from(sample.queue)];
-    ring.chain(0, &sample.pieces);
-    ring.offer(ring.size());
+    ring.offer_nonsense();
     ring.kick()?;
     session.wait_config()?;
     ensure(session.needs_reset()?, "DEVICE_NEEDS_RESET", "it is not set")?;

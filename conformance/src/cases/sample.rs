@@ -2,10 +2,9 @@
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::{Access, Accessed};
-use polyvirt_core::queue::split::layout::Descriptor;
 use polyvirt_core::transport::{Transport, TransportError};
 
-use crate::raw::{Memory, Ring, link};
+use crate::raw::{Descriptor, Memory, Ring, link};
 use crate::suite::{BLK, CONSOLE, Finding, Mark, Objection, Session, Verdict};
 
 /// A block request's type: read.
@@ -223,8 +222,7 @@ pub fn attack(
     loop {
         while let Some((id, len)) = ring.take() {
             used += 1;
-            let size = ring.size();
-            ensure(id < size.into(), format_args!("a used id below {size}"), id)?;
+            ensure(ring.knows(id), "a used id that the queue has", id)?;
             let done =
                 len > 0 && made.status.as_ref().is_none_or(|status| status.bytes().is_ok_and(|byte| byte == [BLK_OK]));
             let printed = session.cell.device_type == CONSOLE && !session.far_side.output()?.is_empty();

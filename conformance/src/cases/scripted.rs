@@ -4,12 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyvirt_core::hypervisor::Share;
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{Interrupts, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
-use super::drivers::Seen;
-use crate::raw::Ring;
-use crate::suite::{Recorded, Trace};
+use crate::suite::Recorded;
 
 /// What the transport lies about.
 #[derive(Clone, Copy, Debug, Default)]
@@ -29,19 +27,12 @@ pub struct Scripted {
     inner: Recorded,
     /// What it lies about.
     pub script: Script,
-    seen: Option<Seen>,
 }
 
 impl Scripted {
     /// Lies on behalf of `inner`.
     pub fn new(inner: Recorded, script: Script) -> Self {
-        Self { inner, script, seen: None }
-    }
-
-    /// Shows the rings that its driver sets up.
-    #[must_use]
-    pub fn seen(self, seen: Seen) -> Self {
-        Self { seen: Some(seen), ..self }
+        Self { inner, script }
     }
 }
 
@@ -104,19 +95,7 @@ impl Transport for Scripted {
     }
 
     fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
-        let found = self.inner.find_vq(index, size)?;
-        if let Some(seen) = &self.seen {
-            let copy = Virtqueue {
-                config: found.config,
-                descriptors: found.descriptors.clone(),
-                driver: found.driver.clone(),
-                device: found.device.clone(),
-                notify: Box::new(Deaf) as Box<dyn Notify>,
-            };
-            // A ring that the driver has not touched yet has nothing to lose; one that cannot be seen is not shown.
-            Ring::new(copy, index, Trace::default()).into_iter().for_each(|ring| seen.add(ring));
-        }
-        Ok(found)
+        self.inner.find_vq(index, size)
     }
 
     fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
@@ -129,14 +108,5 @@ impl Transport for Scripted {
 
     fn share(&self) -> Arc<dyn Share> {
         self.inner.share()
-    }
-}
-
-/// A doorbell that does nothing: for a ring that is only looked at.
-struct Deaf;
-
-impl Notify for Deaf {
-    fn notify(&mut self) -> Result<(), TransportError> {
-        Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! The cells of our own: hypervisor × transport × device.
+//! The cells of our own: hypervisor × transport × device × ring format.
 //!
 //! A port is registered in [`cells`] by one line. What is generic over ports, transports and devices is here; what is
 //! particular is one `impl` of [`Port`] or [`Wire`] each.
@@ -24,7 +24,8 @@ pub use ports::{Kvm, Lguest, Loopback, Xen};
 pub use wires::{LguestPage, Mmio, Xenbus};
 
 use crate::suite::{
-    Alarm, Cell, Evidence, FarSide, MakeRole, Probe, Probed, RegisterAccess, RegisterFile, Session, Target, Variant,
+    Alarm, Cell, Evidence, FarSide, MakeRole, Probe, Probed, RegisterAccess, RegisterFile, RingFormat, Session, Target,
+    Variant,
 };
 
 /// Guest memory of a session, bytes.
@@ -42,13 +43,16 @@ pub fn models() -> Vec<Arc<dyn Target>> {
     targets::<Loopback, Mmio>()
 }
 
-/// All devices of one port over one transport.
+/// All devices of one port over one transport, with each format of rings.
 fn targets<P, W>() -> Vec<Arc<dyn Target>>
 where
     P: Port,
     W: Wire<P::Host, P::Guest>,
 {
-    Kind::ALL.iter().map(|&kind| Arc::new(Local::<P, W>::new(kind)) as Arc<dyn Target>).collect()
+    let formats = RingFormat::of(W::LEGACY).iter();
+    let all =
+        formats.flat_map(|&ring| Kind::ALL.map(|kind| Arc::new(Local::<P, W>::new(kind, ring)) as Arc<dyn Target>));
+    all.collect()
 }
 
 /// A hypervisor, as a cell starts it.
@@ -131,22 +135,23 @@ pub trait Sabotage<M: GuestMemory>: Send + Sync {
 /// Guest memory of `P` as a probed device sees it.
 pub type MemoryOf<P> = Probed<<<P as Port>::Host as Host>::Memory>;
 
-/// One hypervisor × transport × device, all in this process.
+/// One hypervisor × transport × device × ring format, all in this process.
 pub struct Local<P: Port, W> {
     kind: Kind,
+    ring: RingFormat,
     saboteur: Option<Arc<dyn Sabotage<MemoryOf<P>>>>,
     wire: PhantomData<fn() -> W>,
 }
 
 impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
     /// With an honest device.
-    pub fn new(kind: Kind) -> Self {
-        Self { kind, saboteur: None, wire: PhantomData }
+    pub fn new(kind: Kind, ring: RingFormat) -> Self {
+        Self { kind, ring, saboteur: None, wire: PhantomData }
     }
 
     /// With a device that `saboteur` breaks.
-    pub fn sabotaged(kind: Kind, saboteur: Arc<dyn Sabotage<MemoryOf<P>>>) -> Self {
-        Self { kind, saboteur: Some(saboteur), wire: PhantomData }
+    pub fn sabotaged(kind: Kind, ring: RingFormat, saboteur: Arc<dyn Sabotage<MemoryOf<P>>>) -> Self {
+        Self { kind, ring, saboteur: Some(saboteur), wire: PhantomData }
     }
 
     fn open(&self, variant: Variant<'_>) -> Result<Session, String> {
@@ -205,6 +210,7 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Target for Local<P, W> {
             device: self.kind.name(),
             device_type: self.kind.device_type(),
             legacy: W::LEGACY,
+            ring: self.ring,
             evidence: P::EVIDENCE,
         }
     }

@@ -42,7 +42,7 @@ pub(super) fn run(format: Format, output: &mut Output) -> Result<u8, CliError> {
 fn ledger() -> Ledger {
     let mut judged = BTreeMap::<_, Vec<_>>::new();
     for case in cases::all() {
-        for &id in case.statements {
+        for id in case.all_statements() {
             judged.entry(id).or_default().push(case.name);
         }
     }

@@ -36,6 +36,8 @@ struct Hypervisor {
     by_default: bool,
     transports: Vec<&'static str>,
     devices: Vec<&'static str>,
+    /// Formats of rings.
+    rings: Vec<&'static str>,
     /// Lines of code of the shim.
     shim_lines: usize,
     /// Lines of code of each part below the shim.
@@ -101,6 +103,7 @@ fn hypervisor(name: &'static str, targets: &[Arc<dyn Target>], by_default: bool)
         by_default,
         transports: names(targets, |cell| cell.transport),
         devices: names(targets, |cell| cell.device),
+        rings: names(targets, |cell| cell.ring.name()),
         shim_lines: shim.map_or(0, shims::Shim::lines),
         below: shim
             .map_or_else(Vec::new, shims::Shim::below)
@@ -111,14 +114,15 @@ fn hypervisor(name: &'static str, targets: &[Arc<dyn Target>], by_default: bool)
 }
 
 fn text(listing: &Listing) -> String {
-    let mut out = String::from("hypervisor  evidence  transports    shim  below it\n");
+    let mut out = String::from("hypervisor  evidence  transports    rings          shim  below it\n");
     for hypervisor in &listing.hypervisors {
         let below: Vec<_> = hypervisor.below.iter().map(|part| format!("{} {}", part.part, part.lines)).collect();
         let line = format!(
-            "{:10}  {:8}  {:12}  {:>4}  {}",
+            "{:10}  {:8}  {:12}  {:13}  {:>4}  {}",
             hypervisor.name,
             hypervisor.evidence,
             hypervisor.transports.join(", "),
+            hypervisor.rings.join(", "),
             hypervisor.shim_lines,
             below.join(", "),
         );

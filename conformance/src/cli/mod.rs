@@ -4,6 +4,7 @@
 
 mod bench;
 mod check;
+mod daemon;
 mod lab;
 mod ledger;
 mod list;
@@ -11,6 +12,7 @@ mod output;
 mod progress;
 mod select;
 mod serve;
+mod terminal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -39,8 +41,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run every cell of hypervisor, transport and device that this host can run (the default)
-    Check(CheckArgs),
+    /// Run every cell of hypervisor, transport, device and ring format that this host can run (the default)
+    Check(CheckCommand),
     /// Hypervisors, transports and devices: what there is, what can be used here, what each hypervisor costs
     List {
         /// How to tell it
@@ -70,6 +72,19 @@ enum Command {
 }
 
 #[derive(Args)]
+struct CheckCommand {
+    /// Someone else's device in place of our own cells: vhost-user:PATH is a daemon's socket, of the type that --device
+    /// says. What is on its disk is overwritten
+    #[arg(value_name = "TARGET")]
+    target: Option<String>,
+    /// The deviations that are known of TARGET: the name of a list that comes with the program, or a file
+    #[arg(long, value_name = "NAME|FILE", requires = "target")]
+    expect: Option<String>,
+    #[command(flatten)]
+    args: CheckArgs,
+}
+
+#[derive(Args)]
 struct CheckArgs {
     /// Only these hypervisors
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
@@ -80,6 +95,9 @@ struct CheckArgs {
     /// Only these devices
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     device: Vec<String>,
+    /// Only these formats of rings
+    #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
+    ring: Vec<String>,
     /// Carry a copy of this disk image through every block cell; without it, a generated one
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
@@ -119,6 +137,13 @@ enum CheckFormat {
     Junit,
 }
 
+impl CheckCommand {
+    /// The target, and what is expected of it.
+    fn target(&self) -> Option<(&str, Option<&str>)> {
+        self.target.as_deref().map(|target| (target, self.expect.as_deref()))
+    }
+}
+
 /// Why a command ended without doing what it is for.
 #[derive(Debug, thiserror::Error)]
 enum CliError {
@@ -148,12 +173,12 @@ fn run_command() -> ExitCode {
     };
     let mut output = Output::standard();
     let done = match cli.command {
-        None => check::run(&cli.check, &mut output),
-        Some(Command::Check(args)) => check::run(&args, &mut output),
+        None => check::run(&cli.check, None, &mut output),
+        Some(Command::Check(command)) => check::run(&command.args, command.target(), &mut output),
         Some(Command::List { format }) => list::run(format, &mut output),
         Some(Command::Serve(args)) => serve::run(&args, &mut output),
-        Some(Command::Lab(command)) => lab::run(&command, &mut output),
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
+        Some(Command::Lab(command)) => lab::run(&command, &mut output),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
     let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));

@@ -1,4 +1,4 @@
-//! `--hypervisor`, `--transport`, `--device`.
+//! `--hypervisor`, `--transport`, `--device`, `--ring`.
 
 use super::CliError;
 

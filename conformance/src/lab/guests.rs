@@ -144,6 +144,13 @@ impl Kind {
     }
 }
 
+impl Device {
+    /// The format of its rings.
+    pub(super) fn ring(&self) -> &'static str {
+        if self.features.contains(&RING_PACKED) { "packed" } else { "split" }
+    }
+}
+
 impl Display for Device {
     /// As the guest calls it: no other device of the guest has this name.
     fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {

@@ -188,6 +188,7 @@ fn empty(guest: &Guest, device: &Device) -> Cell {
         hypervisor: guest.name.into(),
         transport: format!("{}-{}", guest.transport, device.variant),
         device: device.kind.name().into(),
+        ring: device.ring().into(),
         evidence: EVIDENCE.into(),
         versions: Vec::new(),
         passed: 0,

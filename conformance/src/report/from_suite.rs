@@ -12,6 +12,7 @@ impl Cell {
             hypervisor: result.cell.hypervisor.into(),
             transport: result.cell.transport.into(),
             device: result.cell.device.into(),
+            ring: result.cell.ring.to_string(),
             evidence: result.cell.evidence.to_string(),
             versions: Vec::new(),
             passed: result.passed,

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 
 use super::escape::Escaped;
 use super::text::mebibytes;
-use super::{Case, Cell, Facts, Failure, Outcome, Report};
+use super::{Case, Cell, Facts, Failure, Outcome, Report, Row};
 use crate::shims::{self, Shim};
 
 const STYLE: &str = include_str!("style.css");
@@ -78,20 +78,27 @@ fn header(out: &mut String, report: &Report) {
 
 fn matrix(out: &mut String, report: &Report) {
     let columns = report.columns();
-    out.push_str("<h2>The matrix</h2>\n<div class=\"sheet\">\n<table class=\"matrix\">\n<thead><tr><th scope=\"col\">Hypervisor / transport</th>");
+    out.push_str("<h2>The matrix</h2>\n<div class=\"sheet\">\n<table class=\"matrix\">\n<thead><tr><th scope=\"col\">Hypervisor / transport</th><th scope=\"col\">Ring</th>");
     for device in &columns {
         _ = write!(out, "<th scope=\"col\">{}</th>", Escaped(device));
     }
     out.push_str("</tr></thead>\n<tbody>\n");
-    for row in report.rows() {
-        let (hypervisor, transport, evidence) = row;
-        _ = writeln!(
-            out,
-            "<tr><th scope=\"row\"><div>{}<span class=\"soft\"> / {}</span></div><span class=\"badge {evidence}\">{evidence}</span></th>",
-            Escaped(hypervisor),
-            Escaped(transport),
-            evidence = Escaped(evidence),
-        );
+    let rows = report.rows();
+    for (number, &row) in rows.iter().enumerate() {
+        out.push_str("<tr>");
+        let goes_on = |other: &&Row<'_>| other.goes_with(row);
+        if number == 0 || !row.goes_with(rows[number - 1]) {
+            _ = write!(
+                out,
+                "<th scope=\"rowgroup\" rowspan=\"{}\"><div>{}<span class=\"soft\"> / {}</span></div>\
+                 <span class=\"badge {evidence}\">{evidence}</span></th>",
+                rows[number..].iter().take_while(goes_on).count(),
+                Escaped(row.hypervisor),
+                Escaped(row.transport),
+                evidence = Escaped(row.evidence),
+            );
+        }
+        _ = writeln!(out, "<th scope=\"row\" class=\"ring\">{}</th>", Escaped(row.ring));
         for device in &columns {
             out.push_str("<td>");
             if let Some(cell) = report.cell(row, device) {
@@ -303,7 +310,7 @@ fn host(out: &mut String, facts: &Facts) {
 
 /// The fragment that a cell's details are found under.
 fn anchor(cell: &Cell) -> String {
-    format!("{}-{}-{}", cell.hypervisor, cell.transport, cell.device)
+    format!("{}-{}-{}-{}", cell.hypervisor, cell.transport, cell.device, cell.ring)
 }
 
 #[cfg(test)]
@@ -363,6 +370,6 @@ mod tests {
         assert_eq!(headline(&example()), "1 failed, 1 wedged");
         let cells = example().cells;
         assert_eq!(headline(&Report::new(cells[..1].to_vec(), None, 1.0)), "Nothing failed, nothing wedged");
-        assert_eq!(headline(&Report::new(cells[2..].to_vec(), None, 1.0)), "Nothing was run");
+        assert_eq!(headline(&Report::new(cells[3..].to_vec(), None, 1.0)), "Nothing was run");
     }
 }

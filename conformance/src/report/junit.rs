@@ -26,7 +26,7 @@ pub(crate) fn junit(report: &Report) -> String {
 }
 
 fn suite(out: &mut String, cell: &Cell) {
-    let class = format!("{}.{}.{}", cell.hypervisor, cell.transport, cell.device);
+    let class = format!("{}.{}.{}.{}", cell.hypervisor, cell.transport, cell.device, cell.ring);
     let image_failed = cell.image.as_ref().is_some_and(|image| !image.ok);
     _ = writeln!(
         out,
@@ -97,9 +97,9 @@ mod tests {
     #[test]
     fn every_case_is_a_test_case_with_its_outcome() {
         let xml = junit(&example());
-        assert!(xml.contains("<testsuites name=\"polyvirt\" tests=\"8\" failures=\"1\" errors=\"1\" skipped=\"1\""));
-        assert_eq!(xml.matches("<testcase ").count(), 8);
-        assert_eq!(xml.matches("</testcase>").count(), 8);
+        assert!(xml.contains("<testsuites name=\"polyvirt\" tests=\"10\" failures=\"1\" errors=\"1\" skipped=\"1\""));
+        assert_eq!(xml.matches("<testcase ").count(), 10);
+        assert_eq!(xml.matches("</testcase>").count(), 10);
         assert!(xml.contains("<skipped message=\"no &lt;xen&gt; here\"/>"));
         assert!(
             xml.contains("<failure type=\"failed\" message=\"expected 1 &amp; one; observed &lt;2&gt;\">judges N0001")

@@ -28,12 +28,14 @@ pub(crate) struct Report {
     pub(crate) image: Option<ImageSource>,
 }
 
-/// One hypervisor × transport × device.
+/// One hypervisor × transport × device × ring format.
 #[derive(Clone, Debug, Serialize)]
 pub(crate) struct Cell {
     pub(crate) hypervisor: String,
     pub(crate) transport: String,
     pub(crate) device: String,
+    /// The format of its rings: split or packed.
+    pub(crate) ring: String,
     /// What the result is worth: real, emulated or model.
     pub(crate) evidence: String,
     /// What else took part, with its version: a guest's kernel, an emulator.
@@ -164,9 +166,9 @@ impl Report {
         Self { cells, summary, image }
     }
 
-    /// The rows of the matrix: hypervisor, transport, evidence, each once, in the order of the cells.
-    pub(crate) fn rows(&self) -> Vec<(&str, &str, &str)> {
-        distinct(self.cells.iter().map(|cell| (&*cell.hypervisor, &*cell.transport, &*cell.evidence)))
+    /// The rows of the matrix, each once, in the order of the cells.
+    pub(crate) fn rows(&self) -> Vec<Row<'_>> {
+        distinct(self.cells.iter().map(Cell::row))
     }
 
     /// The columns of the matrix: devices, each once, in the order of the cells.
@@ -175,10 +177,24 @@ impl Report {
     }
 
     /// The cell at a row and column.
-    pub(crate) fn cell(&self, (hypervisor, transport, _): (&str, &str, &str), device: &str) -> Option<&Cell> {
-        self.cells
-            .iter()
-            .find(|cell| cell.hypervisor == hypervisor && cell.transport == transport && cell.device == device)
+    pub(crate) fn cell(&self, row: Row<'_>, device: &str) -> Option<&Cell> {
+        self.cells.iter().find(|cell| cell.row() == row && cell.device == device)
+    }
+}
+
+/// A row of the matrix. Those of one hypervisor and transport are told together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Row<'a> {
+    pub(crate) hypervisor: &'a str,
+    pub(crate) transport: &'a str,
+    pub(crate) evidence: &'a str,
+    pub(crate) ring: &'a str,
+}
+
+impl Row<'_> {
+    /// Whether it differs from `other` in nothing but the ring.
+    pub(crate) fn goes_with(self, other: Self) -> bool {
+        Self { ring: other.ring, ..self } == other
     }
 }
 
@@ -218,9 +234,15 @@ impl Cell {
         (!self.was_run() && self.skipped.iter().all(|skipped| skipped.reason == *first)).then_some(first)
     }
 
-    /// `hypervisor/transport × device`.
+    /// Its row of the matrix.
+    pub(crate) fn row(&self) -> Row<'_> {
+        let Self { hypervisor, transport, evidence, ring, .. } = self;
+        Row { hypervisor, transport, evidence, ring }
+    }
+
+    /// `hypervisor/transport × device, ring`.
     pub(crate) fn name(&self) -> String {
-        format!("{}/{} × {}", self.hypervisor, self.transport, self.device)
+        format!("{}/{} × {}, {}", self.hypervisor, self.transport, self.device, self.ring)
     }
 }
 
@@ -281,6 +303,7 @@ pub(crate) mod tests {
             hypervisor: hypervisor.into(),
             transport: "mmio".into(),
             device: device.into(),
+            ring: "split".into(),
             evidence: "real".into(),
             versions: vec!["Linux <6.1>".into()],
             passed: 1,
@@ -310,12 +333,14 @@ pub(crate) mod tests {
                 reproduction: "reset\nread \"0x70\"".into(),
             })
             .collect();
+        let mut packed = cell("kvm", "blk");
+        packed.ring = "packed".into();
         let mut absent = cell("xen", "blk");
         (absent.passed, absent.rejected, absent.seconds) = (0, 0, 0.0);
         absent.cases = vec![case("status/reset", Outcome::Skipped)];
         absent.skipped = vec![Skipped { case: "status/reset".into(), reason: "no <xen> here".into() }];
         let image = ImageSource { file: Some("a&b.img".into()), bytes: 4 << 20, sha256: "00ff".into() };
-        Report::new(vec![good, bad, absent], Some(image), 1.5)
+        Report::new(vec![good, bad, packed, absent], Some(image), 1.5)
     }
 
     fn case(name: &str, outcome: Outcome) -> Case {
@@ -333,13 +358,14 @@ pub(crate) mod tests {
         let report = example();
         assert_eq!(
             report.summary.to_string(),
-            "2 of 3 cells in 1.5 s: 2 passed, 2 rejected, 1 failed, 1 wedged, 1 skipped; \
+            "3 of 4 cells in 1.5 s: 3 passed, 3 rejected, 1 failed, 1 wedged, 1 skipped; \
              the image came through 1 of 1."
         );
         assert!(!report.summary.ok);
         let fine = Report::new(report.cells[..1].to_vec(), None, 0.5);
         assert!(fine.summary.ok);
-        assert_eq!(fine.rows(), [("kvm", "mmio", "real")]);
+        let row = Row { hypervisor: "kvm", transport: "mmio", evidence: "real", ring: "split" };
+        assert_eq!(fine.rows(), [row]);
     }
 
     #[test]
@@ -353,8 +379,8 @@ pub(crate) mod tests {
     #[test]
     fn a_cell_says_its_worst_outcome() {
         let verdicts: Vec<_> = example().cells.iter().map(Cell::verdict).collect();
-        assert_eq!(verdicts, [Outcome::Passed, Outcome::Wedged, Outcome::Skipped]);
-        assert_eq!(example().cells[2].unavailable(), Some("no <xen> here"));
+        assert_eq!(verdicts, [Outcome::Passed, Outcome::Wedged, Outcome::Passed, Outcome::Skipped]);
+        assert_eq!(example().cells[3].unavailable(), Some("no <xen> here"));
     }
 
     #[test]
@@ -364,6 +390,7 @@ pub(crate) mod tests {
             "hypervisor",
             "transport",
             "device",
+            "ring",
             "evidence",
             "passed",
             "failed",
@@ -374,7 +401,7 @@ pub(crate) mod tests {
         ] {
             assert!(json["cells"][0].get(key).is_some(), "{key}");
         }
-        assert_eq!(json["cells"][2]["skipped"][0]["reason"], "no <xen> here");
+        assert_eq!(json["cells"][3]["skipped"][0]["reason"], "no <xen> here");
         assert_eq!(json["cells"][1]["failures"][1]["outcome"], "wedged");
         assert_eq!(json["summary"]["wedged"], 1);
     }

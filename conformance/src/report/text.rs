@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{Cell, Outcome, Report};
+use super::{Cell, Outcome, Report, Row};
 
 /// How text is set: with colours or without.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,31 +46,44 @@ impl Style {
     }
 }
 
-/// The matrix: a row for each hypervisor and transport, a column for each device; then the image, and why anything
-/// was not run.
+/// Width of the column with the ring's format.
+const RING: usize = 8;
+
+/// The matrix: rows for each hypervisor and transport, one for each format of rings, a column for each device; then the
+/// image, and why anything was not run.
 pub(crate) fn matrix(report: &Report, style: Style) -> String {
     let (rows, columns) = (report.rows(), report.columns());
-    let label = rows.iter().map(|(h, t, _)| h.len() + t.len() + 1).max().unwrap_or(0).max("hypervisor".len()) + 2;
-    let evidence = rows.iter().map(|(_, _, evidence)| evidence.len()).max().unwrap_or(0).max("evidence".len()) + 2;
-    let mut out = format!("{}{}", style.faint("hypervisor", label), style.faint("evidence", evidence));
+    let width =
+        |heading: &str, of: &dyn Fn(&Row<'_>) -> usize| rows.iter().map(of).max().unwrap_or(0).max(heading.len()) + 2;
+    let label = width("hypervisor", &|row| row.hypervisor.len() + row.transport.len() + 1);
+    let evidence = width("evidence", &|row| row.evidence.len());
+    let headings = [("hypervisor", label), ("evidence", evidence), ("ring", RING)];
+    let mut out: String = headings.into_iter().map(|(heading, width)| style.faint(heading, width)).collect();
     for device in &columns {
         out += &style.bold(device, COLUMN);
     }
     end_line(&mut out);
+    let mut before = None;
     for &row in &rows {
-        out.push('\n');
+        let first = !before.replace(row).is_some_and(|before| row.goes_with(before));
+        if first {
+            out.push('\n');
+        }
         let cells: Vec<Vec<String>> = columns
             .iter()
             .map(|device| report.cell(row, device).map_or_else(Vec::new, |cell| told(cell, style)))
             .collect();
         for line in 0..cells.iter().map(Vec::len).max().unwrap_or(0) {
-            let (hypervisor, transport, worth) = row;
             match line {
-                0 => {
-                    out += &style.bold(&format!("{hypervisor}/{transport}"), label);
-                    out += &style.faint(worth, evidence);
+                0 if first => {
+                    out += &style.bold(&format!("{}/{}", row.hypervisor, row.transport), label);
+                    out += &style.faint(row.evidence, evidence);
                 }
                 _ => out += &" ".repeat(label + evidence),
+            }
+            match line {
+                0 => out += &style.faint(row.ring, RING),
+                _ => out += &" ".repeat(RING),
             }
             for cell in &cells {
                 match cell.get(line) {
@@ -208,19 +221,22 @@ mod tests {
     #[test]
     fn the_matrix_is_readable_without_colours() {
         let expected = "\
-hypervisor  evidence  blk               rng
+hypervisor  evidence  ring    blk               rng
 
-kvm/mmio    real      ok      0.25 s    WEDGED  0.25 s
-                         1 passed          1 passed
-                         1 rejected        1 rejected
-                                           1 failed
-                                           1 wedged
+kvm/mmio    real      split   ok      0.25 s    WEDGED  0.25 s
+                                 1 passed          1 passed
+                                 1 rejected        1 rejected
+                                                   1 failed
+                                                   1 wedged
+                      packed  ok      0.25 s
+                                 1 passed
+                                 1 rejected
 
-xen/mmio    real      not run
-                         1 skipped
+xen/mmio    real      split   not run
+                                 1 skipped
 
 image: a&b.img, 4.0 MiB, SHA-256 00ff…
-  kvm/mmio × blk  ok      4.0 MiB in 0.50 s, 8 MiB/s
+  kvm/mmio × blk, split  ok      4.0 MiB in 0.50 s, 8 MiB/s
 
 skipped:
      1 on xen/mmio: no <xen> here
@@ -234,8 +250,11 @@ skipped:
         let image = cells[0].image.as_mut().unwrap();
         (image.ok, image.error) = (false, Some("flush refused".into()));
         let text = matrix(&Report::new(cells, example().image, 1.0), Style::Plain);
-        assert!(text.contains("kvm/mmio    real      FAILED  0.25 s") && text.contains(" image damaged"), "{text}");
-        assert!(text.contains("kvm/mmio × blk  FAILED  flush refused"), "{text}");
+        assert!(
+            text.contains("kvm/mmio    real      split   FAILED  0.25 s") && text.contains(" image damaged"),
+            "{text}"
+        );
+        assert!(text.contains("kvm/mmio × blk, split  FAILED  flush refused"), "{text}");
     }
 
     #[test]
@@ -254,7 +273,7 @@ skipped:
     fn a_failure_comes_with_its_reproduction() {
         let text = failures(&example(), Style::Plain);
         assert!(text.starts_with(
-            "FAILED rng/<len> on kvm/mmio × rng (judges N0001)\n  expected: 1 & one\n  observed: <2>\n  reproduction:\n    reset\n    read \"0x70\"\n"
+            "FAILED rng/<len> on kvm/mmio × rng, split (judges N0001)\n  expected: 1 & one\n  observed: <2>\n  reproduction:\n    reset\n    read \"0x70\"\n"
         ), "{text}");
         assert!(text.contains("WEDGED rng/stuck"));
     }

@@ -5,16 +5,16 @@ use std::time::Duration;
 
 use polyvirt_core::hypervisor::Share;
 use polyvirt_core::memory::Pages;
-use polyvirt_core::queue::split::layout::Descriptor;
-use polyvirt_core::queue::{AddError, Buffer, QueueError};
+use polyvirt_core::queue::Layout;
 use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers::*;
 
+use super::naive::{Fault, Naive};
 use super::{Memory, Place, Saboteur};
 use crate::cells::{Kind, Sabotage};
-use crate::raw::{INDIRECT, NEXT, NO_NOTIFY, Ring, WRITE};
-use crate::suite::{DriverRole, MakeRole, RegisterAccess, Trace};
+use crate::raw::{INDIRECT, NEXT, WRITE};
+use crate::suite::{MakeRole, RegisterAccess};
 
 macro_rules! saboteurs {
     ($($name:literal, $kind:ident, [$($violates:literal),*], [$($breaks:literal),*], $sabotage:expr;)*) => {
@@ -282,7 +282,9 @@ impl Transport for Clumsy {
         }
         if self.broken.turned {
             let inner = found.notify;
-            found.notify = Box::new(Turning { inner, descriptors: found.descriptors.clone() });
+            // The flags stand behind the length, or behind the buffer's id.
+            let flags = if found.config.layout == Layout::Packed { 14 } else { 12 };
+            found.notify = Box::new(Turning { inner, descriptors: found.descriptors.clone(), flags });
         }
         if self.broken.odd_size {
             found.config.size = 3;
@@ -307,176 +309,14 @@ impl Transport for Clumsy {
 struct Turning {
     inner: Box<dyn Notify>,
     descriptors: Pages,
+    flags: usize,
 }
 
 impl Notify for Turning {
     fn notify(&mut self) -> Result<(), TransportError> {
         let mut flags = [0];
-        let _ = self.descriptors.read(12, &mut flags);
-        let _ = self.descriptors.write(12, &[flags[0] ^ WRITE as u8]);
+        let _ = self.descriptors.read(self.flags, &mut flags);
+        let _ = self.descriptors.write(self.flags, &[flags[0] ^ WRITE as u8]);
         self.inner.notify()
-    }
-}
-
-/// What is wrong with a naive driver, besides that it believes the device.
-#[derive(Clone, Copy)]
-struct Fault {
-    dirty: bool,
-    odd_flags: bool,
-    reversed: bool,
-    too_long: bool,
-    indirect: u16,
-    nested: bool,
-    wraps_at: u16,
-    kicks: Option<bool>,
-    event_idx: bool,
-    eager: bool,
-}
-
-impl Fault {
-    const NONE: Self = Self {
-        dirty: false,
-        odd_flags: false,
-        reversed: false,
-        too_long: false,
-        indirect: 0,
-        nested: false,
-        wraps_at: 0,
-        kicks: None,
-        event_idx: false,
-        eager: false,
-    };
-}
-
-/// The driver that everyone writes first: it keeps nothing for itself, and believes what the ring says.
-struct Naive {
-    ring: Ring,
-    fault: Fault,
-    next: u16,
-    pending: u16,
-    tokens: Vec<u32>,
-    in_flight: usize,
-    free: u16,
-    used: u16,
-    tables: Option<(Pages, u64)>,
-}
-
-impl Naive {
-    fn make(virtqueue: Virtqueue, fault: Fault) -> Result<Box<dyn DriverRole>, QueueError> {
-        let size = virtqueue.config.size;
-        let ring = Ring::new(virtqueue, 0, Trace::default()).map_err(|_| QueueError::Size { size: 0, max: 0 })?;
-        if fault.dirty {
-            ring.set_used_flags(0xffff);
-        }
-        let tokens = vec![0; size.into()];
-        Ok(Box::new(Self { ring, fault, next: 0, pending: 0, tokens, in_flight: 0, free: size, used: 0, tables: None }))
-    }
-}
-
-impl DriverRole for Naive {
-    fn add(&mut self, readable: &[Buffer], writable: &[Buffer], token: u32) -> Result<(), AddError<u32>> {
-        let (pieces, size) = (readable.len() + writable.len(), self.ring.size());
-        if pieces > size.into() && !self.fault.too_long {
-            return Err(AddError::Pieces { token, pieces, size });
-        }
-        let head = self.next;
-        let mut all: Vec<_> = readable.iter().map(|piece| (piece, 0)).collect();
-        all.extend(writable.iter().map(|piece| (piece, WRITE)));
-        if self.fault.reversed {
-            all.reverse();
-        }
-        let last = all.len() - 1;
-        let table = self.tables.as_ref().filter(|_| self.fault.indirect != 0).map_or(0, |(_, address)| *address);
-        let mut inside = Vec::new();
-        for (number, (piece, flags)) in all.into_iter().enumerate() {
-            let flags = flags | if number < last { NEXT } else { 0 };
-            let nested = if self.fault.nested { INDIRECT } else { 0 };
-            if table != 0 {
-                let next = number as u16 + 1;
-                inside.push(Descriptor { address: piece.address, len: piece.len, flags: flags | nested, next });
-                continue;
-            }
-            let (slot, next) = ((head + number as u16) % size, (head + number as u16 + 1) % size);
-            self.ring.set_descriptor_quietly(slot, Descriptor { address: piece.address, len: piece.len, flags, next });
-        }
-        if let Some((pages, address)) = self.tables.as_ref().filter(|_| table != 0) {
-            let bytes = self.ring.table(&inside);
-            let _ = pages.write(0, &bytes);
-            let named = Descriptor { address: *address, len: bytes.len() as u32, flags: self.fault.indirect, next: 0 };
-            self.ring.set_descriptor_quietly(head, named);
-            self.next = (head + 1) % size;
-        } else {
-            self.next = (head + pieces as u16) % size;
-        }
-        self.free = self.free.wrapping_sub(pieces as u16);
-        self.tokens[usize::from(head)] = token;
-        self.ring.set_entry(self.ring.available.wrapping_add(self.pending), head);
-        self.pending += 1;
-        self.in_flight += 1;
-        Ok(())
-    }
-
-    fn kick(&mut self) -> Result<bool, TransportError> {
-        let (old, mut new) = (self.ring.available, self.ring.available.wrapping_add(self.pending));
-        if self.fault.wraps_at > 0 {
-            new %= self.fault.wraps_at;
-        }
-        self.pending = 0;
-        self.ring.set_available(new);
-        let wanted = match self.fault.kicks {
-            Some(wanted) => wanted,
-            None if self.fault.event_idx => self.ring.avail_event() == old,
-            None => self.ring.used_flags() & NO_NOTIFY == 0,
-        };
-        if wanted {
-            self.ring.kick()?;
-        }
-        Ok(wanted)
-    }
-
-    fn get(&mut self) -> Result<Option<(u32, u32)>, QueueError> {
-        if self.ring.used_index() == self.used && !self.fault.eager {
-            return Ok(None);
-        }
-        let (id, len) = self.ring.used_element(self.used);
-        self.used = self.used.wrapping_add(1);
-        // The chain is read back from the table.
-        let mut at = id as u16;
-        for _ in 0..2 * self.ring.size() {
-            let Descriptor { flags, next, .. } = self.ring.descriptor(at);
-            self.free = self.free.wrapping_add(1);
-            at = next;
-            if flags & NEXT == 0 {
-                break;
-            }
-        }
-        self.in_flight = self.in_flight.saturating_sub(1);
-        Ok(Some((self.tokens[id as usize % self.tokens.len()], len)))
-    }
-
-    fn disable(&mut self) {
-        self.ring.set_flags(if self.fault.odd_flags { 2 } else { 1 });
-    }
-
-    fn enable(&mut self) -> bool {
-        self.ring.set_flags(0);
-        true
-    }
-
-    fn allow_indirect(mut self: Box<Self>, tables: Pages, address: u64) -> Box<dyn DriverRole> {
-        self.tables = Some((tables, address));
-        self
-    }
-
-    fn in_flight(&self) -> usize {
-        self.in_flight
-    }
-
-    fn free(&self) -> u16 {
-        self.free
-    }
-
-    fn drain(&mut self) -> Vec<u32> {
-        std::mem::take(&mut self.tokens)
     }
 }

@@ -9,6 +9,7 @@ mod careless;
 mod device;
 mod driver;
 mod far_side;
+mod naive;
 mod parsers;
 mod registers;
 mod rings;
@@ -16,7 +17,7 @@ mod rings;
 use std::sync::Arc;
 
 use crate::cells::{Kind, Lguest, LguestPage, Local, Loopback, MemoryOf, Mmio, Sabotage};
-use crate::suite::Target;
+use crate::suite::{RingFormat, Target};
 
 /// Guest memory as a saboteur sees it: flat.
 type Memory = MemoryOf<Loopback>;
@@ -49,8 +50,10 @@ impl Saboteur {
     /// A target with it inside.
     pub fn target(&self) -> Arc<dyn Target> {
         match self.place {
-            Place::Modern => Arc::new(Local::<Loopback, Mmio>::sabotaged(self.kind, (self.make)())),
-            Place::Legacy => Arc::new(Local::<Lguest, LguestPage>::sabotaged(self.kind, (self.make)())),
+            Place::Modern => Arc::new(Local::<Loopback, Mmio>::sabotaged(self.kind, RingFormat::Split, (self.make)())),
+            Place::Legacy => {
+                Arc::new(Local::<Lguest, LguestPage>::sabotaged(self.kind, RingFormat::Split, (self.make)()))
+            }
         }
     }
 }

@@ -4,17 +4,20 @@
 //! cell of our own, or later someone else's device. [`run_cell`] runs the cases that apply, each in a session of its
 //! own.
 
+mod format;
 mod probe;
 mod recorded;
 mod role;
 mod run;
 mod session;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
 use polyvirt_core::transport::TransportError;
 
+pub use format::{RingFormat, Rings};
 pub use probe::{Mark, Probe, Probed};
 pub use recorded::{Call, Recorded, Trace};
 pub use role::{DriverRole, MakeRole};
@@ -37,6 +40,8 @@ pub struct Case {
     pub about: &'static str,
     /// The statements of VIRTIO 1.4 that it judges: ids of `ledger/statements.tsv`.
     pub statements: &'static [&'static str],
+    /// Those that it judges with packed rings, if they are others.
+    pub packed_statements: Option<&'static [&'static str]>,
     /// The classes of bad input that it covers: 1 to 41, and 101 to 106 for those of a hostile device (D1 to D6).
     pub class: &'static [u8],
     /// Where it makes sense.
@@ -50,7 +55,8 @@ pub struct Case {
 impl Case {
     /// A case that judges no statement, covers no class and applies everywhere.
     pub const fn new(name: &'static str, about: &'static str, run: fn(&mut Session) -> Verdict) -> Self {
-        Self { name, about, statements: &[], class: &[], applies: Applies::ANY, variant: Variant::Plain, run }
+        let (statements, packed_statements, class) = (&[], None, &[]);
+        Self { name, about, statements, packed_statements, class, applies: Applies::ANY, variant: Variant::Plain, run }
     }
 
     /// The case, judging `statements`.
@@ -59,16 +65,45 @@ impl Case {
         Self { statements, ..self }
     }
 
+    /// The case, judging `statements` where rings are packed: chapter 2.8 says again what 2.7 says of split ones.
+    #[must_use]
+    pub const fn packed_judges(self, statements: &'static [&'static str]) -> Self {
+        Self { packed_statements: Some(statements), ..self }
+    }
+
+    /// What it judges with rings of `format`.
+    pub fn statements_with(&self, format: RingFormat) -> &'static [&'static str] {
+        self.packed_statements.filter(|_| format == RingFormat::Packed).unwrap_or(self.statements)
+    }
+
+    /// All that it judges, with one format of rings or the other.
+    pub fn all_statements(&self) -> BTreeSet<&'static str> {
+        let formats = RingFormat::of(false).iter().filter(|&&format| self.applies.rings.includes(format));
+        formats.flat_map(|&format| self.statements_with(format)).copied().collect()
+    }
+
     /// The case, covering classes of bad input.
     #[must_use]
     pub const fn class(self, class: &'static [u8]) -> Self {
         Self { class, ..self }
     }
 
-    /// The case, only where `applies` says.
+    /// The case, only where `applies` says; what was said about rings stays.
     #[must_use]
     pub const fn on(self, applies: Applies) -> Self {
-        Self { applies, ..self }
+        Self { applies: Applies { rings: self.applies.rings, ..applies }, ..self }
+    }
+
+    /// The case, about what only rings of `format` have.
+    #[must_use]
+    pub const fn only(self, format: RingFormat) -> Self {
+        Self { applies: Applies { rings: Rings::Only(format), ..self.applies }, ..self }
+    }
+
+    /// The case, which no ring has to do with: once for all formats.
+    #[must_use]
+    pub const fn once(self) -> Self {
+        Self { applies: Applies { rings: Rings::Neither, ..self.applies }, ..self }
     }
 
     /// The case, with another device than the plain one.
@@ -87,11 +122,13 @@ pub struct Applies {
     pub legacy: Option<bool>,
     /// This transport only.
     pub transport: Option<&'static str>,
+    /// These formats of rings only.
+    pub rings: Rings,
 }
 
 impl Applies {
     /// Everywhere.
-    pub const ANY: Self = Self { device: None, legacy: None, transport: None };
+    pub const ANY: Self = Self { device: None, legacy: None, transport: None, rings: Rings::Either };
     /// On the modern interface.
     pub const MODERN: Self = Self { legacy: Some(false), ..Self::ANY };
     /// Over MMIO.
@@ -113,6 +150,7 @@ impl Applies {
         self.device.is_none_or(|device| device == cell.device_type)
             && self.legacy.is_none_or(|legacy| legacy == cell.legacy)
             && self.transport.is_none_or(|transport| transport == cell.transport)
+            && self.rings.includes(cell.ring)
     }
 }
 
@@ -244,13 +282,15 @@ pub struct Cell {
     pub device_type: u32,
     /// Whether the device is used through the legacy interface.
     pub legacy: bool,
+    /// The format of its rings.
+    pub ring: RingFormat,
     /// What results are worth.
     pub evidence: Evidence,
 }
 
 impl fmt::Display for Cell {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(formatter, "{}/{} × {}", self.hypervisor, self.transport, self.device)
+        write!(formatter, "{}/{} × {}, {}", self.hypervisor, self.transport, self.device, self.ring)
     }
 }
 

@@ -131,6 +131,7 @@ impl Trace {
 pub struct Recorded {
     inner: Arc<Mutex<Box<dyn Transport>>>,
     trace: Trace,
+    hidden: Features,
     device_type: u32,
     legacy: bool,
 }
@@ -139,7 +140,13 @@ impl Recorded {
     /// Writes down the calls of `inner` in `trace`.
     pub fn new(inner: Box<dyn Transport>, trace: Trace) -> Self {
         let (device_type, legacy) = (inner.device_type(), inner.is_legacy());
-        Self { inner: Arc::new(Mutex::new(inner)), trace, device_type, legacy }
+        Self { inner: Arc::new(Mutex::new(inner)), trace, hidden: Features::empty(), device_type, legacy }
+    }
+
+    /// Keeps from drivers that the device offers `features`.
+    #[must_use]
+    pub fn hiding(self, features: Features) -> Self {
+        Self { hidden: features, ..self }
     }
 
     fn call<T>(
@@ -167,7 +174,9 @@ impl Transport for Recorded {
     }
 
     fn device_features(&mut self) -> Result<Features, TransportError> {
-        self.call("device_features", |inner| inner.device_features(), |&offered| Some(Call::DeviceFeatures(offered)))
+        let hidden = self.hidden;
+        let offered = |inner: &mut dyn Transport| inner.device_features().map(|offered| offered.difference(hidden));
+        self.call("device_features", offered, |&offered| Some(Call::DeviceFeatures(offered)))
     }
 
     fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {

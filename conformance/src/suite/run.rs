@@ -115,7 +115,8 @@ pub fn run_cell_within(
             Ok(()) => run_case(target, *case, watchdog),
             Err(reason) => Outcome::Skipped { reason: reason.clone() },
         };
-        let done = CaseResult { case: case.name, statements: case.statements, outcome, time: begun.elapsed() };
+        let statements = case.statements_with(cell.ring);
+        let done = CaseResult { case: case.name, statements, outcome, time: begun.elapsed() };
         progress(Progress::Finished(&done));
         result.add(done, watchdog);
     }

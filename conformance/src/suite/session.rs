@@ -45,12 +45,13 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session over `transport`, with nothing else known; `machine` is kept until it ends.
+    /// A session over `transport`, with nothing else known; `machine` is kept until it ends. Drivers get rings of the
+    /// cell's format.
     pub fn new(cell: Cell, transport: Box<dyn Transport>, machine: Box<dyn Any + Send>) -> Self {
         let trace = Trace::default();
         Self {
             cell,
-            transport: Recorded::new(transport, trace.clone()),
+            transport: Recorded::new(transport, trace.clone()).hiding(cell.ring.hidden()),
             trace,
             probe: None,
             far_side: Box::new(()),

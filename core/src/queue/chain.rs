@@ -23,6 +23,8 @@ pub(super) struct Parts<L> {
     pub(super) head: u16,
     /// How many entries of the ring it takes.
     pub(super) entries: u16,
+    /// (Packed) the index of the descriptor behind its last.
+    pub(super) behind: u16,
     pub(super) readable: u64,
     pub(super) writable_len: u32,
     pub(super) written: u32,

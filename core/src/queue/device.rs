@@ -1,9 +1,12 @@
 //! The device's role, whatever the ring format.
 
+use alloc::vec::Vec;
+use core::ops::ControlFlow;
+
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
-use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState};
+use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::memory::GuestMemory;
 
 /// A running virtqueue in the device's hands.
@@ -20,6 +23,9 @@ pub struct Queue<M: GuestMemory> {
     quiet: bool,
     /// Whether nothing is taken any more.
     held: bool,
+    /// Heads of chains that were taken before the queue was restored: they are taken again first, the last one here
+    /// before all others.
+    again: Vec<u16>,
 }
 
 /// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
@@ -56,13 +62,34 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
-        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false, held: false })
+        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false, held: false, again: Vec::new() })
     }
 
     /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
     pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, QueueError> {
         let mut queue = Self::new(memory, config)?;
         ring!(&mut queue.ring, ring => ring.resume(state))?;
+        Ok(queue)
+    }
+
+    /// What [`Queue::restore`] goes on from. Ask for the [interrupt](Self::needs_interrupt) that is due before.
+    ///
+    /// On a packed ring a chain that is used overwrites the oldest one in flight, so if another is older still this is
+    /// [`QueueError::Overwritten`]: [hold](Self::hold) the queue and finish first.
+    pub fn save(&self) -> Result<SavedQueue, QueueError> {
+        let mut saved = ring!(&self.ring, ring => ring.save())?;
+        // Those that wait to be taken again are in flight, but their order counts.
+        saved.in_flight.retain(|head| !self.again.contains(head));
+        saved.in_flight.extend(self.again.iter().rev());
+        Ok(saved)
+    }
+
+    /// As [`Queue::new`], going on where [`Queue::save`] left: what was in flight is popped again, before anything else.
+    /// Whatever `saved` says is checked: it may come from anywhere.
+    pub fn restore(memory: M, config: QueueConfig, saved: &SavedQueue) -> Result<Self, QueueError> {
+        let mut queue = Self::resume(memory, config, saved.state)?;
+        ring!(&mut queue.ring, ring => ring.restore(saved))?;
+        queue.again = saved.in_flight.iter().rev().copied().collect();
         Ok(queue)
     }
 
@@ -100,8 +127,10 @@ impl<M: GuestMemory> Queue<M> {
     /// queue and is returned again by every later call.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
-        if self.ready == 0 && !self.look()? {
-            return Ok(None);
+        if self.ready == 0
+            && let ControlFlow::Break(chain) = self.look()
+        {
+            return chain;
         }
         match ring!(&mut self.ring, ring => ring.pop()) {
             Some(chain) => {
@@ -121,26 +150,31 @@ impl<M: GuestMemory> Queue<M> {
         self.broken().map_or(Ok(None), Err)
     }
 
-    /// Whether there may be a chain to take.
+    /// Whether there may be a chain to take, or what there is instead.
     #[inline(never)]
-    fn look(&mut self) -> Result<bool, QueueError> {
+    fn look(&mut self) -> ControlFlow<Result<Option<Chain<M::Lease>>, QueueError>> {
         if let Some(reason) = self.broken() {
-            return Err(reason);
+            return ControlFlow::Break(Err(reason));
         }
         if self.budget == 0 {
-            return Ok(false);
+            return ControlFlow::Break(Ok(None));
         }
         if !self.quiet {
             self.quiet = true;
             ring!(&mut self.ring, ring => ring.disable_kicks());
         }
+        if let Some(head) = self.again.pop() {
+            self.budget -= 1;
+            let chain = ring!(&mut self.ring, ring => ring.take_again(head));
+            return ControlFlow::Break(chain.map_or_else(|_| self.broken().map_or(Ok(None), Err), |it| Ok(Some(it))));
+        }
         let Ok(available) = ring!(&mut self.ring, ring => ring.available()) else {
-            return self.broken().map_or(Ok(false), Err);
+            return ControlFlow::Break(self.broken().map_or(Ok(None), Err));
         };
         self.ready = available.min(self.budget);
         self.budget -= self.ready;
         self.drained |= self.ready == 0;
-        Ok(self.ready > 0)
+        if self.ready == 0 { ControlFlow::Break(Ok(None)) } else { ControlFlow::Continue(()) }
     }
 
     /// Gives a chain back with [`Chain::written`] bytes written.
