@@ -65,8 +65,8 @@ impl Packed {
     fn behind(&self, at: Position, count: u32) -> Position {
         let size = u32::from(self.size());
         let (laps, rest) = (count / size, (count % size) as u16);
-        let Position { index, wrap } = at.advanced(rest, self.size());
-        Position { index, wrap: wrap ^ (laps % 2 == 1) }
+        let at = at.advanced(rest, self.size());
+        Position::new(at.index, at.wrap() ^ (laps % 2 == 1))
     }
 
     /// The words of an entry of an indirect table: WRITE is the only flag that an honest driver sets there (2.8.8), but
