@@ -152,6 +152,12 @@ pub enum QueueError {
         /// The head.
         head: u16,
     },
+    /// (Packed) a chain goes on with a descriptor that is not available.
+    #[error("the chain at {head} goes on with a descriptor that is not available")]
+    Unavailable {
+        /// Where the chain begins.
+        head: u16,
+    },
     /// A chain has more descriptors than its table has entries, so it loops or is too long.
     #[error("the chain at {head} loops or has more than {limit} descriptors")]
     TooManyDescriptors {

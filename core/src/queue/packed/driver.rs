@@ -152,7 +152,8 @@ impl Ring {
                 return None;
             }
         }
-        Some((tail.id.into(), tail.len))
+        // Without WRITE the length means nothing (2.8.5).
+        Some((tail.id.into(), if tail.flags & WRITE != 0 { tail.len } else { 0 }))
     }
 
     /// Reads what stands where the next used descriptor is expected.
