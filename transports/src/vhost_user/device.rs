@@ -232,8 +232,10 @@ impl Backend {
                 }
                 let ring = &mut self.rings[index];
                 ring.enabled = num == 1;
-                // Without a descriptor for kicks there is no message that starts the queue.
-                ring.started |= num == 1 && self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+                // Without a descriptor for kicks there is no message that starts the queue. One without addresses is not
+                // used: QEMU enables every queue, and its firmware sets up only the first.
+                let inband = self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+                ring.started |= num == 1 && inband && ring.addresses.is_some();
                 self.update(index)?;
             }
             R::SetBackendReqFd => {
