@@ -119,7 +119,7 @@ impl Packed {
 
     /// The chain at `head` of the case's table. It ends where a link leads out of the table, and when it is as long as
     /// the ring; NEXT stays in its last descriptor then.
-    fn chain(&self, head: u16) -> Vec<Descriptor> {
+    pub fn staged(&self, head: u16) -> Vec<Descriptor> {
         let mut chain = Vec::new();
         let mut at = Some(head);
         while let Some(&descriptor) = at.and_then(|at| self.table.get(usize::from(at))) {
@@ -169,7 +169,7 @@ impl Packed {
     }
 
     pub(super) fn offer_all(&mut self, heads: &[u16]) {
-        let late = heads.iter().flat_map(|&head| self.place(head, &self.chain(head))).collect();
+        let late = heads.iter().flat_map(|&head| self.place(head, &self.staged(head))).collect();
         self.publish(late);
     }
 
