@@ -2,6 +2,7 @@
 
 mod cli;
 mod image;
+mod lab;
 mod lines;
 mod report;
 mod shims;

@@ -5,7 +5,7 @@ mod common;
 use std::collections::VecDeque;
 
 use common::{BUFFERS, Rig, Shape};
-use polyvirt_core::queue::{AddError, Buffer, ByteOrder, Layout};
+use polyvirt_core::queue::{AddError, Buffer, ByteOrder, Layout, Queue, QueueError};
 use proptest::prelude::*;
 
 /// Bytes of each buffer piece.
@@ -19,12 +19,9 @@ fn shapes() -> impl Strategy<Value = Shape> {
     ];
     let split = (0u32..5, split).prop_map(|(log, layout)| (1 << log, layout));
     let packed = (1u16..=16).prop_map(|size| (size, Layout::Packed));
-    (prop_oneof![split, packed], any::<bool>(), any::<bool>()).prop_map(|((size, layout), event_idx, indirect)| Shape {
-        size,
-        event_idx,
-        indirect,
-        layout,
-    })
+    (prop_oneof![split, packed], any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+        |((size, layout), event_idx, indirect, in_order)| Shape { size, event_idx, indirect, in_order, layout },
+    )
 }
 
 #[derive(Clone, Debug)]
@@ -39,6 +36,7 @@ enum Step {
     End,
     Complete { which: usize },
     Interrupt,
+    Restore,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
@@ -54,6 +52,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
             3 => Just(Step::End),
             4 => any::<usize>().prop_map(|which| Step::Complete { which }),
             3 => Just(Step::Interrupt),
+            1 => Just(Step::Restore),
         ],
         1..200,
     )
@@ -68,6 +67,8 @@ proptest! {
         let mut added = std::collections::BTreeMap::new();
         let mut published = VecDeque::new();
         let mut held = Vec::new();
+        // In order: what was popped and is not used, oldest first, and whether the device is done with it.
+        let mut waiting = VecDeque::new();
         // Whether the device was told of what is published, and the driver of what was used.
         let (mut device_awake, mut driver_awake) = (false, false);
         let (mut published_count, mut seen) = (0usize, 0usize);
@@ -139,7 +140,9 @@ proptest! {
                         prop_assert_eq!(u64::from_le_bytes(stamp), token);
                     }
                     seen += 1;
-                    held.push((chain, token));
+                    let buffer = (token, readable, writable);
+                    waiting.push_back((chain.head(), buffer, false));
+                    held.push((chain, buffer));
                 }
                 Step::End => {
                     let Some(drained) = burst.take() else { continue };
@@ -151,12 +154,22 @@ proptest! {
                     if held.is_empty() {
                         continue;
                     }
-                    let (mut chain, token) = held.swap_remove(which % held.len());
+                    let (mut chain, (token, ..)) = held.swap_remove(which % held.len());
                     if chain.writable_len() >= 8 {
                         chain.write(0, &token.to_le_bytes()).unwrap();
                     }
                     rig.device.complete(chain).unwrap();
-                    completed += 1;
+                    let at = waiting.iter().position(|(_, (other, ..), _)| *other == token).unwrap();
+                    waiting[at].2 = true;
+                    if shape.in_order {
+                        while waiting.front().is_some_and(|(.., done)| *done) {
+                            waiting.pop_front();
+                            completed += 1;
+                        }
+                    } else {
+                        waiting.remove(at);
+                        completed += 1;
+                    }
                 }
                 Step::Interrupt => {
                     if rig.device.needs_interrupt() {
@@ -165,6 +178,28 @@ proptest! {
                         prop_assert!(completed == got, "the driver sleeps through used buffers");
                     }
                     prop_assert!(!rig.device.needs_interrupt(), "a second interrupt for nothing");
+                }
+                Step::Restore => {
+                    driver_awake |= rig.device.needs_interrupt();
+                    let saved = match rig.device.save() {
+                        Ok(saved) => saved,
+                        Err(reason) => {
+                            prop_assert_eq!(reason, QueueError::Overwritten);
+                            prop_assert!(shape.layout == Layout::Packed && !shape.in_order && !held.is_empty());
+                            continue;
+                        }
+                    };
+                    // What was in flight is popped again: on a split ring in the order of the list, on a packed one in that
+                    // of the ring, before anything that was not.
+                    let place = |head| saved.in_flight.iter().position(|&other| other == head);
+                    let mut again: Vec<_> = waiting.drain(..).collect();
+                    again.sort_by_key(|(head, (token, ..), _)| (place(*head), *token));
+                    seen -= again.len();
+                    again.into_iter().rev().for_each(|(_, buffer, _)| published.push_front(buffer));
+                    held.clear();
+                    rig.device = Queue::restore(rig.memory.map.clone(), shape.config(), &saved).unwrap();
+                    // Whoever restores looks.
+                    (burst, device_awake) = (None, true);
                 }
                 Step::Disable => {
                     rig.driver.disable_cb();
@@ -180,6 +215,9 @@ proptest! {
                 Step::Get => match rig.driver.get_buf().unwrap() {
                     Some((token, len)) => {
                         got += 1;
+                        if shape.in_order {
+                            prop_assert_eq!(added.keys().next(), Some(&token), "not the oldest");
+                        }
                         let (writable, answer) = added.remove(&token).expect("returned twice, or never added");
                         prop_assert_eq!(len, writable.min(8));
                         if writable > 0 {

@@ -9,4 +9,6 @@ extern crate alloc;
 mod areas;
 pub mod lguest;
 pub mod mmio;
+#[cfg(all(feature = "std", target_os = "linux"))]
+pub mod vhost_user;
 pub mod xenbus;

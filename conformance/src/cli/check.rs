@@ -5,19 +5,23 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell};
+use polyvirt_conformance::daemon::Expectations;
+use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell_within};
 use polyvirt_conformance::{cases, cells};
 use tempfile::NamedTempFile;
 
+use super::daemon;
 use super::output::Output;
 use super::progress::Progress;
 use super::select::Selection;
-use super::{CheckArgs, CheckFormat, CliError, FAILURE, SUCCESS};
+use super::{CheckArgs, CheckFormat, CliError, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
-use crate::report::{self, Cell, Facts, Report};
+use crate::report::{self, Cell, Facts, ImageSource, Report};
 
+/// How long a case may take with a daemon: every kick wakes another process.
+const DAEMON_WATCHDOG: Duration = Duration::from_secs(120);
 /// The page's name inside the directory of `--report`.
 const PAGE: &str = "report.html";
 
@@ -28,26 +32,39 @@ impl From<ImageError> for CliError {
 }
 
 /// Runs the cells that `args` selects, tells the result, and returns the exit code.
-pub(super) fn run(args: &CheckArgs, output: &mut Output) -> Result<u8, CliError> {
-    let targets = select(args)?;
+///
+/// `daemon` is a device that is not ours, and what is expected of it.
+pub(super) fn run(args: &CheckArgs, daemon: Option<(&str, Option<&str>)>, output: &mut Output) -> Result<u8, CliError> {
+    let (targets, expected) = match daemon {
+        Some((target, expect)) => daemon::select(args, target, expect)?,
+        None => (select(args)?, None),
+    };
     let image = the_image(args, &targets)?;
-    let page = args.report.as_deref().map(Page::create).transpose()?;
+    let page = args.tell.report.as_deref().map(Page::create).transpose()?;
 
-    let report = run_cells(&targets, image.as_ref(), args.quiet)?;
+    let begun = Instant::now();
+    let (mut cells, source) = run_cells(&targets, image.as_ref(), expected.as_ref(), args.tell.quiet)?;
+    if args.lab {
+        cells.extend(super::lab::cells(args.tell.quiet)?);
+    }
+    tell(&Report::new(cells, source, begun.elapsed().as_secs_f64()), &args.tell, page, output)
+}
 
+/// Tells `report` in the form that `args` ask for, and on `page`; returns the exit code.
+pub(super) fn tell(report: &Report, args: &TellArgs, page: Option<Page>, output: &mut Output) -> Result<u8, CliError> {
     match args.format {
-        CheckFormat::Json => output.json(&report)?,
-        CheckFormat::Junit => output.text(&report::junit(&report))?,
+        CheckFormat::Json => output.json(report)?,
+        CheckFormat::Junit => output.text(&report::junit(report))?,
         CheckFormat::Text => {
             if !args.quiet {
-                output.text(&format!("{}\n", report::matrix(&report, output.style)))?;
+                output.text(&format!("{}\n", report::matrix(report, output.style)))?;
             }
-            output.text(&report::failures(&report, output.style))?;
+            output.text(&report::failures(report, output.style))?;
             output.text(&format!("{}\n", report.summary))?;
         }
     }
     if let Some(page) = page {
-        let path = page.write(&report::html(&report, &Facts::of_this_host()))?;
+        let path = page.write(&report::html(report, &Facts::of_this_host()))?;
         if args.format == CheckFormat::Text && !args.quiet {
             output.text(&format!("The page is {}.\n", path.display()))?;
         }
@@ -91,7 +108,9 @@ fn select(args: &CheckArgs) -> Result<Vec<Arc<dyn Target>>, CliError> {
 
 /// The image for the block cells, if there are any.
 fn the_image(args: &CheckArgs, targets: &[Arc<dyn Target>]) -> Result<Option<Image>, CliError> {
-    let needed = targets.iter().any(|target| target.cell().device_type == BLK);
+    // A daemon has a disk of its own already.
+    let carries = |cell: suite::Cell| cell.device_type == BLK && cell.hypervisor != daemon::HYPERVISOR;
+    let needed = targets.iter().any(|target| carries(target.cell()));
     match &args.image {
         Some(_) if !needed => {
             Err(CliError::Mistake("--image needs a cell with a block device: none is selected".into()))
@@ -102,18 +121,27 @@ fn the_image(args: &CheckArgs, targets: &[Arc<dyn Target>]) -> Result<Option<Ima
     }
 }
 
-fn run_cells(targets: &[Arc<dyn Target>], image: Option<&Image>, quiet: bool) -> Result<Report, CliError> {
-    let begun = Instant::now();
+/// Runs every target; what came of it, and the image that was carried through the block cells.
+fn run_cells(
+    targets: &[Arc<dyn Target>],
+    image: Option<&Image>,
+    expected: Option<&Expectations>,
+    quiet: bool,
+) -> Result<(Vec<Cell>, Option<ImageSource>), CliError> {
     let cases = cases::all();
     let steps: usize = targets.iter().map(|target| steps(&**target, &cases)).sum();
     let progress = Progress::new(steps, quiet);
     let mut cells = Vec::new();
     for target in targets {
         let cell = target.cell();
-        let result = run_cell(target, &cases, &mut |step| match step {
+        let watchdog = if cell.hypervisor == daemon::HYPERVISOR { DAEMON_WATCHDOG } else { suite::CASE_WATCHDOG };
+        let mut result = run_cell_within(target, &cases, watchdog, &mut |step| match step {
             Step::Started(case) => progress.at(format!("{cell}: {}", case.name)),
             Step::Finished(_) => progress.step(),
         });
+        if let Some(expected) = expected {
+            expected.apply(&mut result);
+        }
         let mut cell_report = Cell::new(&result, &cases);
         if let Some(image) = image.filter(|_| cell.device_type == BLK && target.available().is_ok()) {
             progress.at(format!("{cell}: the image"));
@@ -124,7 +152,7 @@ fn run_cells(targets: &[Arc<dyn Target>], image: Option<&Image>, quiet: bool) ->
     }
     progress.finish();
     let source = image.filter(|_| cells.iter().any(|cell| cell.image.is_some())).map(Image::source);
-    Ok(Report::new(cells, source, begun.elapsed().as_secs_f64()))
+    Ok((cells, source))
 }
 
 fn steps(target: &dyn Target, cases: &[Case]) -> usize {
@@ -133,13 +161,13 @@ fn steps(target: &dyn Target, cases: &[Case]) -> usize {
 }
 
 /// The page of `--report`: its place is taken before anything is run, and filled in one go at the end.
-struct Page {
+pub(super) struct Page {
     file: NamedTempFile,
     path: PathBuf,
 }
 
 impl Page {
-    fn create(folder: &Path) -> Result<Self, CliError> {
+    pub(super) fn create(folder: &Path) -> Result<Self, CliError> {
         let mistake = |error| CliError::Mistake(format!("report {}: {error}", folder.display()));
         fs::create_dir_all(folder).map_err(mistake)?;
         let path = folder.join(PAGE);

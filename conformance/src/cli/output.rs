@@ -39,13 +39,18 @@ impl Output {
         self.text("\n")
     }
 
-    /// Everything was written.
-    pub(super) fn finish(&mut self) -> io::Result<()> {
+    /// What was written so far is to be seen now.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
         if self.closed {
             return Ok(());
         }
         let done = self.to.flush();
         self.note(done)
+    }
+
+    /// Everything was written.
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        self.flush()
     }
 
     fn note(&mut self, done: io::Result<()>) -> io::Result<()> {

@@ -15,6 +15,7 @@ use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 
 pub(crate) use block::through;
+pub(crate) use pattern::fill;
 
 use crate::report::ImageSource;
 

@@ -11,7 +11,7 @@ pub(super) const WRITE_SEED: u64 = 0x7669_7274_696f_3134;
 
 /// Fills `sectors` (whole ones) with pseudo-random bytes that depend on `seed` and on the number of each sector, of
 /// which `first` is the first.
-pub(super) fn fill(seed: u64, first: u64, sectors: &mut [u8]) {
+pub(crate) fn fill(seed: u64, first: u64, sectors: &mut [u8]) {
     for (number, sector) in (first..).zip(sectors.chunks_mut(SECTOR)) {
         let mut state = seed ^ number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         for word in sector.chunks_mut(8) {

@@ -14,6 +14,7 @@ impl Cell {
             device: result.cell.device.into(),
             ring: result.cell.ring.to_string(),
             evidence: result.cell.evidence.to_string(),
+            versions: Vec::new(),
             passed: result.passed,
             failed: result.failed,
             rejected: result.rejected,

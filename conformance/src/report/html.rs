@@ -227,6 +227,9 @@ fn cells(out: &mut String, report: &Report) {
         }
         // The fragment is inside: browsers open the details around what a link leads to.
         _ = writeln!(out, "</span></summary>\n<div class=\"inside\" id=\"{}\">", Escaped(anchor(cell)));
+        if !cell.versions.is_empty() {
+            _ = write!(out, "<p>With {}</p>", Escaped(cell.versions.join(", ")));
+        }
         if let Some(reason) = cell.unavailable() {
             _ = write!(out, "<p>Not run: {}</p>", Escaped(reason));
         }

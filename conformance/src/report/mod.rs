@@ -38,6 +38,9 @@ pub(crate) struct Cell {
     pub(crate) ring: String,
     /// What the result is worth: real, emulated or model.
     pub(crate) evidence: String,
+    /// What else took part, with its version: a guest's kernel, an emulator.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) versions: Vec<String>,
     pub(crate) passed: usize,
     pub(crate) failed: usize,
     /// Malformed inputs that the device refused, staying alive.
@@ -302,6 +305,7 @@ pub(crate) mod tests {
             device: device.into(),
             ring: "split".into(),
             evidence: "real".into(),
+            versions: vec!["Linux <6.1>".into()],
             passed: 1,
             failed: 0,
             rejected: 1,

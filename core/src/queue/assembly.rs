@@ -60,6 +60,29 @@ impl<L> Chains<L> {
         self.in_flight[usize::from(head)] = true;
     }
 
+    /// Whether `chain` is of this run.
+    pub(super) fn own(&self, chain: &Chain<L>) -> bool {
+        chain.0.run == self.run
+    }
+
+    /// All heads in flight.
+    pub(super) fn heads(&self) -> Vec<u16> {
+        let numbered = self.in_flight.iter().enumerate();
+        numbered.filter(|(_, in_flight)| **in_flight).map(|(head, _)| head as u16).collect()
+    }
+
+    /// Marks `heads`, each of which has to be free.
+    pub(super) fn mark_all(&mut self, heads: &[u16]) -> Result<(), QueueError> {
+        for &head in heads {
+            match self.in_flight.get_mut(usize::from(head)) {
+                Some(in_flight) if !*in_flight => *in_flight = true,
+                Some(_) => return Err(QueueError::InFlight { head }),
+                None => return Err(QueueError::Index { index: head, size: self.in_flight.len() as u32 }),
+            }
+        }
+        Ok(())
+    }
+
     /// Why `head` is not free.
     #[cold]
     pub(super) fn not_free(&mut self, head: u16) -> Latched {
@@ -82,8 +105,9 @@ impl<L> Chains<L> {
 
     fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
-        let (head, entries, readable, writable_len, written, writable_from) = Default::default();
-        Box::new(Parts { run: self.run, head, entries, readable, writable_len, written, writable_from, segments })
+        let (head, entries, behind, number, readable, writable_len, written, writable_from) = Default::default();
+        let run = self.run;
+        Box::new(Parts { run, head, entries, number, behind, readable, writable_len, written, writable_from, segments })
     }
 
     /// Takes `chain` out of flight and keeps its memory for another; the error is its head if it is not of this run. One

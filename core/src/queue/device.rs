@@ -1,9 +1,13 @@
 //! The device's role, whatever the ring format.
 
+use alloc::vec::Vec;
+use core::ops::ControlFlow;
+
+use super::order::Waiting;
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
-use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState};
+use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::memory::GuestMemory;
 
 /// A running virtqueue in the device's hands.
@@ -20,6 +24,11 @@ pub struct Queue<M: GuestMemory> {
     quiet: bool,
     /// Whether nothing is taken any more.
     held: bool,
+    /// Heads of chains that were taken before the queue was restored: they are taken again first, the last one here
+    /// before all others.
+    again: Vec<u16>,
+    /// If chains have to be used in the order in which they were taken: those that cannot be yet.
+    waiting: Option<Waiting<M::Lease>>,
 }
 
 /// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
@@ -56,13 +65,41 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
-        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false, held: false })
+        let waiting = config.in_order.then(|| Waiting::new(config.size));
+        let (budget, again) = (config.size, Vec::new());
+        Ok(Self { ring, ready: 0, budget, drained: false, quiet: false, held: false, again, waiting })
     }
 
     /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
     pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, QueueError> {
         let mut queue = Self::new(memory, config)?;
         ring!(&mut queue.ring, ring => ring.resume(state))?;
+        Ok(queue)
+    }
+
+    /// What [`Queue::restore`] goes on from. Ask for the [interrupt](Self::needs_interrupt) that is due before.
+    ///
+    /// On a packed ring a chain that is used overwrites the oldest one in flight, so if another is older still this is
+    /// [`QueueError::Overwritten`]: [hold](Self::hold) the queue and finish first.
+    pub fn save(&self) -> Result<SavedQueue, QueueError> {
+        if self.waiting.is_some() {
+            // The ring itself tells the order: go back to the oldest that is not used.
+            let used = self.state().used;
+            return Ok(SavedQueue { state: QueueState { available: used, used }, in_flight: Vec::new() });
+        }
+        let mut saved = ring!(&self.ring, ring => ring.save())?;
+        // Those that wait to be taken again are in flight, but their order counts.
+        saved.in_flight.retain(|head| !self.again.contains(head));
+        saved.in_flight.extend(self.again.iter().rev());
+        Ok(saved)
+    }
+
+    /// As [`Queue::new`], going on where [`Queue::save`] left: what was in flight is popped again, before anything else.
+    /// Whatever `saved` says is checked: it may come from anywhere.
+    pub fn restore(memory: M, config: QueueConfig, saved: &SavedQueue) -> Result<Self, QueueError> {
+        let mut queue = Self::resume(memory, config, saved.state)?;
+        ring!(&mut queue.ring, ring => ring.restore(saved))?;
+        queue.again = saved.in_flight.iter().rev().copied().collect();
         Ok(queue)
     }
 
@@ -100,12 +137,17 @@ impl<M: GuestMemory> Queue<M> {
     /// queue and is returned again by every later call.
     #[inline(always)]
     pub fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
-        if self.ready == 0 && !self.look()? {
-            return Ok(None);
+        if self.ready == 0
+            && let ControlFlow::Break(chain) = self.look()
+        {
+            return chain;
         }
         match ring!(&mut self.ring, ring => ring.pop()) {
-            Some(chain) => {
+            Some(mut chain) => {
                 self.ready -= 1;
+                if let Some(waiting) = &mut self.waiting {
+                    waiting.number(&mut chain);
+                }
                 Ok(Some(chain))
             }
             None => self.nothing(),
@@ -121,36 +163,63 @@ impl<M: GuestMemory> Queue<M> {
         self.broken().map_or(Ok(None), Err)
     }
 
-    /// Whether there may be a chain to take.
+    /// Whether there may be a chain to take, or what there is instead.
     #[inline(never)]
-    fn look(&mut self) -> Result<bool, QueueError> {
+    fn look(&mut self) -> ControlFlow<Result<Option<Chain<M::Lease>>, QueueError>> {
         if let Some(reason) = self.broken() {
-            return Err(reason);
+            return ControlFlow::Break(Err(reason));
         }
         if self.budget == 0 {
-            return Ok(false);
+            return ControlFlow::Break(Ok(None));
         }
         if !self.quiet {
             self.quiet = true;
             ring!(&mut self.ring, ring => ring.disable_kicks());
         }
+        if let Some(head) = self.again.pop() {
+            self.budget -= 1;
+            let chain = ring!(&mut self.ring, ring => ring.take_again(head));
+            let Ok(mut chain) = chain else { return ControlFlow::Break(self.broken().map_or(Ok(None), Err)) };
+            if let Some(waiting) = &mut self.waiting {
+                waiting.number(&mut chain);
+            }
+            return ControlFlow::Break(Ok(Some(chain)));
+        }
         let Ok(available) = ring!(&mut self.ring, ring => ring.available()) else {
-            return self.broken().map_or(Ok(false), Err);
+            return ControlFlow::Break(self.broken().map_or(Ok(None), Err));
         };
         self.ready = available.min(self.budget);
         self.budget -= self.ready;
         self.drained |= self.ready == 0;
-        Ok(self.ready > 0)
+        if self.ready == 0 { ControlFlow::Break(Ok(None)) } else { ControlFlow::Continue(()) }
     }
 
-    /// Gives a chain back with [`Chain::written`] bytes written.
+    /// Gives a chain back with [`Chain::written`] bytes written. If buffers have to be used in order (VIRTIO_F_IN_ORDER), it
+    /// is used once all are that were taken before.
     ///
     /// A chain that does not belong to this run of the queue is refused ([`QueueError::Stale`]) and dropped.
     #[inline(always)]
     pub fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+        if self.waiting.is_some() {
+            return self.complete_in_order(chain);
+        }
         // A latched queue takes no chain back either.
         ring!(&mut self.ring, ring => ring.complete(chain))
             .map_err(|head| self.broken().unwrap_or(QueueError::Stale { head }))
+    }
+
+    #[inline(never)]
+    fn complete_in_order(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+        let stale = QueueError::Stale { head: chain.head() };
+        let Some(waiting) = &mut self.waiting else { return Err(stale) };
+        if !ring!(&self.ring, ring => ring.owns(&chain)) {
+            return Err(self.broken().unwrap_or(stale));
+        }
+        waiting.keep(chain);
+        while let Some(next) = waiting.next() {
+            ring!(&mut self.ring, ring => ring.complete(next)).map_err(|head| QueueError::Stale { head })?;
+        }
+        Ok(())
     }
 
     /// Whether the driver wants to be interrupted for what was completed since the last call.

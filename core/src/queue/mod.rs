@@ -7,12 +7,15 @@ mod assembly;
 mod chain;
 mod device;
 mod driver;
+mod order;
 pub mod packed;
 pub mod split;
 
 pub use chain::{Chain, ChainError};
 pub use device::Queue;
 pub use driver::{AddError, Buffer, DriverQueue};
+
+use alloc::vec::Vec;
 
 use crate::memory::MemoryError;
 
@@ -57,6 +60,8 @@ pub struct QueueConfig {
     pub event_idx: bool,
     /// Whether VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
+    /// Whether VIRTIO_F_IN_ORDER was negotiated: buffers are used in the order in which they were made available.
+    pub in_order: bool,
 }
 
 impl QueueConfig {
@@ -71,7 +76,7 @@ impl QueueConfig {
     }
 }
 
-/// Where a device is in a queue, none of whose chains it has: what another device side goes on with.
+/// Where a device is in a queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct QueueState {
     /// The next available entry to take. Split: the index as it grows; packed: place in the ring, and in bit 15 the wrap
@@ -79,6 +84,16 @@ pub struct QueueState {
     pub available: u16,
     /// The next used entry to write, in the same form.
     pub used: u16,
+}
+
+/// A queue as a device leaves it to another device side, or to itself later ([`Queue::save`], [`Queue::restore`]).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SavedQueue {
+    /// Where the device was.
+    pub state: QueueState,
+    /// Split: the heads of the chains that it had taken and not given back; they are taken again, in this order, before
+    /// any other. Packed, or in order (VIRTIO_F_IN_ORDER): empty, because `state` goes back to before them.
+    pub in_flight: Vec<u16>,
 }
 
 impl QueueState {
@@ -196,6 +211,22 @@ pub enum QueueError {
         head: u16,
         /// What is missing.
         reason: &'static str,
+    },
+    /// (Device role) chains are in flight whose descriptors were overwritten, because others were used before them: they
+    /// cannot be taken again.
+    #[error("descriptors of chains in flight are overwritten: they have to be finished first")]
+    Overwritten,
+    /// A saved state that no queue can be in.
+    #[error("a state with {in_flight} chains in flight, available {available:#x}, used {used:#x}, queue size {size}")]
+    State {
+        /// Chains in flight.
+        in_flight: usize,
+        /// Where the device was in the available ring.
+        available: u16,
+        /// Where it was in the used ring.
+        used: u16,
+        /// Entries.
+        size: u16,
     },
     /// (Driver role) the device returned something that is not in flight.
     #[error("the device returned {id}, which is not in flight")]

@@ -1,6 +1,7 @@
 //! The device: checks requests, hands them to its backend piece by piece, and answers.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::task::Waker;
 
 use polyvirt_core::Features;
@@ -27,13 +28,17 @@ pub struct Options {
     pub read_only: bool,
     /// What GET_ID answers, at most 20 bytes of it.
     pub id: String,
-    /// Entries of the queue at most.
+    /// Entries of a queue at most.
     pub queue_size: u16,
+    /// Queues; with more than one VIRTIO_BLK_F_MQ is offered.
+    pub queues: u16,
+    /// Data segments of a request at most; none: as many as a queue of the largest size has room for.
+    pub seg_max: Option<u16>,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { read_only: false, id: "polyvirt".into(), queue_size: 256 }
+        Self { read_only: false, id: "polyvirt".into(), queue_size: 256, queues: 1, seg_max: None }
     }
 }
 
@@ -41,7 +46,7 @@ impl Default for Options {
 pub struct Device<B, M: GuestMemory> {
     backend: B,
     options: Options,
-    sizes: [u16; 1],
+    sizes: Vec<u16>,
     config: [u8; wire::CONFIG_LEN],
     features: Features,
     requests: HashMap<u64, InFlight<M>>,
@@ -50,6 +55,7 @@ pub struct Device<B, M: GuestMemory> {
 
 /// A request that the backend works on.
 struct InFlight<M: GuestMemory> {
+    queue: u16,
     chain: Chain<M::Lease>,
     work: Work,
     /// The piece that is with the backend, bytes.
@@ -67,7 +73,7 @@ enum Work {
 impl<B: Backend, M: GuestMemory> Device<B, M> {
     /// A device over `backend`.
     pub fn new(backend: B, options: Options) -> Self {
-        let sizes = [options.queue_size];
+        let sizes = vec![options.queue_size; options.queues.max(1).into()];
         let mut device = Self {
             backend,
             options,
@@ -87,8 +93,10 @@ impl<B: Backend, M: GuestMemory> Device<B, M> {
         let mut put = |at: usize, value: &[u8]| self.config[at..at + value.len()].copy_from_slice(value);
         put(at::CAPACITY, &capacity.to_le_bytes());
         // Header and status take a descriptor each.
-        put(at::SEG_MAX, &u32::from(self.options.queue_size.saturating_sub(2)).to_le_bytes());
+        let seg_max = self.options.seg_max.unwrap_or(self.options.queue_size.saturating_sub(2));
+        put(at::SEG_MAX, &u32::from(seg_max).to_le_bytes());
         put(at::BLK_SIZE, &(SECTOR_SIZE as u32).to_le_bytes());
+        put(at::NUM_QUEUES, &(self.sizes.len() as u16).to_le_bytes());
         put(at::MAX_DISCARD_SECTORS, &MAX_SEGMENT_SECTORS.to_le_bytes());
         put(at::MAX_DISCARD_SEG, &MAX_SEGMENTS.to_le_bytes());
         put(at::DISCARD_SECTOR_ALIGNMENT, &1u32.to_le_bytes());
@@ -97,24 +105,39 @@ impl<B: Backend, M: GuestMemory> Device<B, M> {
         put(at::WRITE_ZEROES_MAY_UNMAP, &[1]);
     }
 
-    /// Takes requests while the backend may have more, and answers what it has finished.
-    fn serve(&mut self, queue: &mut Queue<M>) {
+    /// Takes requests from queues `from` while the backend may have more, a request from each in turn, and answers what
+    /// the backend has finished, whichever queue it is of.
+    fn serve(&mut self, from: Range<u16>, queues: &mut Queues<'_, M>) {
         loop {
-            while let Some(Completion { id, result }) = self.backend.complete() {
-                // One of a queue that was reset meanwhile is not here any more.
-                let Some(request) = self.requests.remove(&id) else { continue };
-                self.advance(queue, request, result.map_err(|error| tracing::debug!(%error, "backend")).ok());
+            self.finish(queues);
+            let mut taken = false;
+            for index in from.clone() {
+                if self.requests.len() >= IN_FLIGHT {
+                    return;
+                }
+                let Some(queue) = queues.get(index) else { continue };
+                if let Ok(Some(chain)) = queue.pop() {
+                    self.accept(index, queue, chain);
+                    taken = true;
+                }
             }
-            if self.requests.len() >= IN_FLIGHT {
+            if !taken {
                 return;
             }
-            let Ok(Some(chain)) = queue.pop() else { return };
-            self.accept(queue, chain);
+        }
+    }
+
+    fn finish(&mut self, queues: &mut Queues<'_, M>) {
+        while let Some(Completion { id, result }) = self.backend.complete() {
+            // One of a queue that was reset meanwhile is not here any more.
+            let Some(request) = self.requests.remove(&id) else { continue };
+            let Some(queue) = queues.get(request.queue) else { continue };
+            self.advance(queue, request, result.map_err(|error| tracing::debug!(%error, "backend")).ok());
         }
     }
 
     /// A new request: what it asks for, checked before anything is touched.
-    fn accept(&mut self, queue: &mut Queue<M>, chain: Chain<M::Lease>) {
+    fn accept(&mut self, index: u16, queue: &mut Queue<M>, chain: Chain<M::Lease>) {
         let mut header = [0; wire::HEADER_LEN as usize];
         if chain.read(0, &mut header).is_err() {
             return refuse(queue, &chain, "no room for a header");
@@ -123,7 +146,7 @@ impl<B: Backend, M: GuestMemory> Device<B, M> {
             return refuse(queue, &chain, "no room for a status");
         }
         match self.parse(&chain, Header::from_bytes(header)) {
-            Ok(Parsed::Work(work)) => self.submit(queue, InFlight { chain, work, piece: 0 }),
+            Ok(Parsed::Work(work)) => self.submit(queue, InFlight { queue: index, chain, work, piece: 0 }),
             Ok(Parsed::Id) => self.answer_id(queue, chain),
             Err(status) => answer(queue, chain, status),
         }
@@ -285,6 +308,7 @@ where
 
     fn features(&self) -> Features {
         let common = wire::SEG_MAX | wire::BLK_SIZE | wire::FLUSH_FEATURE;
+        let common = if self.sizes.len() > 1 { common | wire::MQ } else { common };
         common | if self.options.read_only { wire::RO } else { wire::DISCARD_FEATURE | wire::WRITE_ZEROES_FEATURE }
     }
 
@@ -302,9 +326,7 @@ where
     }
 
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
-        if let Some(queue) = queues.get(index) {
-            self.serve(queue);
-        }
+        self.serve(index..index.saturating_add(1), queues);
     }
 
     fn poll(&mut self, queues: &mut Queues<'_, M>) {
@@ -313,12 +335,12 @@ where
         if self.config != before {
             queues.config_changed();
         }
-        self.kick(0, queues);
+        self.serve(0..self.sizes.len() as u16, queues);
     }
 
-    fn reset_queue(&mut self, _index: u16) {
+    fn reset_queue(&mut self, index: u16) {
         // What the backend still works on owns its buffers; its completion finds no request.
-        self.requests.clear();
+        self.requests.retain(|_, request| request.queue != index);
     }
 
     fn reset(&mut self) {

@@ -23,6 +23,8 @@ pub const RO: Features = Features::bit(5);
 pub const BLK_SIZE: Features = Features::bit(6);
 /// Writes can be made durable (VIRTIO_BLK_F_FLUSH).
 pub const FLUSH_FEATURE: Features = Features::bit(9);
+/// There are several queues (VIRTIO_BLK_F_MQ).
+pub const MQ: Features = Features::bit(12);
 /// Sectors can be discarded (VIRTIO_BLK_F_DISCARD).
 pub const DISCARD_FEATURE: Features = Features::bit(13);
 /// Sectors can be zeroed (VIRTIO_BLK_F_WRITE_ZEROES).
@@ -59,6 +61,8 @@ pub mod config {
     pub const SEG_MAX: usize = 12;
     /// le32: bytes of a block.
     pub const BLK_SIZE: usize = 20;
+    /// le16: queues.
+    pub const NUM_QUEUES: usize = 34;
     /// le32: sectors of a discard segment.
     pub const MAX_DISCARD_SECTORS: usize = 36;
     /// le32: segments of a discard request.

@@ -8,7 +8,7 @@ use super::layout::{
 };
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState};
+use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory> {
@@ -23,6 +23,8 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
     next_used: Position,
     /// Descriptors used so far: rounds do not show in positions.
     used: u64,
+    /// As long as fewer descriptors are used than this, some of a chain in flight are overwritten.
+    overwritten: u64,
     /// `next_used` and `used` when the driver was last considered for an interrupt.
     signalled: (Position, u64),
     /// Descriptors taken so far: those that are not used yet are in flight.
@@ -50,6 +52,7 @@ impl<M: GuestMemory> Ring<M> {
             next_available: Position::START,
             next_used: Position::START,
             used: 0,
+            overwritten: 0,
             signalled: (Position::START, 0),
             taken: 0,
             // Any 16-bit value is a legal buffer id (2.8.4).
@@ -73,8 +76,34 @@ impl<M: GuestMemory> Ring<M> {
         QueueState { available: self.next_available.pack(), used: self.next_used.pack() }
     }
 
+    /// Goes back to before what is in flight, whose descriptors are still there if none was used before an older one.
+    pub(in crate::queue) fn save(&self) -> Result<SavedQueue, QueueError> {
+        if self.used < self.overwritten {
+            return Err(QueueError::Overwritten);
+        }
+        let used = self.next_used.pack();
+        Ok(SavedQueue { state: QueueState { available: used, used }, in_flight: Vec::new() })
+    }
+
+    pub(in crate::queue) fn restore(&mut self, SavedQueue { state, in_flight }: &SavedQueue) -> Result<(), QueueError> {
+        let QueueState { available, used } = *state;
+        if !in_flight.is_empty() || available != used {
+            return Err(QueueError::State { in_flight: in_flight.len(), available, used, size: self.size });
+        }
+        Ok(())
+    }
+
+    /// What was in flight is taken from the ring again like everything else.
+    pub(in crate::queue) fn take_again(&mut self, id: u16) -> Result<Chain<M::Lease>, Latched> {
+        Err(self.chains.fail(QueueError::Stale { head: id }))
+    }
+
     pub(in crate::queue) fn in_flight(&self) -> usize {
         self.chains.in_flight()
+    }
+
+    pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
+        self.chains.own(chain)
     }
 
     pub(in crate::queue) const fn size(&self) -> u16 {
@@ -186,7 +215,9 @@ impl<M: GuestMemory> Ring<M> {
         self.chains.mark(id);
         self.taken += u64::from(count);
         self.next_available = behind;
-        assembly.finish(&mut self.chains, id, count)
+        let mut chain = assembly.finish(&mut self.chains, id, count)?;
+        chain.0.behind = behind.index;
+        Ok(chain)
     }
 
     /// The descriptors that the driver can have made available: those that are not in flight.
@@ -241,7 +272,7 @@ impl<M: GuestMemory> Ring<M> {
 
     #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
-        let (id, written, count) = (chain.0.head, chain.0.written, chain.0.entries);
+        let (id, written, count, behind) = (chain.0.head, chain.0.written, chain.0.entries, chain.0.behind);
         self.chains.give_back(chain)?;
         let at = self.next_used;
         let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
@@ -250,6 +281,10 @@ impl<M: GuestMemory> Ring<M> {
         self.descriptors.store(2 * usize::from(at.index) + 1, word, Ordering::Release);
         self.next_used = at.advanced(count, self.size);
         self.used += u64::from(count);
+        if self.next_used.index != behind {
+            // The used descriptor went to where an older chain is.
+            self.overwritten = self.taken;
+        }
         Ok(())
     }
 

@@ -7,7 +7,7 @@ use core::sync::atomic::{Ordering, fence};
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState};
+use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory, O> {
@@ -73,8 +73,31 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         QueueState { available: self.next_available, used: self.completed as u16 }
     }
 
+    pub(in crate::queue) fn save(&self) -> Result<SavedQueue, QueueError> {
+        Ok(SavedQueue { state: self.state(), in_flight: self.chains.heads() })
+    }
+
+    /// Marks what was in flight, if it can have been: as many chains as were taken and not used.
+    pub(in crate::queue) fn restore(&mut self, SavedQueue { state, in_flight }: &SavedQueue) -> Result<(), QueueError> {
+        let QueueState { available, used } = *state;
+        let taken = available.wrapping_sub(used);
+        if taken > self.size || usize::from(taken) != in_flight.len() {
+            return Err(QueueError::State { in_flight: in_flight.len(), available, used, size: self.size });
+        }
+        self.chains.mark_all(in_flight)
+    }
+
+    /// The chain at `head`, which is marked as in flight.
+    pub(in crate::queue) fn take_again(&mut self, head: u16) -> Result<Chain<M::Lease>, Latched> {
+        self.walk(head)
+    }
+
     pub(in crate::queue) fn in_flight(&self) -> usize {
         self.chains.in_flight()
+    }
+
+    pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
+        self.chains.own(chain)
     }
 
     pub(in crate::queue) const fn size(&self) -> u16 {

@@ -1,0 +1,374 @@
+//! The guests: what each is made of.
+
+use std::fmt::{self, Display, Formatter};
+
+/// A guest: one boot of one kernel, with one or several devices.
+#[derive(Debug)]
+pub(crate) struct Guest {
+    /// Its name on the command line, and its row in the report.
+    pub(crate) name: &'static str,
+    /// What is special about it, in a few words.
+    pub(crate) about: &'static str,
+    /// How its driver reaches the device.
+    pub(super) transport: &'static str,
+    /// Whose driver it is.
+    pub(super) kernel: &'static Kernel,
+    /// What runs the kernel.
+    pub(super) machine: Machine,
+    /// What it finds there.
+    pub(super) devices: &'static [Device],
+}
+
+/// A kernel as Debian ships it.
+#[derive(Debug, PartialEq)]
+pub(super) struct Kernel {
+    /// The package, or a package without content that depends on the current one.
+    pub(super) package: &'static str,
+    /// The architecture by Debian's name.
+    pub(super) architecture: &'static str,
+    /// The release it is from.
+    pub(super) suite: &'static str,
+    /// Where the package keeps the kernel: a folder and how the file's name begins.
+    pub(super) image: (&'static str, &'static str),
+    /// What has to be loaded, in this order, if it is not built in; what a module depends on comes before it by itself.
+    /// The devices' own drivers come after these.
+    pub(super) modules: &'static [&'static str],
+}
+
+impl Guest {
+    /// The queues of each of its disks.
+    pub(super) fn queues(&self) -> u32 {
+        match &self.machine {
+            Machine::Qemu(machine) => machine.processors,
+            Machine::UserMode => 1,
+        }
+    }
+}
+
+/// What runs a kernel.
+#[derive(Debug)]
+pub(super) enum Machine {
+    /// A machine that QEMU emulates instruction by instruction.
+    Qemu(Qemu),
+    /// The kernel is a process of the host: User Mode Linux.
+    UserMode,
+}
+
+/// A machine of QEMU's.
+#[derive(Debug)]
+pub(super) struct Qemu {
+    /// Debian's package.
+    pub(super) package: &'static str,
+    /// The program in it.
+    pub(super) program: &'static str,
+    /// `-M`, without the memory's name.
+    pub(super) machine: &'static str,
+    /// `-cpu`.
+    pub(super) cpu: &'static str,
+    /// Processors, each with a queue of its own on every disk.
+    pub(super) processors: u32,
+    /// MiB of memory.
+    pub(super) memory: u32,
+    /// What else the machine needs.
+    pub(super) arguments: &'static [&'static str],
+    /// How the machine's console is wired to the character device `console`.
+    pub(super) console: [&'static str; 2],
+    /// The console by the kernel's name.
+    pub(super) tty: &'static str,
+    /// What the devices are plugged into.
+    pub(super) bus: Bus,
+    /// How the line begins in which firmware with a virtio driver of its own tells a disk that it has set up; it ends
+    /// with `s=` and the disk's sectors.
+    pub(super) firmware: Option<&'static str>,
+}
+
+/// What a machine's devices are plugged into.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Bus {
+    /// virtio over PCI, without the legacy interface.
+    Pci,
+    /// The same, with a function of System z's PCI in front of each device.
+    Zpci,
+    /// virtio over MMIO.
+    Mmio,
+}
+
+/// One device, and what is asked of its driver.
+#[derive(Debug)]
+pub(super) struct Device {
+    /// What it is.
+    pub(super) kind: Kind,
+    /// What is special about it, within the guest.
+    pub(super) variant: &'static str,
+    /// Added to the machine's device.
+    pub(super) options: &'static str,
+    /// Feature bits that the driver has to have accepted.
+    pub(super) features: &'static [u32],
+}
+
+/// The devices of the lab.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Kind {
+    /// A disk.
+    Blk,
+    /// A source of entropy.
+    Rng,
+}
+
+impl Kind {
+    /// All of them.
+    pub(super) const ALL: [Self; 2] = [Self::Blk, Self::Rng];
+
+    /// As `polyvirt serve` and the report call it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Blk => "blk",
+            Self::Rng => "rng",
+        }
+    }
+
+    /// The number of its type (5).
+    pub(super) fn id(self) -> u32 {
+        match self {
+            Self::Blk => 2,
+            Self::Rng => 4,
+        }
+    }
+
+    /// The module of Linux that drives it.
+    pub(super) fn driver(self) -> &'static str {
+        match self {
+            Self::Blk => "virtio_blk",
+            Self::Rng => "virtio_rng",
+        }
+    }
+}
+
+impl Device {
+    /// The format of its rings.
+    pub(super) fn ring(&self) -> &'static str {
+        if self.features.contains(&RING_PACKED) { "packed" } else { "split" }
+    }
+}
+
+impl Display for Device {
+    /// As the guest calls it: no other device of the guest has this name.
+    fn fmt(&self, formatter: &mut Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{}-{}", self.kind.name(), self.variant)
+    }
+}
+
+/// VIRTIO_F_VERSION_1, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED (6).
+const VERSION_1: u32 = 32;
+const ACCESS_PLATFORM: u32 = 33;
+const RING_PACKED: u32 = 34;
+
+const SPLIT: Device = blk("split", "", &[VERSION_1]);
+const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
+const IOMMU: Device = blk("iommu", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
+const RNG: Device = Device { kind: Kind::Rng, variant: "split", options: "", features: &[VERSION_1] };
+
+const fn blk(variant: &'static str, options: &'static str, features: &'static [u32]) -> Device {
+    Device { kind: Kind::Blk, variant, options, features }
+}
+
+const STABLE: &str = "bookworm";
+/// The first release with riscv64.
+const NEXT: &str = "trixie";
+
+static UML: Kernel = Kernel {
+    package: "user-mode-linux",
+    architecture: "amd64",
+    suite: STABLE,
+    image: ("usr/bin", "linux"),
+    modules: &[],
+};
+static X86: Kernel = Kernel {
+    package: "linux-image-cloud-amd64",
+    architecture: "amd64",
+    suite: STABLE,
+    image: ("boot", "vmlinuz-"),
+    modules: &["virtio_pci", "virtio_mmio"],
+};
+static S390X: Kernel = Kernel {
+    package: "linux-image-s390x",
+    architecture: "s390x",
+    suite: STABLE,
+    image: ("boot", "vmlinuz-"),
+    modules: &["crc32c_generic", "ext4", "virtio_pci"],
+};
+static PPC64LE: Kernel = Kernel {
+    package: "linux-image-powerpc64le",
+    architecture: "ppc64el",
+    suite: STABLE,
+    image: ("boot", "vmlinux-"),
+    modules: &["crc32c_generic", "ext4", "virtio_pci"],
+};
+static AARCH64: Kernel = Kernel {
+    package: "linux-image-cloud-arm64",
+    architecture: "arm64",
+    suite: STABLE,
+    image: ("boot", "vmlinuz-"),
+    modules: &["virtio_mmio"],
+};
+static RISCV64: Kernel = Kernel {
+    package: "linux-image-riscv64",
+    architecture: "riscv64",
+    suite: NEXT,
+    image: ("boot", "vmlinu"),
+    modules: &["crc32c_generic", "ext4", "virtio_mmio"],
+};
+
+/// virtio-mmio of version 2: version 1 has only the legacy interface (4.2.4).
+const MODERN_MMIO: [&str; 2] = ["-global", "virtio-mmio.force-legacy=false"];
+const SERIAL: [&str; 2] = ["-serial", "chardev:console"];
+/// The guest's clock counts instructions. Linux on x86 measures its clocks against each other while it boots; on a busy
+/// host, clocks that go by the host's do not agree, and it hangs.
+const OWN_TIME: [&str; 2] = ["-icount", "shift=2"];
+
+static GUESTS: [Guest; 7] = [
+    Guest {
+        name: "uml",
+        about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
+        transport: "vhost-user",
+        kernel: &UML,
+        machine: Machine::UserMode,
+        devices: &[SPLIT, RNG],
+    },
+    Guest {
+        name: "x86-pc",
+        about: "the firmware's own driver comes first, then Linux virtio-pci",
+        transport: "pci",
+        kernel: &X86,
+        machine: Machine::Qemu(Qemu {
+            package: "qemu-system-x86",
+            program: "qemu-system-x86_64",
+            machine: "pc",
+            cpu: "max",
+            processors: 2,
+            memory: 512,
+            // The second and third line are what SeaBIOS tells, at a port of its own.
+            arguments: &[
+                OWN_TIME[0],
+                OWN_TIME[1],
+                "-chardev",
+                "file,id=firmware,path=/dev/stderr",
+                "-device",
+                "isa-debugcon,iobase=0x402,chardev=firmware",
+            ],
+            console: SERIAL,
+            tty: "ttyS0",
+            bus: Bus::Pci,
+            firmware: Some("drive "),
+        }),
+        devices: &[SPLIT, PACKED, RNG],
+    },
+    Guest {
+        name: "x86-microvm",
+        about: "virtio-mmio",
+        transport: "mmio",
+        kernel: &X86,
+        machine: Machine::Qemu(Qemu {
+            package: "qemu-system-x86",
+            program: "qemu-system-x86_64",
+            // ACPI is how a stock kernel finds virtio-mmio. qboot, since SeaBIOS's driver puts its buffers where the
+            // machine has no shared memory.
+            machine: "microvm,acpi=on",
+            cpu: "max",
+            processors: 1,
+            memory: 512,
+            arguments: &["-bios", "qboot.rom", MODERN_MMIO[0], MODERN_MMIO[1], OWN_TIME[0], OWN_TIME[1]],
+            console: SERIAL,
+            tty: "ttyS0",
+            bus: Bus::Mmio,
+            firmware: None,
+        }),
+        devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "s390x",
+        about: "big-endian, with little-endian rings",
+        transport: "pci",
+        kernel: &S390X,
+        machine: Machine::Qemu(Qemu {
+            package: "qemu-system-s390x",
+            program: "qemu-system-s390x",
+            machine: "s390-ccw-virtio",
+            cpu: "max",
+            processors: 1,
+            memory: 512,
+            arguments: &[],
+            console: ["-device", "sclpconsole,chardev=console"],
+            tty: "ttysclp0",
+            bus: Bus::Zpci,
+            firmware: None,
+        }),
+        devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "ppc64le",
+        about: "pseries; once with every access through the IOMMU",
+        transport: "pci",
+        kernel: &PPC64LE,
+        machine: Machine::Qemu(Qemu {
+            package: "qemu-system-ppc",
+            program: "qemu-system-ppc64",
+            // x-vof: no firmware to run. The other options are mitigations that TCG does not have and warns about.
+            machine: "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+            cpu: "power9",
+            processors: 1,
+            memory: 1024,
+            arguments: &[],
+            console: ["-device", "spapr-vty,chardev=console"],
+            tty: "hvc0",
+            bus: Bus::Pci,
+            firmware: None,
+        }),
+        devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "aarch64",
+        about: "virtio-mmio found in the device tree",
+        transport: "mmio",
+        kernel: &AARCH64,
+        machine: Machine::Qemu(Qemu {
+            package: "qemu-system-arm",
+            program: "qemu-system-aarch64",
+            machine: "virt",
+            cpu: "cortex-a57",
+            processors: 1,
+            memory: 512,
+            arguments: &MODERN_MMIO,
+            console: SERIAL,
+            tty: "ttyAMA0",
+            bus: Bus::Mmio,
+            firmware: None,
+        }),
+        devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "riscv64",
+        about: "virtio-mmio found in the device tree, and a newer kernel",
+        transport: "mmio",
+        kernel: &RISCV64,
+        machine: Machine::Qemu(Qemu {
+            package: "qemu-system-riscv",
+            program: "qemu-system-riscv64",
+            machine: "virt",
+            cpu: "rv64",
+            processors: 1,
+            memory: 1024,
+            arguments: &MODERN_MMIO,
+            console: SERIAL,
+            tty: "ttyS0",
+            bus: Bus::Mmio,
+            firmware: None,
+        }),
+        devices: &[SPLIT, PACKED],
+    },
+];
+
+/// All of them, in the order in which they are run.
+pub(crate) fn guests() -> &'static [Guest] {
+    &GUESTS
+}

@@ -1,0 +1,161 @@
+//! The command that boots a guest.
+
+use std::env::consts;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::guests::{Bus, Device, Guest, Kind, Machine, Qemu};
+use super::parts::Part;
+use super::{Cache, LabError, tool};
+
+/// What a boot needs besides the machine.
+pub(super) struct Boot<'a> {
+    /// The kernel's image.
+    pub(super) kernel: &'a Path,
+    /// Its first file system.
+    pub(super) initramfs: &'a Path,
+    /// Each device with the socket behind which it is served.
+    pub(super) devices: &'a [(&'a Device, PathBuf)],
+    /// A folder for what the machine writes.
+    pub(super) folder: &'a Path,
+}
+
+/// The command that boots `guest`.
+pub(super) fn command(guest: &Guest, cache: &Cache, boot: &Boot<'_>) -> Result<Command, LabError> {
+    match &guest.machine {
+        Machine::Qemu(machine) => Ok(qemu(machine, cache, boot)),
+        Machine::UserMode if consts::ARCH == "x86_64" => Ok(user_mode(boot)),
+        Machine::UserMode => {
+            Err(LabError::Host(format!("Debian's User Mode Linux runs on x86_64, not on {}", consts::ARCH)))
+        }
+    }
+}
+
+/// The name and version of what emulates the machine; none for a kernel that is a process.
+pub(super) fn version(guest: &Guest, cache: &Cache) -> Option<String> {
+    let Machine::Qemu(machine) = &guest.machine else { return None };
+    let told = tool::run(program(machine, cache).arg("--version")).ok()?;
+    // "QEMU emulator version 10.0.2 (Debian …)"
+    Some(format!("QEMU {}", told.split_whitespace().nth(3)?))
+}
+
+/// QEMU out of its unpacked packages, with the libraries that came along.
+fn program(machine: &Qemu, cache: &Cache) -> Command {
+    let root = Part::Emulator(machine.package).place(cache);
+    let triplet = format!("{}-linux-gnu", consts::ARCH);
+    let libraries = [root.join("usr/lib").join(&triplet), root.join("lib").join(&triplet)];
+    let mut command = Command::new(root.join("usr/bin").join(machine.program));
+    // No error: the folders' names hold no colon unless the cache's does, and then nothing is found.
+    command.env("LD_LIBRARY_PATH", std::env::join_paths(&libraries).unwrap_or_default());
+    command.env("QEMU_MODULE_DIR", libraries[0].join("qemu"));
+    for firmware in ["qemu", "seabios"] {
+        command.arg("-L").arg(root.join("usr/share").join(firmware));
+    }
+    command
+}
+
+fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
+    let mut command = program(machine, cache);
+    // The device's process maps the guest's memory.
+    let memory = machine.memory;
+    command
+        .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"])
+        .args(["-M", &format!("{},memory-backend=mem", machine.machine), "-cpu", machine.cpu])
+        .args(["-smp", &machine.processors.to_string(), "-m", &format!("{memory}M")])
+        .args(["-object", &format!("memory-backend-memfd,id=mem,size={memory}M,share=on")])
+        .args(machine.arguments)
+        .arg("-kernel")
+        .arg(boot.kernel)
+        .arg("-initrd")
+        .arg(boot.initramfs)
+        .args(["-append", &format!("console={} rdinit=/init quiet panic=-1", machine.tty)])
+        .args(["-chardev", "stdio,id=console,signal=off"])
+        .args(machine.console);
+    for (number, (device, socket)) in (1..).zip(boot.devices) {
+        let mut chardev = OsString::from(format!("socket,id=socket{number},path="));
+        chardev.push(socket);
+        command.arg("-chardev").arg(chardev);
+        if machine.bus == Bus::Zpci {
+            command.args(["-device", &format!("zpci,uid={number},target=device{number}")]);
+        }
+        let bus = match (machine.bus, device.kind) {
+            (Bus::Pci | Bus::Zpci, Kind::Blk) => "-pci-non-transitional",
+            (Bus::Pci | Bus::Zpci, Kind::Rng) => "-pci",
+            (Bus::Mmio, _) => "",
+        };
+        let Device { kind, options, .. } = device;
+        let device = format!("vhost-user-{}{bus},id=device{number},chardev=socket{number}{options}", kind.name());
+        command.args(["-device", &device]);
+    }
+    command
+}
+
+/// User Mode Linux. The number behind a socket is the device's type.
+fn user_mode(boot: &Boot<'_>) -> Command {
+    let argument = |name: &str, value: &Path| {
+        let mut argument = OsString::from(name);
+        argument.push(value);
+        argument
+    };
+    let mut command = Command::new(boot.kernel);
+    command
+        .args(["mem=128M", "con=null", "con0=fd:0,fd:1", "umid=lab", "rdinit=/init", "quiet", "panic=-1"])
+        .arg(argument("initrd=", boot.initramfs))
+        // Ends with a slash.
+        .arg(argument("uml_dir=", &boot.folder.join("")));
+    for (device, socket) in boot.devices {
+        let mut place = argument("virtio_uml.device=", socket);
+        place.push(format!(":{}", device.kind.id()));
+        command.arg(place);
+    }
+    // Where it keeps its memory.
+    command.env("TMPDIR", boot.folder);
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::guests::guests;
+    use super::*;
+
+    fn told(name: &str) -> String {
+        let guest = guests().iter().find(|guest| guest.name == name).unwrap();
+        let devices: Vec<_> =
+            guest.devices.iter().map(|device| (device, PathBuf::from(format!("/run/{device}")))).collect();
+        let boot = Boot {
+            kernel: Path::new("/kernel"),
+            initramfs: Path::new("/initramfs"),
+            devices: &devices,
+            folder: Path::new("/run"),
+        };
+        let command = command(guest, &Cache::at(Path::new("/lab")), &boot).unwrap();
+        format!("{command:?}").replace('"', "")
+    }
+
+    #[test]
+    fn every_device_has_a_socket_and_its_options() {
+        let command = told("ppc64le");
+        assert!(command.contains("-chardev socket,id=socket3,path=/run/blk-iommu"), "{command}");
+        let device = "vhost-user-blk-pci-non-transitional,id=device3,chardev=socket3,iommu_platform=on";
+        assert!(command.contains(device), "{command}");
+    }
+
+    #[test]
+    fn a_device_on_system_z_has_a_function_in_front_of_it() {
+        assert!(told("s390x").contains("-device zpci,uid=2,target=device2 -device vhost-user-blk-pci"));
+    }
+
+    #[test]
+    fn user_mode_linux_is_told_sockets_and_device_types() {
+        if consts::ARCH != "x86_64" {
+            println!("skipped: User Mode Linux runs on x86_64 only");
+            return;
+        }
+        let command = told("uml");
+        assert!(
+            command.contains("virtio_uml.device=/run/blk-split:2") && command.contains("uml_dir=/run/"),
+            "{command}"
+        );
+    }
+}

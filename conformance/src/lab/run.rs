@@ -1,0 +1,204 @@
+//! Boots guests, and makes cells of what comes of it.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use super::boot::boot;
+use super::disk::{self, Image};
+use super::guests::{Device, Guest, Kind, Machine};
+use super::judge::{Evidence, Wrong, cases};
+use super::kernel::Kept;
+use super::parts::Part;
+use super::server::Server;
+use super::transcript::Transcript;
+use super::{Cache, LabError, initramfs, machine};
+use crate::report::{Case, Cell, Failure, Outcome, Skipped};
+
+/// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
+const EVIDENCE: &str = "emulated";
+
+/// How far a run is.
+pub(crate) enum Step {
+    /// What a guest does now.
+    At(String),
+    /// A guest is done.
+    Done,
+}
+
+/// Runs each of `guests`; a cell for each of its devices. What cannot be booted here is skipped, with the reason.
+pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn FnMut(Step)) -> Vec<Cell> {
+    let mut cells = Vec::new();
+    for guest in guests {
+        progress(Step::At(format!("{}: booting", guest.name)));
+        match one(cache, guest, progress) {
+            Ok(these) => cells.extend(these),
+            Err(error) => {
+                let told = Transcript::without_a_start(&error);
+                cells.extend(guest.devices.iter().map(|device| match error.is_absence() {
+                    true => skipped(guest, device, &error.to_string()),
+                    false => broken(guest, device, &told),
+                }));
+            }
+        }
+        progress(Step::Done);
+    }
+    cells
+}
+
+/// A device of a guest, and what stands behind it.
+struct Served {
+    device: &'static Device,
+    image: Option<Image>,
+    socket: PathBuf,
+    server: Server,
+}
+
+impl Served {
+    fn start(folder: &Path, device: &'static Device, queues: u32) -> Result<Self, LabError> {
+        let image = match device.kind {
+            Kind::Blk => Some(Image::create(folder, device.variant).map_err(LabError::file(folder))?),
+            Kind::Rng => None,
+        };
+        let socket = folder.join(format!("{device}.sock"));
+        let server = Server::start(device.kind, image.as_ref().map(|image| &*image.path), queues, &socket)?;
+        Ok(Self { device, image, socket, server })
+    }
+
+    /// What the guest has to know.
+    fn line(&self) -> String {
+        let Device { kind, variant, .. } = self.device;
+        format!("{} {variant} {}\n", kind.name(), self.image.as_ref().map(Image::places).unwrap_or_default())
+    }
+}
+
+/// One guest with all its devices.
+fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> Result<Vec<Cell>, LabError> {
+    if let Some(missing) = Part::all(guest).into_iter().find(|part| !part.is_there(cache)) {
+        return Err(LabError::NotSetUp { what: missing.name(), guest: guest.name });
+    }
+    let place = Part::Kernel(guest.kernel).place(cache);
+    let not_there = || LabError::NotSetUp { what: place.display().to_string(), guest: guest.name };
+    let kernel = Kept::open(&place, guest.kernel).ok_or_else(not_there)?;
+
+    // Not in the cache: a socket's path is short.
+    let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
+    let folder = folder.path();
+    let (driven, lacking): (Vec<_>, Vec<_>) = guest.devices.iter().partition(|device| kernel.drives(device.kind));
+    let mut served = driven
+        .iter()
+        .map(|device| Served::start(folder, device, guest.queues()))
+        .collect::<Result<Vec<_>, LabError>>()?;
+    let lines: String = served.iter().map(Served::line).collect();
+    let busybox = Part::tools(guest).place(cache).join("busybox");
+    let archive = initramfs::build(&kernel, &busybox, &lines, &disk::pattern())?;
+    let initramfs = folder.join("initramfs");
+    fs::write(&initramfs, archive).map_err(LabError::file(&initramfs))?;
+
+    let devices: Vec<_> = served.iter().map(|served| (served.device, served.socket.clone())).collect();
+    let boot_with = machine::Boot { kernel: &kernel.image, initramfs: &initramfs, devices: &devices, folder };
+    let command = machine::command(guest, cache, &boot_with)?;
+    let firmware = match &guest.machine {
+        Machine::Qemu(machine) => machine.firmware,
+        Machine::UserMode => None,
+    };
+    let told = boot(command, firmware, &mut |event| {
+        progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
+    })?;
+
+    let Some(version) = told.kernel() else {
+        return Ok(guest.devices.iter().map(|device| broken(guest, device, &told)).collect());
+    };
+    let versions: Vec<_> = [format!("Linux {version}")].into_iter().chain(machine::version(guest, cache)).collect();
+    let disks = driven.iter().filter(|device| device.kind == Kind::Blk).count();
+    let mut cells = Vec::new();
+    for Served { device, image, server, .. } in &mut served {
+        let after = image.as_ref().map(|image| image.after().map_err(LabError::file(&image.path))).transpose()?;
+        let disk = image.as_ref().zip(after.as_ref());
+        let (queues, server_runs) = (guest.queues(), server.runs());
+        cells.push(cell(guest, &Evidence { device, queues, disks, disk, told: &told, server_runs }, &versions));
+    }
+    let why = |kind: Kind| format!("{} has no driver {}", guest.kernel.package, kind.driver());
+    cells.extend(lacking.into_iter().map(|device| skipped(guest, device, &why(device.kind))));
+    Ok(cells)
+}
+
+/// The cell of one device.
+fn cell(guest: &Guest, evidence: &Evidence<'_>, versions: &[String]) -> Cell {
+    let mut cell = empty(guest, evidence.device);
+    cell.versions = versions.to_vec();
+    for case in cases(guest, evidence.device) {
+        let seconds = case.took(evidence).as_secs_f64();
+        let outcome = match case.judge(evidence) {
+            Ok(()) => {
+                cell.passed += 1;
+                Outcome::Passed
+            }
+            Err(wrong) => {
+                cell.failed += 1;
+                cell.failures.push(failure(case.name, wrong, evidence.told));
+                Outcome::Failed
+            }
+        };
+        cell.cases.push(told_case(case.name, case.about, outcome, seconds));
+        cell.seconds += seconds;
+    }
+    cell
+}
+
+fn failure(case: &str, Wrong { expected, observed }: Wrong, told: &Transcript) -> Failure {
+    // What else there was on the console is where a failed boot begins to be understood.
+    Failure {
+        case: case.into(),
+        outcome: Outcome::Failed,
+        statements: Vec::new(),
+        expected,
+        observed,
+        reproduction: told.tail(),
+    }
+}
+
+/// The cell of a device that was not tried, for `reason`.
+fn skipped(guest: &Guest, device: &Device, reason: &str) -> Cell {
+    let mut cell = empty(guest, device);
+    for case in cases(guest, device) {
+        cell.cases.push(told_case(case.name, case.about, Outcome::Skipped, 0.0));
+        cell.skipped.push(Skipped { case: case.name.into(), reason: reason.to_owned() });
+    }
+    cell
+}
+
+/// The cell of a device whose guest was not started, or `told` nothing, though everything is there.
+fn broken(guest: &Guest, device: &Device, told: &Transcript) -> Cell {
+    let (case, about) = ("lab/start", "the device is served, and the guest's kernel started");
+    let mut cell = empty(guest, device);
+    cell.failed = 1;
+    cell.cases.push(told_case(case, about, Outcome::Failed, 0.0));
+    let wrong = Wrong { expected: about.to_owned(), observed: told.ending() };
+    cell.failures.push(failure(case, wrong, told));
+    cell
+}
+
+fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
+    Case { case: name.into(), about: about.into(), outcome, statements: Vec::new(), seconds }
+}
+
+/// A cell in which nothing has happened yet.
+fn empty(guest: &Guest, device: &Device) -> Cell {
+    Cell {
+        hypervisor: guest.name.into(),
+        transport: format!("{}-{}", guest.transport, device.variant),
+        device: device.kind.name().into(),
+        ring: device.ring().into(),
+        evidence: EVIDENCE.into(),
+        versions: Vec::new(),
+        passed: 0,
+        failed: 0,
+        rejected: 0,
+        wedged: 0,
+        skipped: Vec::new(),
+        failures: Vec::new(),
+        seconds: 0.0,
+        cases: Vec::new(),
+        image: None,
+    }
+}

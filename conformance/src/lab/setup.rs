@@ -1,0 +1,108 @@
+//! Fetches what guests are put together from.
+
+use std::env::consts;
+use std::fs;
+
+use super::apt::Apt;
+use super::guests::Guest;
+use super::parts::Part;
+use super::{Cache, LabError};
+
+/// What became of one part.
+pub(crate) struct Fetched {
+    /// Its name in the cache.
+    pub(crate) part: String,
+    /// The guests that need it.
+    pub(crate) guests: Vec<&'static str>,
+    /// Whether it had been there before; or why it cannot be had.
+    pub(crate) outcome: Result<bool, LabError>,
+}
+
+/// Fetches what `guests` need and is not there yet; `starting` hears each part's name before it is fetched.
+pub(crate) fn setup(
+    cache: &Cache,
+    guests: &[&'static Guest],
+    starting: &mut dyn FnMut(&str),
+) -> Result<Vec<Fetched>, LabError> {
+    let parts = parts(guests);
+    let missing: Vec<_> = parts.iter().map(|(part, _)| *part).filter(|part| !part.is_there(cache)).collect();
+    let prepared = if missing.is_empty() { None } else { Some(prepare(cache, &missing)?) };
+    // Lists that cannot be fetched may have been fetched before; what cannot be had without them says why.
+    let stale = prepared.as_ref().and_then(|apt| {
+        starting("the lists of packages");
+        apt.update().err().map(|error| error.to_string())
+    });
+    let fetch = |(part, guests): (Part, Vec<&'static str>)| {
+        let name = part.name();
+        let outcome = match &prepared {
+            Some(apt) if missing.contains(&part) => {
+                starting(&name);
+                let fetched = part.fetch(apt, cache).map(|()| false);
+                fetched.map_err(|error| stale.clone().map_or(error, LabError::Host))
+            }
+            _ => Ok(true),
+        };
+        Fetched { part: name, guests, outcome }
+    };
+    Ok(parts.into_iter().map(fetch).collect())
+}
+
+/// apt for the releases and architectures that `missing` come from.
+fn prepare(cache: &Cache, missing: &[Part]) -> Result<Apt, LabError> {
+    let host = debian_architecture()?;
+    let mut sources = Vec::new();
+    for part in missing {
+        // What is in backports depends on what is in the release itself.
+        let (suite, architecture) = part.source(host);
+        for suite in [suite, suite.trim_end_matches("-backports")] {
+            if !sources.contains(&(suite, architecture)) {
+                sources.push((suite, architecture));
+            }
+        }
+    }
+    let folder = cache.path("apt");
+    fs::create_dir_all(&folder).map_err(LabError::file(&folder))?;
+    Apt::new(&folder, host, &sources)
+}
+
+/// Each part that any of `guests` needs, with the names of those that do.
+fn parts(guests: &[&'static Guest]) -> Vec<(Part, Vec<&'static str>)> {
+    let mut parts: Vec<(Part, Vec<&'static str>)> = Vec::new();
+    for guest in guests {
+        for part in Part::all(guest) {
+            match parts.iter_mut().find(|(known, _)| *known == part) {
+                Some((_, users)) => users.push(guest.name),
+                None => parts.push((part, vec![guest.name])),
+            }
+        }
+    }
+    parts
+}
+
+/// The host's architecture by Debian's name.
+fn debian_architecture() -> Result<&'static str, LabError> {
+    match consts::ARCH {
+        "x86_64" => Ok("amd64"),
+        "aarch64" => Ok("arm64"),
+        other => Err(LabError::Host(format!("the lab runs on x86_64 and aarch64, not on {other}"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::guests::guests;
+    use super::*;
+
+    #[test]
+    fn a_part_that_two_guests_need_is_fetched_once() {
+        let all: Vec<_> = guests().iter().collect();
+        let parts = parts(&all);
+        let emulator = parts.iter().filter(|(part, _)| *part == Part::Emulator("qemu-system-x86")).collect::<Vec<_>>();
+        assert_eq!(emulator.len(), 1);
+        assert_eq!(emulator[0].1, ["x86-pc", "x86-microvm"]);
+        let mut names: Vec<_> = parts.iter().map(|(part, _)| part.name()).collect();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), parts.len(), "no two parts are kept in one place");
+    }
+}

@@ -1,0 +1,140 @@
+//! What the back end tells the front end without being asked: calls (interrupts), and requests over its own socket.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::unistd::write;
+use polyvirt_core::hypervisor::{Cause, Interrupt};
+
+use super::connection::Connection;
+use super::messages::{BackendRequest, Payload, VringState};
+
+/// The calls of one device.
+#[derive(Default)]
+pub(super) struct Calls(Mutex<Lines>);
+
+#[derive(Default)]
+struct Lines {
+    rings: Vec<Line>,
+    /// The back end's own socket.
+    backend: Option<Connection>,
+    /// Whether calls may be messages.
+    in_band: bool,
+    /// Whether a change of the configuration may be told.
+    config: bool,
+    /// Whether such a message waits for room.
+    config_due: bool,
+}
+
+#[derive(Default)]
+struct Line {
+    call: Option<OwnedFd>,
+    error: Option<OwnedFd>,
+    /// Whether a message waits for room.
+    due: bool,
+}
+
+impl Calls {
+    /// Forgets everything; there are `rings` queues.
+    pub(super) fn reset(&self, rings: usize) {
+        let mut lines = self.lock();
+        *lines = Lines::default();
+        lines.rings.resize_with(rings, Line::default);
+    }
+
+    /// Queue `index` is called by `fd`, or by messages.
+    pub(super) fn set_call(&self, index: usize, fd: Option<OwnedFd>) {
+        if let Some(line) = self.lock().rings.get_mut(index) {
+            line.call = fd.map(never_block);
+        }
+    }
+
+    /// Queue `index` is said to be broken by `fd`.
+    pub(super) fn set_error(&self, index: usize, fd: Option<OwnedFd>) {
+        if let Some(line) = self.lock().rings.get_mut(index) {
+            line.error = fd.map(never_block);
+        }
+    }
+
+    /// Requests go to `connection` from now on.
+    pub(super) fn set_backend(&self, connection: Connection) {
+        self.lock().backend = Some(connection);
+    }
+
+    /// What requests may be about: calls, the configuration.
+    pub(super) fn allow(&self, in_band: bool, config: bool) {
+        let mut lines = self.lock();
+        (lines.in_band, lines.config) = (in_band, config);
+    }
+
+    /// Queue `index` is broken.
+    pub(super) fn broken(&self, index: usize) {
+        if let Some(fd) = self.lock().rings.get(index).and_then(|line| line.error.as_ref()) {
+            signal(fd.as_fd());
+        }
+    }
+
+    /// What waits for room on the back end's socket goes out as far as there is some. The socket, if something is left.
+    pub(super) fn flush(&self) -> Option<OwnedFd> {
+        let mut lines = self.lock();
+        lines.flush();
+        let waiting = lines.config_due || lines.rings.iter().any(|line| line.due);
+        let backend = lines.backend.as_ref().filter(|_| waiting)?;
+        backend.as_fd().try_clone_to_owned().ok()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Lines> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Lines {
+    fn flush(&mut self) {
+        let Some(backend) = &self.backend else { return };
+        let send = |request: BackendRequest, payload: &[u8]| match backend.try_send(request as u32, 0, payload) {
+            Ok(sent) => sent,
+            Err(error) => {
+                tracing::debug!(%error, request = request.name(), "the front end does not hear requests");
+                // Nobody will: not worth keeping.
+                true
+            }
+        };
+        self.config_due = self.config_due && !send(BackendRequest::ConfigChange, &[]);
+        for (index, line) in self.rings.iter_mut().enumerate() {
+            let call = VringState { index: index as u32, num: 0 };
+            line.due = line.due && !send(BackendRequest::VringCall, &call.to_bytes());
+        }
+    }
+}
+
+impl Interrupt for Calls {
+    fn raise(&self, cause: Cause) {
+        let mut lines = self.lock();
+        let in_band = lines.in_band;
+        match cause {
+            Cause::Queue(index) => match lines.rings.get_mut(usize::from(index)) {
+                Some(Line { call: Some(fd), .. }) => signal(fd.as_fd()),
+                Some(line) => line.due = in_band,
+                None => {}
+            },
+            Cause::Config => lines.config_due = lines.config,
+        }
+        lines.flush();
+    }
+}
+
+/// Adds an event to `fd`. It fails only if there are so many that one more does not matter, or nobody listens.
+fn signal(fd: BorrowedFd<'_>) {
+    let _ = write(fd, &1u64.to_ne_bytes());
+}
+
+/// A file descriptor of the other side that will not stop us, however full or empty it is.
+pub(super) fn never_block(fd: OwnedFd) -> OwnedFd {
+    let flags = fcntl(&fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+    let set = flags.and_then(|flags| fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)));
+    if let Err(error) = set {
+        tracing::debug!(%error, "a file descriptor stays as it is");
+    }
+    fd
+}

@@ -1,0 +1,181 @@
+//! One thread that serves a device: messages, kicks and the device's news, one after another.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
+
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use nix::unistd::read;
+
+use super::connection::{Connection, ConnectionError};
+use super::device::Backend;
+use super::error::ServeError;
+
+/// Ends a server from another thread.
+#[derive(Clone)]
+pub struct Stop(Arc<EventFd>);
+
+impl Stop {
+    /// One that was not used yet.
+    pub fn new() -> Result<Self, ServeError> {
+        let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+        EventFd::from_flags(flags).map(|fd| Self(Arc::new(fd))).map_err(system("eventfd"))
+    }
+
+    /// Ends the session, and the server.
+    pub fn stop(&self) {
+        // Fails only when the counter is full: then it is used already.
+        let _ = self.0.write(1);
+    }
+}
+
+/// How a session came to its good end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The front end closed the connection.
+    Closed,
+    /// [`Stop`] was used.
+    Stopped,
+}
+
+/// Takes in one connection after another, until `stop`; `ended` hears how each session ended.
+pub fn listen(
+    listener: &UnixListener,
+    backend: &mut Backend,
+    stop: &Stop,
+    mut ended: impl FnMut(&Result<Ended, ServeError>),
+) -> Result<(), ServeError> {
+    loop {
+        let mut fds =
+            [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(stop.0.as_fd(), PollFlags::POLLIN)];
+        wait(&mut fds, false)?;
+        if fds[1].any().unwrap_or(true) {
+            return Ok(());
+        }
+        let socket = match listener.accept() {
+            Ok((socket, _)) => socket,
+            // Whoever knocked is gone.
+            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
+            Err(error) => {
+                let reason = Errno::from_raw(error.raw_os_error().unwrap_or(0));
+                return Err(ServeError::System { call: "accept", reason });
+            }
+        };
+        tracing::info!("a front end connected");
+        let how = backend.serve(socket, stop);
+        match &how {
+            Ok(how) => tracing::info!(?how, "the session ended"),
+            Err(error) => tracing::warn!(%error, "the session was ended"),
+        }
+        ended(&how);
+        if matches!(how, Ok(Ended::Stopped)) {
+            return Ok(());
+        }
+    }
+}
+
+impl Backend {
+    /// Serves one connection until its end. The device is as before afterwards, and can be served again.
+    pub fn serve(&mut self, socket: UnixStream, stop: &Stop) -> Result<Ended, ServeError> {
+        let done = self.session(socket, stop);
+        self.end();
+        match done {
+            Err(ServeError::Connection(ConnectionError::Closed)) => Ok(Ended::Closed),
+            done => done,
+        }
+    }
+
+    fn session(&mut self, socket: UnixStream, stop: &Stop) -> Result<Ended, ServeError> {
+        let mut connection = Connection::new(socket)?;
+        // Which queues have more to do, and whether the device has.
+        let (mut due, mut news) = (vec![false; self.rings.len()], false);
+        loop {
+            let room = self.flush();
+            let ready = self.ready(&connection, stop, room.as_ref(), news || due.contains(&true))?;
+            if ready.stop {
+                return Ok(Ended::Stopped);
+            }
+            for index in ready.kicks {
+                due[index] |= self.kicked(index);
+            }
+            if ready.news {
+                // Before the work, so that news during it are seen afterwards.
+                let _ = self.news.read();
+                news = true;
+            }
+            // What has more to do takes its next turn after everyone else had theirs.
+            if news {
+                news = self.poll();
+            }
+            for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
+                *due = self.kick(index);
+            }
+            if ready.message
+                && let Some(message) = connection.receive()?
+            {
+                self.handle(&connection, message)?;
+            }
+        }
+    }
+
+    /// Takes the event of queue `index`; whether there was one. What cannot be read again is not asked again.
+    fn kicked(&mut self, index: usize) -> bool {
+        let Some(kick) = &self.rings[index].kick else { return false };
+        match read(kick, &mut [0; 8]) {
+            Err(Errno::EAGAIN | Errno::EINTR) => false,
+            Ok(0) | Err(_) => {
+                tracing::debug!(index, "kicks come no more");
+                self.rings[index].kick = None;
+                true
+            }
+            Ok(_) => true,
+        }
+    }
+
+    /// Waits until something is to be done, or only looks if `busy`.
+    fn ready(
+        &self,
+        connection: &Connection,
+        stop: &Stop,
+        room: Option<&OwnedFd>,
+        busy: bool,
+    ) -> Result<Ready, ServeError> {
+        let input = |fd| PollFd::new(fd, PollFlags::POLLIN);
+        let mut fds = vec![input(stop.0.as_fd()), input(connection.as_fd()), input(self.news.as_fd())];
+        let kicks: Vec<_> =
+            self.rings.iter().enumerate().filter_map(|(index, ring)| Some((index, ring.kick.as_ref()?))).collect();
+        fds.extend(kicks.iter().map(|(_, kick)| input(kick.as_fd())));
+        fds.extend(room.map(|room| PollFd::new(room.as_fd(), PollFlags::POLLOUT)));
+        wait(&mut fds, busy)?;
+        let any = |at: usize| fds[at].any().unwrap_or(true);
+        let first = 3;
+        Ok(Ready {
+            stop: any(0),
+            message: any(1),
+            news: any(2),
+            kicks: kicks.iter().enumerate().filter(|(at, _)| any(first + at)).map(|(_, (index, _))| *index).collect(),
+        })
+    }
+}
+
+/// What there is to do.
+struct Ready {
+    stop: bool,
+    message: bool,
+    news: bool,
+    /// Queues that may have been kicked.
+    kicks: Vec<usize>,
+}
+
+fn wait(fds: &mut [PollFd<'_>], busy: bool) -> Result<(), ServeError> {
+    match poll(fds, if busy { PollTimeout::ZERO } else { PollTimeout::NONE }) {
+        Ok(_) | Err(Errno::EINTR) => Ok(()),
+        Err(reason) => Err(ServeError::System { call: "poll", reason }),
+    }
+}
+
+fn system(call: &'static str) -> impl Fn(Errno) -> ServeError {
+    move |reason| ServeError::System { call, reason }
+}
