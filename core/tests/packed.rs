@@ -6,7 +6,7 @@ use common::{BUFFERS, Doorbell, Memory, RING, Shape, buffer};
 use polyvirt_core::queue::packed::layout::{AVAILABLE, NEXT, Position, Tail, USED, WRITE};
 use polyvirt_core::queue::{Layout, QueueError};
 
-const SHAPE: Shape = Shape { size: 5, event_idx: false, indirect: false, layout: Layout::Packed };
+const SHAPE: Shape = Shape { size: 5, event_idx: false, indirect: false, in_order: false, layout: Layout::Packed };
 
 fn put(memory: &Memory, slot: u64, tail: Tail) {
     memory.write(RING + 16 * slot, &BUFFERS.to_le_bytes());
