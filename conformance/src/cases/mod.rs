@@ -19,6 +19,7 @@ pub mod rng;
 pub mod rogue;
 pub mod sample;
 pub mod scripted;
+pub mod suspend;
 
 use crate::suite::Case;
 
@@ -31,6 +32,7 @@ pub fn all() -> Vec<Case> {
         ring::CASES,
         rogue::CASES,
         notify::CASES,
+        suspend::CASES,
         chains::CASES,
         indirect::CASES,
         driver::CASES,

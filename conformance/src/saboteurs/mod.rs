@@ -13,6 +13,7 @@ mod naive;
 mod parsers;
 mod registers;
 mod rings;
+mod suspend;
 
 use std::sync::Arc;
 
@@ -65,6 +66,7 @@ pub fn all() -> impl Iterator<Item = &'static Saboteur> {
         registers::SABOTEURS,
         careless::SABOTEURS,
         rings::SABOTEURS,
+        suspend::SABOTEURS,
         parsers::SABOTEURS,
         far_side::SABOTEURS,
         driver::SABOTEURS,
