@@ -13,6 +13,8 @@ pub mod init;
 pub mod mmio;
 pub mod mmio_driver;
 pub mod notify;
+pub mod packed;
+pub mod packed_driver;
 pub mod played;
 pub mod ring;
 pub mod rng;
@@ -33,9 +35,11 @@ pub fn all() -> Vec<Case> {
         rogue::CASES,
         notify::CASES,
         suspend::CASES,
+        packed::CASES,
         chains::CASES,
         indirect::CASES,
         driver::CASES,
+        packed_driver::CASES,
         mmio::CASES,
         mmio_driver::CASES,
         blk::CASES,
