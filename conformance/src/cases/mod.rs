@@ -12,6 +12,7 @@ pub mod indirect;
 pub mod init;
 pub mod mmio;
 pub mod mmio_driver;
+pub mod mmio_notification;
 pub mod notify;
 pub mod packed;
 pub mod packed_driver;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Case> {
         packed_driver::CASES,
         mmio::CASES,
         mmio_driver::CASES,
+        mmio_notification::CASES,
         blk::CASES,
         blk_commands::CASES,
         rng::CASES,

@@ -154,7 +154,7 @@ fn transport(broken: Transports) -> Arc<dyn Sabotage<Memory>> {
     Arc::new(broken)
 }
 
-fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabotage<Memory>> {
+pub(super) fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabotage<Memory>> {
     struct Registers(fn(RegisterAccess) -> Vec<RegisterAccess>);
     impl Sabotage<Memory> for Registers {
         fn register_access(&self) -> Option<fn(RegisterAccess) -> Vec<RegisterAccess>> {
@@ -164,7 +164,7 @@ fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabot
     Arc::new(Registers(change))
 }
 
-fn role(make: MakeRole) -> Arc<dyn Sabotage<Memory>> {
+pub(super) fn role(make: MakeRole) -> Arc<dyn Sabotage<Memory>> {
     struct Role(MakeRole);
     impl Sabotage<Memory> for Role {
         fn driver_role(&self) -> Option<MakeRole> {

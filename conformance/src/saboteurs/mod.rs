@@ -10,6 +10,7 @@ mod device;
 mod driver;
 mod far_side;
 mod naive;
+mod notification;
 mod parsers;
 mod registers;
 mod rings;
@@ -67,6 +68,7 @@ pub fn all() -> impl Iterator<Item = &'static Saboteur> {
         careless::SABOTEURS,
         rings::SABOTEURS,
         suspend::SABOTEURS,
+        notification::SABOTEURS,
         parsers::SABOTEURS,
         far_side::SABOTEURS,
         driver::SABOTEURS,
