@@ -167,7 +167,7 @@ fn transport(broken: Transports) -> Arc<dyn Sabotage<Memory>> {
     Arc::new(broken)
 }
 
-fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabotage<Memory>> {
+pub(super) fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabotage<Memory>> {
     struct Registers(fn(RegisterAccess) -> Vec<RegisterAccess>);
     impl Sabotage<Memory> for Registers {
         fn register_access(&self) -> Option<fn(RegisterAccess) -> Vec<RegisterAccess>> {

@@ -11,9 +11,11 @@ mod driver;
 mod far_side;
 mod naive;
 mod packed;
+mod notification;
 mod parsers;
 mod registers;
 mod rings;
+mod suspend;
 
 use std::sync::Arc;
 
@@ -76,6 +78,8 @@ pub fn all() -> impl Iterator<Item = &'static Saboteur> {
         careless::SABOTEURS,
         rings::SABOTEURS,
         packed::SABOTEURS,
+        suspend::SABOTEURS,
+        notification::SABOTEURS,
         parsers::SABOTEURS,
         far_side::SABOTEURS,
         driver::SABOTEURS,
