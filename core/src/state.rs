@@ -108,6 +108,14 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self
     }
 
+    /// Lets every queue have up to `entries` entries, whatever the device says, for transports that have no way to tell
+    /// the driver how many there may be.
+    #[must_use]
+    pub fn with_queue_max_size(mut self, entries: u16) -> Self {
+        self.setups.fill(QueueSetup::new(entries.min(MAX_QUEUE_SIZE)));
+        self
+    }
+
     /// What a backend wakes when it has news; the transport's [`poll`](Self::poll) follows. Set before the driver is
     /// ready.
     pub fn set_waker(&mut self, waker: Waker) {
@@ -145,7 +153,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             | self.transport_features
             | rings
             | match self.interface {
-                Interface::Modern => Features::VERSION_1 | Features::SUSPEND,
+                Interface::Modern => Features::VERSION_1 | Features::IN_ORDER | Features::SUSPEND,
                 Interface::Legacy(_) => Features::ANY_LAYOUT,
             }
     }
@@ -480,6 +488,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     layout,
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
+                    in_order: self.accepted.contains(Features::IN_ORDER),
                 },
                 state.unwrap_or(QueueState::start(layout)),
             ),

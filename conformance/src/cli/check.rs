@@ -5,12 +5,14 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell};
+use polyvirt_conformance::daemon::Expectations;
+use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell_within};
 use polyvirt_conformance::{cases, cells};
 use tempfile::NamedTempFile;
 
+use super::daemon;
 use super::output::Output;
 use super::progress::Progress;
 use super::select::Selection;
@@ -18,6 +20,8 @@ use super::{CheckArgs, CheckFormat, CliError, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
 use crate::report::{self, Cell, Facts, ImageSource, Report};
 
+/// How long a case may take with a daemon: every kick wakes another process.
+const DAEMON_WATCHDOG: Duration = Duration::from_secs(120);
 /// The page's name inside the directory of `--report`.
 const PAGE: &str = "report.html";
 
@@ -28,13 +32,18 @@ impl From<ImageError> for CliError {
 }
 
 /// Runs the cells that `args` selects, tells the result, and returns the exit code.
-pub(super) fn run(args: &CheckArgs, output: &mut Output) -> Result<u8, CliError> {
-    let targets = select(args)?;
+///
+/// `daemon` is a device that is not ours, and what is expected of it.
+pub(super) fn run(args: &CheckArgs, daemon: Option<(&str, Option<&str>)>, output: &mut Output) -> Result<u8, CliError> {
+    let (targets, expected) = match daemon {
+        Some((target, expect)) => daemon::select(args, target, expect)?,
+        None => (select(args)?, None),
+    };
     let image = the_image(args, &targets)?;
     let page = args.tell.report.as_deref().map(Page::create).transpose()?;
 
     let begun = Instant::now();
-    let (mut cells, source) = run_cells(&targets, image.as_ref(), args.tell.quiet)?;
+    let (mut cells, source) = run_cells(&targets, image.as_ref(), expected.as_ref(), args.tell.quiet)?;
     if args.lab {
         cells.extend(super::lab::cells(args.tell.quiet)?);
     }
@@ -99,7 +108,9 @@ fn select(args: &CheckArgs) -> Result<Vec<Arc<dyn Target>>, CliError> {
 
 /// The image for the block cells, if there are any.
 fn the_image(args: &CheckArgs, targets: &[Arc<dyn Target>]) -> Result<Option<Image>, CliError> {
-    let needed = targets.iter().any(|target| target.cell().device_type == BLK);
+    // A daemon has a disk of its own already.
+    let carries = |cell: suite::Cell| cell.device_type == BLK && cell.hypervisor != daemon::HYPERVISOR;
+    let needed = targets.iter().any(|target| carries(target.cell()));
     match &args.image {
         Some(_) if !needed => {
             Err(CliError::Mistake("--image needs a cell with a block device: none is selected".into()))
@@ -114,6 +125,7 @@ fn the_image(args: &CheckArgs, targets: &[Arc<dyn Target>]) -> Result<Option<Ima
 fn run_cells(
     targets: &[Arc<dyn Target>],
     image: Option<&Image>,
+    expected: Option<&Expectations>,
     quiet: bool,
 ) -> Result<(Vec<Cell>, Option<ImageSource>), CliError> {
     let cases = cases::all();
@@ -122,10 +134,14 @@ fn run_cells(
     let mut cells = Vec::new();
     for target in targets {
         let cell = target.cell();
-        let result = run_cell(target, &cases, &mut |step| match step {
+        let watchdog = if cell.hypervisor == daemon::HYPERVISOR { DAEMON_WATCHDOG } else { suite::CASE_WATCHDOG };
+        let mut result = run_cell_within(target, &cases, watchdog, &mut |step| match step {
             Step::Started(case) => progress.at(format!("{cell}: {}", case.name)),
             Step::Finished(_) => progress.step(),
         });
+        if let Some(expected) = expected {
+            expected.apply(&mut result);
+        }
         let mut cell_report = Cell::new(&result, &cases);
         if let Some(image) = image.filter(|_| cell.device_type == BLK && target.available().is_ok()) {
             progress.at(format!("{cell}: the image"));

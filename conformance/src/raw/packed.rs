@@ -95,6 +95,12 @@ impl Packed {
         (u64::from_le(self.descriptors.load(at, Ordering::SeqCst)), tail)
     }
 
+    /// What reads the flags of a slot, from any thread.
+    pub fn looker(&self) -> impl Fn(u16) -> u16 + Send + use<> {
+        let ring = self.descriptors.clone();
+        move |index| Tail::from_word(ring.load(2 * usize::from(index) + 1, Ordering::SeqCst)).flags
+    }
+
     /// Writes a descriptor into the ring at `index`, whatever the rules.
     pub fn set_slot(&self, index: u16, address: u64, tail: Tail) {
         let at = 2 * usize::from(index);
@@ -124,8 +130,9 @@ impl Packed {
         chain
     }
 
-    /// Writes `chain` as buffer `id` from the next place on; the flags of its first descriptor are left to the caller.
-    pub(super) fn place(&mut self, id: u16, chain: &[Descriptor]) -> Vec<(Position, Tail)> {
+    /// Writes `chain` as buffer `id` from the next place on; what makes its first descriptor available is
+    /// left to [`Packed::publish`].
+    pub fn place(&mut self, id: u16, chain: &[Descriptor]) -> Vec<(Position, Tail)> {
         let mut late = Vec::new();
         for (number, &Descriptor { address, len, flags, .. }) in chain.iter().enumerate() {
             let at = self.available;
@@ -145,7 +152,7 @@ impl Packed {
     }
 
     /// Makes visible what [`Packed::place`] left.
-    pub(super) fn publish(&mut self, late: Vec<(Position, Tail)>) {
+    pub fn publish(&mut self, late: Vec<(Position, Tail)>) {
         fence(Ordering::SeqCst);
         for (at, tail) in late.into_iter().rev() {
             self.descriptors.store(2 * usize::from(at.index) + 1, tail.to_word(), Ordering::SeqCst);

@@ -312,11 +312,22 @@ struct Turning {
     flags: usize,
 }
 
-impl Notify for Turning {
-    fn notify(&mut self) -> Result<(), TransportError> {
+impl Turning {
+    fn turn(&self) {
         let mut flags = [0];
         let _ = self.descriptors.read(self.flags, &mut flags);
         let _ = self.descriptors.write(self.flags, &[flags[0] ^ WRITE as u8]);
+    }
+}
+
+impl Notify for Turning {
+    fn notify(&mut self) -> Result<(), TransportError> {
+        self.turn();
         self.inner.notify()
+    }
+
+    fn notify_at(&mut self, next: u16) -> Result<(), TransportError> {
+        self.turn();
+        self.inner.notify_at(next)
     }
 }

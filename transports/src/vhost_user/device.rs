@@ -92,7 +92,8 @@ impl Backend {
         let news = EventFd::from_flags(flags).map_err(|reason| ServeError::System { call: "eventfd", reason })?;
         let (news, memory, calls) = (Arc::new(news), Memory::new(), Arc::<Calls>::default());
         let mut state = VirtioDevice::new(device, memory.clone(), calls.clone(), Interface::Modern)
-            .with_features(Features::RING_RESET | Features::RING_PACKED);
+            .with_features(Features::RING_RESET | Features::RING_PACKED)
+            .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
         let mut backend = Self { state, memory, calls, news, rings: Vec::new(), protocol: ProtocolFeatures::empty() };
         backend.begin();

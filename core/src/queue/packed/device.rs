@@ -102,6 +102,10 @@ impl<M: GuestMemory> Ring<M> {
         self.chains.in_flight()
     }
 
+    pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
+        self.chains.own(chain)
+    }
+
     pub(in crate::queue) const fn size(&self) -> u16 {
         self.size
     }
@@ -141,7 +145,8 @@ impl<M: GuestMemory> Ring<M> {
         };
         let id = loop {
             let (address, Tail { len, id, flags }) = parse(descriptor);
-            if flags & INDIRECT != 0 || !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0) {
+            if !at.is_available_buffer(flags) || !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0)
+            {
                 return self.walk_on(assembly, at, descriptor);
             }
             at = at.advanced(1, self.size);
@@ -172,6 +177,10 @@ impl<M: GuestMemory> Ring<M> {
             count += 1;
             if count > self.free() {
                 return Err(self.overrun(count));
+            }
+            // A descriptor that is not available is not to be used (2.8.12), wherever in a chain.
+            if !at.is_available(tail.flags) {
+                return Err(self.chains.fail(QueueError::Unavailable { head: self.next_available.index }));
             }
             at = at.advanced(1, self.size);
             let (piece, writable) = ((address, tail.len), tail.flags & WRITE != 0);

@@ -152,7 +152,8 @@ impl Ring {
                 return None;
             }
         }
-        Some((tail.id.into(), tail.len))
+        // Without WRITE the length means nothing (2.8.5).
+        Some((tail.id.into(), if tail.flags & WRITE != 0 { tail.len } else { 0 }))
     }
 
     /// Reads what stands where the next used descriptor is expected.
@@ -166,6 +167,11 @@ impl Ring {
     #[inline(always)]
     pub(in crate::queue) fn advance(&mut self, entries: u16) {
         self.next_used = self.next_used.advanced(entries, self.size);
+    }
+
+    /// Whether `count` more buffers may be used: their descriptors do not say so one by one.
+    pub(in crate::queue) const fn covers(&self, _count: u64) -> bool {
+        true
     }
 
     fn wish(&mut self, flags: u16) {

@@ -96,6 +96,10 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.chains.in_flight()
     }
 
+    pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
+        self.chains.own(chain)
+    }
+
     pub(in crate::queue) const fn size(&self) -> u16 {
         self.size
     }
