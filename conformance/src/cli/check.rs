@@ -127,6 +127,7 @@ fn run_cells(
             Step::Finished(_) => progress.step(),
         });
         let mut cell_report = Cell::new(&result, &cases);
+        cell_report.versions = target.versions();
         if let Some(image) = image.filter(|_| cell.device_type == BLK && target.available().is_ok()) {
             progress.at(format!("{cell}: the image"));
             cell_report.image = image::through(&**target, image)?;
