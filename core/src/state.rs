@@ -134,7 +134,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             | self.transport_features
             | rings
             | match self.interface {
-                Interface::Modern => Features::VERSION_1 | Features::SUSPEND,
+                Interface::Modern => Features::VERSION_1 | Features::IN_ORDER | Features::SUSPEND,
                 Interface::Legacy(_) => Features::ANY_LAYOUT,
             }
     }
@@ -469,6 +469,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     layout,
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
+                    in_order: self.accepted.contains(Features::IN_ORDER),
                 },
                 state.unwrap_or(QueueState::start(layout)),
             ),

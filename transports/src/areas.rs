@@ -55,6 +55,7 @@ impl Areas {
             layout: if packed { Layout::Packed } else { Layout::Modern },
             event_idx: features.contains(Features::EVENT_IDX),
             indirect: features.contains(Features::INDIRECT_DESC),
+            in_order: features.contains(Features::IN_ORDER),
         };
         Ok(Self { config, descriptors, driver, device })
     }

@@ -13,6 +13,8 @@ pub mod init;
 pub mod mmio;
 pub mod mmio_driver;
 pub mod notify;
+pub mod packed;
+pub mod packed_driver;
 pub mod played;
 pub mod ring;
 pub mod rng;
@@ -31,9 +33,11 @@ pub fn all() -> Vec<Case> {
         ring::CASES,
         rogue::CASES,
         notify::CASES,
+        packed::CASES,
         chains::CASES,
         indirect::CASES,
         driver::CASES,
+        packed_driver::CASES,
         mmio::CASES,
         mmio_driver::CASES,
         blk::CASES,
