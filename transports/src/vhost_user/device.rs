@@ -10,7 +10,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use polyvirt_core::device::Device;
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, USED};
-use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState};
+use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState, SavedQueue};
 use polyvirt_core::state::{Area, Interface, VirtioDevice};
 use polyvirt_core::{Features, Status};
 
@@ -404,14 +404,14 @@ impl Backend {
         let guest =
             |user| self.memory.guest_address(user).ok_or_else(|| failed(format!("{user:#x} is in no memory region")));
         let areas = [guest(addresses.descriptors)?, guest(addresses.available)?, guest(addresses.used)?];
-        let state = self.resumed(ring.base, areas[0], areas[2]);
-        tracing::info!(index, entries = ring.entries, ?state, "a queue starts");
+        let saved = SavedQueue { state: self.resumed(ring.base, areas[0], areas[2]), in_flight: Vec::new() };
+        tracing::info!(index, entries = ring.entries, ?saved, "a queue starts");
         let queue = index as u16;
         self.state.set_queue_size(queue, ring.entries);
         for (area, address) in [Area::Descriptors, Area::Driver, Area::Device].into_iter().zip(areas) {
             self.state.set_queue_address(queue, area, address);
         }
-        self.state.set_queue_state(queue, state);
+        self.state.set_saved_queue(queue, saved);
         self.state.enable_queue(queue);
         if self.state.queue_state(queue).is_none() {
             let reason = self.state.needs_reset().map_or_else(String::new, |reason| reason.to_string());
