@@ -12,6 +12,7 @@ pub mod indirect;
 pub mod init;
 pub mod mmio;
 pub mod mmio_driver;
+pub mod mmio_notification;
 pub mod notify;
 pub mod packed;
 pub mod packed_driver;
@@ -21,6 +22,7 @@ pub mod rng;
 pub mod rogue;
 pub mod sample;
 pub mod scripted;
+pub mod suspend;
 
 use crate::suite::Case;
 
@@ -33,6 +35,7 @@ pub fn all() -> Vec<Case> {
         ring::CASES,
         rogue::CASES,
         notify::CASES,
+        suspend::CASES,
         packed::CASES,
         chains::CASES,
         indirect::CASES,
@@ -40,6 +43,7 @@ pub fn all() -> Vec<Case> {
         packed_driver::CASES,
         mmio::CASES,
         mmio_driver::CASES,
+        mmio_notification::CASES,
         blk::CASES,
         blk_commands::CASES,
         rng::CASES,
