@@ -101,7 +101,7 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
         Machine::Qemu(machine) => machine.firmware,
         Machine::UserMode => None,
     };
-    let told = boot(command, firmware, &mut |event| {
+    let told = boot(&command, firmware, &mut |event| {
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
     })?;
 

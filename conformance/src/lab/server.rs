@@ -25,7 +25,7 @@ impl Server {
         if let Some(image) = image {
             command.args(["--queues", &queues.to_string(), "--image"]).arg(image);
         }
-        let mut process = Process::start(&mut command)?;
+        let mut process = Process::start(&command)?;
         let [out, error] = process.streams();
         // It says one line when it is ready; it says none, and why, if it cannot be.
         let mut ready = String::new();
