@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use core::mem;
 use core::task::Waker;
 
-use crate::device::{Device, Queues};
+use crate::device::{Device, Queues, SharedRegion};
 use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
 use crate::memory::GuestMemory;
@@ -122,9 +122,28 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.waker = waker;
     }
 
+    /// How the driver talks to the device.
+    pub fn interface(&self) -> Interface {
+        self.interface
+    }
+
+    /// The driver talks through `interface`, for transports that offer both (transitional devices, 2.2.3). Ignored while
+    /// a driver uses the device: until a reset it keeps to the interface that it began with.
+    pub fn set_interface(&mut self, interface: Interface) {
+        if self.status.is_empty() && self.interface != interface {
+            self.reset();
+            self.interface = interface;
+        }
+    }
+
     /// The virtio device type (chapter 5).
     pub fn device_type(&self) -> u32 {
         self.device.device_type()
+    }
+
+    /// The device's shared memory regions (2.10).
+    pub fn shared_memory(&self) -> &[SharedRegion] {
+        self.device.shared_memory()
     }
 
     /// The features offered: the device type's, the transport's, and those that the core carries out for every device.

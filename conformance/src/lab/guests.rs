@@ -149,6 +149,12 @@ impl Device {
     pub(super) fn ring(&self) -> &'static str {
         if self.features.contains(&RING_PACKED) { "packed" } else { "split" }
     }
+
+    /// How its driver reaches it, with an IOMMU in between or not.
+    pub(super) fn transport(&self, guest: &Guest) -> String {
+        let iommu = if self.features.contains(&ACCESS_PLATFORM) { "-iommu" } else { "" };
+        format!("{}{iommu}", guest.transport)
+    }
 }
 
 impl Display for Device {
@@ -165,8 +171,10 @@ const RING_PACKED: u32 = 34;
 
 const SPLIT: Device = blk("split", "", &[VERSION_1]);
 const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
-const IOMMU: Device = blk("iommu", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
-const RNG: Device = Device { kind: Kind::Rng, variant: "split", options: "", features: &[VERSION_1] };
+/// User Mode Linux takes whatever is offered.
+const UML_DISK: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
+/// And so does QEMU for this one.
+const RNG: Device = Device { kind: Kind::Rng, variant: "packed", options: "", features: &[VERSION_1, RING_PACKED] };
 
 const fn blk(variant: &'static str, options: &'static str, features: &'static [u32]) -> Device {
     Device { kind: Kind::Blk, variant, options, features }
@@ -233,7 +241,7 @@ static GUESTS: [Guest; 7] = [
         transport: "vhost-user",
         kernel: &UML,
         machine: Machine::UserMode,
-        devices: &[SPLIT, RNG],
+        devices: &[UML_DISK, RNG],
     },
     Guest {
         name: "x86-pc",
@@ -307,7 +315,7 @@ static GUESTS: [Guest; 7] = [
     },
     Guest {
         name: "ppc64le",
-        about: "pseries; once with every access through the IOMMU",
+        about: "pseries",
         transport: "pci",
         kernel: &PPC64LE,
         machine: Machine::Qemu(Qemu {

@@ -186,7 +186,7 @@ fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
 fn empty(guest: &Guest, device: &Device) -> Cell {
     Cell {
         hypervisor: guest.name.into(),
-        transport: format!("{}-{}", guest.transport, device.variant),
+        transport: device.transport(guest),
         device: device.kind.name().into(),
         ring: device.ring().into(),
         evidence: EVIDENCE.into(),

@@ -1,7 +1,7 @@
 //! The device's role on a packed ring.
 
 use alloc::vec::Vec;
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::Ordering;
 
 use super::layout::{
     DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
@@ -9,6 +9,7 @@ use super::layout::{
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
 use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::sync::fence;
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory> {

@@ -1,6 +1,6 @@
 //! The driver's role on a packed ring.
 
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::Ordering;
 
 use super::layout::{
     DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
@@ -8,6 +8,7 @@ use super::layout::{
 use crate::memory::{Owner, Pages, Words};
 use crate::queue::driver::Place;
 use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::sync::fence;
 
 /// The ring in the driver's memory, and where the driver is in it.
 pub(in crate::queue) struct Ring {
