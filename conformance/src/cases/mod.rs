@@ -8,6 +8,8 @@ pub mod console;
 pub mod driver;
 pub mod drivers;
 pub mod features;
+pub mod in_order;
+pub mod in_order_driver;
 pub mod indirect;
 pub mod init;
 pub mod mmio;
@@ -39,8 +41,10 @@ pub fn all() -> Vec<Case> {
         packed::CASES,
         chains::CASES,
         indirect::CASES,
+        in_order::CASES,
         driver::CASES,
         packed_driver::CASES,
+        in_order_driver::CASES,
         mmio::CASES,
         mmio_driver::CASES,
         mmio_notification::CASES,

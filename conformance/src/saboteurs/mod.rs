@@ -9,6 +9,7 @@ mod careless;
 mod device;
 mod driver;
 mod far_side;
+mod in_order;
 mod naive;
 mod notification;
 mod packed;
@@ -79,6 +80,7 @@ pub fn all() -> impl Iterator<Item = &'static Saboteur> {
         rings::SABOTEURS,
         packed::SABOTEURS,
         suspend::SABOTEURS,
+        in_order::SABOTEURS,
         notification::SABOTEURS,
         parsers::SABOTEURS,
         far_side::SABOTEURS,

@@ -14,7 +14,7 @@ use crate::cells::Kind;
 const OWNER: u16 = AVAILABLE | USED;
 
 /// Swaps what two slots say, but for who owns them.
-fn swap(meddler: &Meddler, queue: usize, [one, other]: [u16; 2], addresses: bool) {
+pub(super) fn swap(meddler: &Meddler, queue: usize, [one, other]: [u16; 2], addresses: bool) {
     let table = meddler.ring(queue).table;
     let [first, second] = [one, other].map(|slot| (meddler.descriptor(table, slot).0, meddler.tail(queue, slot)));
     for (slot, own, (address, tail)) in [(one, first.1, second), (other, second.1, first)] {
