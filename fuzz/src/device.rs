@@ -111,7 +111,7 @@ fn config(input: &mut Input<'_>, packed: bool) -> QueueConfig {
         2 => Layout::Legacy(ByteOrder::Little),
         _ => Layout::Legacy(ByteOrder::Big),
     };
-    QueueConfig { size, descriptors, driver, device, layout, event_idx: flags & 1 != 0, indirect: flags & 2 != 0 }
+    QueueConfig { size, descriptors, driver, device, layout, event_idx: flags & 1 != 0, indirect: flags & 2 != 0, in_order: flags & 64 != 0 }
 }
 
 /// Reads and writes a chain's bytes as a device does.

@@ -66,7 +66,7 @@ pub(crate) fn run(data: &[u8], layout: Layout) {
     let size = if packed { 1 + u16::from(input.byte() % 32) } else { 1 << (input.byte() % 6) };
     let entries = usize::from(size);
     let config =
-        QueueConfig { size, layout, event_idx: flags & 1 != 0, indirect: flags & 2 != 0, ..QueueConfig::default() };
+        QueueConfig { size, layout, event_idx: flags & 1 != 0, indirect: flags & 2 != 0, in_order: flags & 64 != 0, ..QueueConfig::default() };
     let (driver, device) = if packed { (4, 4) } else { (6 + 2 * entries, (6 + 8 * entries).next_multiple_of(4)) };
     let shared = Shared::new([16 * entries, driver, device, 64 * entries]);
     allocations::restart();
