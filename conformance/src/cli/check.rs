@@ -145,7 +145,9 @@ fn run_cells(
         if let Some(expected) = expected {
             expected.apply(&mut result);
         }
-        Cell { versions: target.versions(), ..Cell::new(&result, &cases) }
+        let mut told = Cell::new(&result, &cases);
+        told.versions = target.versions();
+        told
     };
     // A daemon has one driver at a time.
     let ours = targets.iter().all(|target| target.cell().hypervisor != daemon::HYPERVISOR);

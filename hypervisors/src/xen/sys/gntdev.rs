@@ -30,12 +30,15 @@ pub(super) fn map(of: u16, first: u32, count: u32, access: Access) -> Result<Pag
 
     let refused = |error: io::Error| refused(MAP, error);
     let size = NonZeroUsize::new(count as usize * PAGE_SIZE).filter(|_| count <= LIMIT && first <= u32::MAX - count);
-    let Some(size) = size else { return Err(super::refused(MAP, format!("expected 1 to {LIMIT} grants, got {count}"))) };
+    let Some(size) = size else {
+        return Err(super::refused(MAP, format!("expected 1 to {LIMIT} grants, got {count}")));
+    };
     let file = open("gntdev")?;
 
     let refs = (first..first + count).map(|reference| GrantRef { domid: of.into(), reference });
     // The head has room for one reference.
-    let mut call = vec![MapGrantRef::default(); 1 + (count as usize).div_ceil(size_of::<MapGrantRef>() / size_of::<GrantRef>())];
+    let mut call =
+        vec![MapGrantRef::default(); 1 + (count as usize).div_ceil(size_of::<MapGrantRef>() / size_of::<GrantRef>())];
     let head = call.as_mut_ptr();
     // SAFETY: the head is there, and `count` references from its `refs` on lie inside the vector, which is as long.
     unsafe {
@@ -52,7 +55,8 @@ pub(super) fn map(of: u16, first: u32, count: u32, access: Access) -> Result<Pag
     let writing = access.contains(Access::WRITE);
     let rights = if writing { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
     // SAFETY: a new mapping wherever there is room harms nobody.
-    let start = unsafe { mmap(None, size, rights, MapFlags::MAP_SHARED, &file, offset) }.map_err(|error| refused(error.into()))?;
+    let start = unsafe { mmap(None, size, rights, MapFlags::MAP_SHARED, &file, offset) }
+        .map_err(|error| refused(error.into()))?;
     let mapping = Mapping(start, size.get());
     // SAFETY: mapped until the owner is dropped; where it is read-only, whoever gets it asked for reading only.
     Ok(unsafe { Pages::new(start.cast(), size.get(), Arc::new(Mapped(mapping, file))) })

@@ -87,11 +87,13 @@ impl Hands {
     /// Starts `program`, which is to call [`serve`]. The file is its gntalloc, to map what it grants.
     pub(super) fn start(program: &mut Command) -> Result<(Self, File), HypervisorError> {
         let failed = |error: io::Error| refused("the hands of the domain", error);
-        let [calls, events, store] = [UnixStream::pair(), UnixStream::pair(), UnixStream::pair()].map(|pair| pair.map_err(failed));
+        let [calls, events, store] =
+            [UnixStream::pair(), UnixStream::pair(), UnixStream::pair()].map(|pair| pair.map_err(failed));
         let ((calls, mailbox), (events, their_events), (store, their_store)) = (calls?, events?, store?);
         let process = program.stdin(OwnedFd::from(mailbox)).stdout(Stdio::null()).spawn().map_err(failed)?;
         // From here on dropping this ends the process.
-        let hands = Self { process: Mutex::new(process), calls: calls.into(), events: events.into(), store: store.into() };
+        let hands =
+            Self { process: Mutex::new(process), calls: calls.into(), events: events.into(), store: store.into() };
         send_files(&lock(&hands.calls), &[their_events.as_raw_fd(), their_store.as_raw_fd()]).map_err(failed)?;
         drop((their_events, their_store));
         let granting = receive_files(&lock(&hands.calls)).map_err(failed)?.into_iter().next();
@@ -106,7 +108,13 @@ impl Hands {
     }
 
     /// Asks over `stream` for `request`, after which `bytes` follow: the reply's number, and what follows it.
-    fn ask(&self, stream: &Mutex<UnixStream>, ask: Ask, numbers: [u32; 2], bytes: &[u8]) -> Result<(u32, Vec<u8>), HypervisorError> {
+    fn ask(
+        &self,
+        stream: &Mutex<UnixStream>,
+        ask: Ask,
+        numbers: [u32; 2],
+        bytes: &[u8],
+    ) -> Result<(u32, Vec<u8>), HypervisorError> {
         let request = [ask as u32, numbers[0], numbers[1], bytes.len() as u32];
         let stream = lock(stream);
         let reply = (|| {
@@ -114,7 +122,8 @@ impl Hands {
             let [how, number, len]: Reply = read_words(&stream)?;
             Ok((how, number, read_bytes(&stream, len)?))
         })();
-        let (how, number, follows) = reply.map_err(|error: io::Error| refused(ask.name(), format!("the hands: {error}")))?;
+        let (how, number, follows) =
+            reply.map_err(|error: io::Error| refused(ask.name(), format!("the hands: {error}")))?;
         match how {
             DONE => Ok((number, follows)),
             IN_USE => Err(HypervisorError::InUse { address: words(&follows).next().unwrap_or(0) }),
@@ -247,9 +256,9 @@ fn carry_out(
     let number = |number| Some((number, Vec::new()));
     let done = |()| number(0);
     match ask {
-        Ask::Grant => devices.grant(a, b as u16, b >> 16 != 0).map(|run| {
-            Some((run.first, run.offsets.iter().flat_map(|offset| offset.to_ne_bytes()).collect()))
-        }),
+        Ask::Grant => devices
+            .grant(a, b as u16, b >> 16 != 0)
+            .map(|run| Some((run.first, run.offsets.iter().flat_map(|offset| offset.to_ne_bytes()).collect()))),
         Ask::EndAccess => devices.end_access(a, b).map(done),
         Ask::AllocUnbound => devices.alloc_unbound(a as u16).map(number),
         Ask::BindInterdomain => devices.bind_interdomain(a as u16, b).map(number),

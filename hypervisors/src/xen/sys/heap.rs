@@ -146,7 +146,9 @@ mod tests {
         assert_eq!(&there, b"two");
         file.write_all_at(b"new", 3 * PAGE_SIZE as u64).unwrap();
         assert_eq!(&bytes(&pages)[..3], b"new");
-        assert!(heap.grantable(&pages).is_err() && heap.grantable(&pages.slice(PAGE_SIZE, PAGE_SIZE).unwrap()).is_err());
+        assert!(
+            heap.grantable(&pages).is_err() && heap.grantable(&pages.slice(PAGE_SIZE, PAGE_SIZE).unwrap()).is_err()
+        );
 
         heap.uncover(40..42);
         assert_eq!((&bytes(&pages)[..3], &bytes(&pages)[PAGE_SIZE..PAGE_SIZE + 3]), (&b"new"[..], &b"two"[..]));

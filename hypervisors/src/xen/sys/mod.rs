@@ -49,11 +49,15 @@ const DEVICES: [&str; 6] = ["gntalloc", "gntdev", "evtchn", "xenbus", "privcmd",
 pub fn available() -> Result<String, HypervisorError> {
     let read = |name: &str| fs::read_to_string(Path::new("/sys/hypervisor").join(name)).unwrap_or_default();
     if read("type").trim() != "xen" {
-        return Err(HypervisorError::Unavailable("not a domain of Xen's: /sys/hypervisor/type does not say xen".into()));
+        return Err(HypervisorError::Unavailable(
+            "not a domain of Xen's: /sys/hypervisor/type does not say xen".into(),
+        ));
     }
     for device in DEVICES.map(|name| format!("/dev/xen/{name}")) {
         File::options().read(true).write(true).open(&device).map_err(|error| {
-            HypervisorError::Unavailable(format!("{device}: {error} (modules xen-gntalloc, xen-gntdev, xen-evtchn and xen-privcmd make them, for root)"))
+            HypervisorError::Unavailable(format!(
+                "{device}: {error} (modules xen-gntalloc, xen-gntdev, xen-evtchn and xen-privcmd make them, for root)"
+            ))
         })?;
     }
     let [major, minor, extra] = ["version/major", "version/minor", "version/extra"].map(read);

@@ -15,9 +15,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 
 use super::super::abi::PAGE_SIZE;
 use super::super::lock;
-use super::abi::{
-    GNTST_EAGAIN, GNTTABOP_SWAP_GRANT_REF, GRANT_TABLE_OP, Hypercall, PRIVCMD_HYPERCALL, SwapGrantRef,
-};
+use super::abi::{GNTST_EAGAIN, GNTTABOP_SWAP_GRANT_REF, GRANT_TABLE_OP, Hypercall, PRIVCMD_HYPERCALL, SwapGrantRef};
 use super::{open, refused};
 use crate::mapping::Mapping;
 
