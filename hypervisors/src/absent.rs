@@ -147,7 +147,7 @@ macro_rules! absent {
 pub(crate) use absent;
 
 #[cfg(test)]
-#[allow(unreachable_pub)]
+#[allow(unreachable_pub, dead_code, reason = "not every port has a use for all of it")]
 mod tests {
     use polyvirt_transports::mmio;
 
