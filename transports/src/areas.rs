@@ -98,6 +98,7 @@ impl Areas {
             layout: Layout::Legacy(NATIVE),
             event_idx: features.contains(Features::EVENT_IDX),
             indirect: features.contains(Features::INDIRECT_DESC),
+            in_order: false,
         };
         let (descriptors, driver, device) = (part(0, driver)?, part(driver, device)?, part(device, end)?);
         Ok(Self { config, descriptors, driver, device, _shared: vec![whole] })
