@@ -49,10 +49,10 @@ macro_rules! shim {
 
 /// Every port: a line for each.
 pub(crate) const SHIMS: &[Shim] = &[
-    shim!("kvm": "mod" "abi" "host" "guest"; "machine": "machine"; "hands": "hands"),
+    shim!("kvm": "mod" "abi" "host" "guest"; "PCI": "pci"; "machine": "machine"; "vCPU": "vcpu"; "hands": "hands"),
     shim!("xen": "mod" "abi" "host" "guest"; "xenstore client": "store" "wire"; "domain kernel": "kernel"; "model": "model/mod" "model/domain" "model/events" "model/grants" "model/memory" "model/ring" "model/tree" "model/xenstored"),
     shim!("lguest": "mod" "abi" "host" "guest"; "launcher": "launcher"; "kernel": "kernel"; "hands": "hands"),
-    shim!("loopback": "mod" "host" "guest"),
+    shim!("loopback": "mod" "host" "guest"; "PCI": "pci"),
 ];
 
 /// What ports share: no port's own, and counted apart.

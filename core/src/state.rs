@@ -61,6 +61,8 @@ pub struct VirtioDevice<M: GuestMemory> {
     unserved: Vec<bool>,
     /// Whether the driver wants the device suspended: it is once it has nothing in flight.
     suspending: bool,
+    /// Whether a legacy driver uses the device before it has said DRIVER_OK.
+    early: bool,
     reason: Option<QueueError>,
 }
 
@@ -96,6 +98,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             queues,
             unserved,
             suspending: false,
+            early: false,
             reason: None,
         }
     }
@@ -169,7 +172,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             Interface::Modern => Status::FEATURES_OK,
             Interface::Legacy(_) => Status::DRIVER_OK,
         };
-        if !self.status.intersects(settled | Status::FAILED) {
+        if !self.status.intersects(settled | Status::FAILED) && !self.early {
             self.accepted = features;
         }
     }
@@ -210,7 +213,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.status |= new;
         if new.contains(Status::FAILED) {
             self.stop();
-        } else if new.contains(Status::DRIVER_OK) {
+        } else if new.contains(Status::DRIVER_OK) && !mem::take(&mut self.early) {
             self.start();
         }
     }
@@ -242,7 +245,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
     /// Whether the driver drives the device: buffers are consumed, and guest memory is accessed, only then.
     pub fn is_running(&self) -> bool {
         let stopped = Status::FAILED | Status::DEVICE_NEEDS_RESET | Status::SUSPEND;
-        self.status & (Status::DRIVER_OK | stopped) == Status::DRIVER_OK
+        (self.early || self.status.contains(Status::DRIVER_OK)) && !self.status.intersects(stopped)
     }
 
     /// Why the device needs a reset; none while it does not.
@@ -423,6 +426,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
     /// The driver kicked queue `index`. True if there is more to do: call this or [`poll`](Self::poll), others in
     /// between.
     pub fn kick(&mut self, index: u16) -> bool {
+        self.begin_early(index);
         self.work(Some(index))
     }
 
@@ -459,6 +463,20 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
         self.device.activate(self.accepted, self.waker.clone());
         self.begin();
+    }
+
+    /// A legacy driver may use the device before it says DRIVER_OK (3.1.2 Legacy Interface: Device Initialization), though
+    /// not before it says that it is there: its first kick starts the device.
+    fn begin_early(&mut self, index: u16) {
+        let stages = Status::DRIVER | Status::DRIVER_OK | Status::DEVICE_NEEDS_RESET | Status::FAILED;
+        if self.interface != Interface::Modern
+            && !self.early
+            && self.status & stages == Status::DRIVER
+            && self.queue_enabled(index)
+        {
+            self.early = true;
+            self.start();
+        }
     }
 
     /// The first turn after queues were started: whoever filled them before may not kick again, and what the device
@@ -563,6 +581,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
     fn stop(&mut self) {
         self.suspending = false;
+        self.early = false;
         self.device.reset();
         self.queues.iter_mut().for_each(|queue| *queue = None);
         self.unserved.fill(false);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use polyvirt_core::hypervisor::{self, BusDevice, HypervisorError, Interrupt, Share};
 use polyvirt_core::memory::{Access, FlatMemory, Pages};
-use polyvirt_transports::{mmio, xenbus};
+use polyvirt_transports::{mmio, pci, xenbus};
 
 /// A host half that cannot exist, on a bus with places `P`.
 pub struct Host<P>(Infallible, PhantomData<fn() -> P>);
@@ -72,6 +72,44 @@ impl mmio::Registers for Guest<mmio::Place> {
     }
 
     fn store(&self, _address: u64, _data: &[u8]) -> Result<(), HypervisorError> {
+        match self.0 {}
+    }
+}
+
+impl pci::Platform for Host<mmio::Place> {
+    type Memory = Arc<FlatMemory>;
+
+    fn memory(&self) -> Self::Memory {
+        match self.0 {}
+    }
+
+    fn forward_to(&mut self, _root: Arc<pci::Root>) {
+        match self.0 {}
+    }
+
+    fn wires(&mut self, _function: u8, _queues: u16, _vectors: u16) -> Result<Arc<dyn pci::Wires>, HypervisorError> {
+        match self.0 {}
+    }
+
+    fn serve(&mut self, _function: u8, _device: pci::SharedDevice) -> Result<(), HypervisorError> {
+        match self.0 {}
+    }
+}
+
+impl pci::Machine for Guest<mmio::Place> {
+    fn address_map(&self) -> pci::AddressMap {
+        match self.0 {}
+    }
+
+    fn input(&self, _port: u16, _data: &mut [u8]) -> Result<(), HypervisorError> {
+        match self.0 {}
+    }
+
+    fn output(&self, _port: u16, _data: &[u8]) -> Result<(), HypervisorError> {
+        match self.0 {}
+    }
+
+    fn message(&self, _line: u32) -> pci::Message {
         match self.0 {}
     }
 }

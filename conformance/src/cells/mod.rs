@@ -5,6 +5,8 @@
 
 mod devices;
 mod guard;
+mod notes;
+mod pci;
 mod ports;
 mod wires;
 
@@ -20,8 +22,10 @@ use polyvirt_core::transport::{Transport, TransportError};
 
 pub use devices::Kind;
 use guard::Guarded;
+pub(crate) use pci::{MEMORY, PORTS};
+pub use pci::{OnPci, Pci, PciLegacy};
 pub use ports::{Kvm, Lguest, Loopback, Xen};
-pub use wires::{LguestPage, Mmio, Xenbus};
+pub use wires::{LguestPage, Mmio, MmioLegacy, Xenbus};
 
 use crate::suite::{
     Alarm, Cell, Evidence, FarSide, MakeRole, Probe, Probed, RegisterAccess, RegisterFile, RingFormat, Session, Target,
@@ -35,12 +39,26 @@ const SABOTEUR_WATCHDOG: Duration = Duration::from_secs(1);
 
 /// The cells of the default matrix, in its order.
 pub fn cells() -> Vec<Arc<dyn Target>> {
-    [targets::<Kvm, Mmio>(), targets::<Xen, Xenbus>(), targets::<Lguest, LguestPage>()].concat()
+    [
+        targets::<Kvm, Mmio>(),
+        targets::<Kvm, MmioLegacy>(),
+        targets::<OnPci<Kvm>, Pci>(),
+        targets::<OnPci<Kvm>, PciLegacy>(),
+        targets::<Xen, Xenbus>(),
+        targets::<Lguest, LguestPage>(),
+    ]
+    .concat()
 }
 
 /// Cells that run when they are asked for by name: models that only stand in for a hypervisor.
 pub fn models() -> Vec<Arc<dyn Target>> {
-    targets::<Loopback, Mmio>()
+    [
+        targets::<Loopback, Mmio>(),
+        targets::<Loopback, MmioLegacy>(),
+        targets::<OnPci<Loopback>, Pci>(),
+        targets::<OnPci<Loopback>, PciLegacy>(),
+    ]
+    .concat()
 }
 
 /// All devices of one port over one transport, with each format of rings.

@@ -1,16 +1,17 @@
 //! The transports.
 
-use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
 use polyvirt_core::hypervisor::{Guest, Host, HypervisorError, Share};
 use polyvirt_core::memory::{Access, GuestMemory, Pages};
+use polyvirt_core::queue::ByteOrder;
 use polyvirt_core::transport::{Transport, TransportError};
 use polyvirt_transports::mmio::Registers;
 use polyvirt_transports::{lguest, mmio, xenbus};
 
+use super::notes::Notes;
 use super::{Connection, Wire};
 use crate::suite::{RegisterAccess, RegisterFile};
 
@@ -30,10 +31,38 @@ impl<H: Host<Place = mmio::Place>, G: Registers + 'static> Wire<H, G> for Mmio {
     }
 
     fn connect(guest: &Arc<G>, place: mmio::Place) -> Result<Connection, TransportError> {
-        let observed = Arc::new(Observed { guest: Arc::clone(guest), place, notes: Mutex::default() });
-        let driver = mmio::Driver::connect(Arc::clone(&observed), place)?;
-        Ok((Box::new(driver), Some(Box::new(observed))))
+        observed(guest, place, false)
     }
+}
+
+/// virtio-mmio of version 1.
+pub struct MmioLegacy;
+
+impl<H: Host<Place = mmio::Place>, G: Registers + 'static> Wire<H, G> for MmioLegacy {
+    const NAME: &'static str = "mmio-legacy";
+    const LEGACY: bool = true;
+
+    fn attach<B, M>(host: &mut B, memory: M, device: Box<dyn Device<M>>) -> Result<(), HypervisorError>
+    where
+        B: Host<Place = H::Place>,
+        M: GuestMemory + Send + 'static,
+    {
+        mmio::attach_legacy(host, memory, device, ByteOrder::Little)
+    }
+
+    fn connect(guest: &Arc<G>, place: mmio::Place) -> Result<Connection, TransportError> {
+        observed(guest, place, true)
+    }
+}
+
+fn observed<G: Registers + 'static>(
+    guest: &Arc<G>,
+    place: mmio::Place,
+    legacy: bool,
+) -> Result<Connection, TransportError> {
+    let observed = Arc::new(Observed { guest: Arc::clone(guest), place, legacy, notes: Notes::default() });
+    let driver = RegisterFile::connect(&observed)?;
+    Ok((driver, Some(Box::new(observed))))
 }
 
 /// lguest's device page.
@@ -80,53 +109,19 @@ impl<H: Host<Place = xenbus::HostPlace>, G: xenbus::Domain + 'static> Wire<H, G>
     }
 }
 
-/// The most register accesses that are remembered.
-const LIMIT: usize = 1 << 16;
-
 /// A guest whose register accesses are written down.
 struct Observed<G> {
     guest: Arc<G>,
     place: mmio::Place,
-    notes: Mutex<Notes>,
-}
-
-#[derive(Default)]
-struct Notes {
-    log: Vec<RegisterAccess>,
-    /// By offset, what is read there instead of the truth.
-    lies: BTreeMap<u64, u32>,
-    /// What an access turns into.
-    change: Option<fn(RegisterAccess) -> Vec<RegisterAccess>>,
+    legacy: bool,
+    notes: Notes,
 }
 
 impl<G: Registers> Observed<G> {
-    fn notes(&self) -> MutexGuard<'_, Notes> {
-        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Does `access`, or what it turns into; the value is that of the last one that reads.
-    fn access(&self, access: RegisterAccess) -> Result<u64, HypervisorError> {
-        let mut value = 0;
-        let change = self.notes().change;
-        for mut access in change.map_or(vec![access], |change| change(access)) {
-            let address = self.place.base.wrapping_add(access.offset);
-            let mut bytes = access.value.to_le_bytes();
-            let Some(part) = bytes.get_mut(..access.len) else { continue };
-            if access.write {
-                self.guest.store(address, part)?;
-            } else {
-                self.guest.load(address, part)?;
-                let lie = self.notes().lies.get(&access.offset).map(|lie| lie.to_le_bytes());
-                part.iter_mut().zip(lie.iter().flatten()).for_each(|(to, from)| *to = *from);
-                access.value = u64::from_le_bytes(bytes);
-                value = access.value;
-            }
-            let mut notes = self.notes();
-            if notes.log.len() < LIMIT {
-                notes.log.push(access);
-            }
-        }
-        Ok(value)
+    /// Does `access` with the bytes of `part`.
+    fn perform(&self, access: RegisterAccess, part: &mut [u8]) -> Result<(), HypervisorError> {
+        let address = self.place.base.wrapping_add(access.offset);
+        if access.write { self.guest.store(address, part) } else { self.guest.load(address, part) }
     }
 
     fn offset(&self, address: u64) -> u64 {
@@ -166,17 +161,11 @@ impl<G: Registers> Guest for Observed<G> {
 
 impl<G: Registers> Registers for Observed<G> {
     fn load(&self, address: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
-        let access = RegisterAccess { offset: self.offset(address), len: data.len(), value: 0, write: false };
-        let value = self.access(access)?.to_le_bytes();
-        data.iter_mut().zip(value).for_each(|(to, from)| *to = from);
-        Ok(())
+        self.notes.load(self.offset(address), data, |access, part| self.perform(access, part))
     }
 
     fn store(&self, address: u64, data: &[u8]) -> Result<(), HypervisorError> {
-        let mut value = [0; 8];
-        value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
-        let (offset, value) = (self.offset(address), u64::from_le_bytes(value));
-        self.access(RegisterAccess { offset, len: data.len(), value, write: true }).map(drop)
+        self.notes.store(self.offset(address), data, |access, part| self.perform(access, part))
     }
 }
 
@@ -190,22 +179,22 @@ impl<G: Registers + 'static> RegisterFile for Arc<Observed<G>> {
     }
 
     fn log(&self) -> Vec<RegisterAccess> {
-        self.notes().log.clone()
+        self.notes.log()
     }
 
     fn lie(&self, offset: u64, value: Option<u32>) {
-        let mut notes = self.notes();
-        match value {
-            Some(value) => notes.lies.insert(offset, value),
-            None => notes.lies.remove(&offset),
-        };
+        self.notes.lie(offset, value);
     }
 
     fn tamper(&self, change: fn(RegisterAccess) -> Vec<RegisterAccess>) {
-        self.notes().change = Some(change);
+        self.notes.tamper(change);
     }
 
     fn connect(&self) -> Result<Box<dyn Transport>, TransportError> {
-        Ok(Box::new(mmio::Driver::connect(Arc::clone(self), self.place)?))
+        let driver = match self.legacy {
+            false => mmio::Driver::connect(Arc::clone(self), self.place),
+            true => mmio::Driver::connect_legacy(Arc::clone(self), self.place),
+        };
+        Ok(Box::new(driver?))
     }
 }

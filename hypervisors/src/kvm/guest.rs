@@ -3,19 +3,15 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use kvm_ioctls::{VcpuExit, VcpuFd};
-use nix::errno::Errno;
 use polyvirt_core::hypervisor::{self, HypervisorError, Share};
-use polyvirt_core::memory::{Access, MemoryError, Pages};
+use polyvirt_core::memory::{Access, Pages};
 use polyvirt_transports::mmio::{Place, Registers};
 
 use super::abi;
-use super::hands::{Command, Hands};
+use super::hands::Command;
 use super::host::Bus;
+use super::vcpu::Vcpu;
 use crate::flat_share::FlatShare;
-
-/// How long the vCPU spins for an interrupt before the host looks at its watch: about a millisecond.
-const SPIN_ROUNDS: u64 = 20_000;
 
 /// The guest half.
 pub struct Guest {
@@ -27,15 +23,10 @@ pub struct Guest {
 }
 
 impl Guest {
-    pub(super) fn new(fd: VcpuFd, hands: Hands, bus: Arc<Bus>, ram: Pages) -> Self {
+    pub(super) fn new(vcpu: Vcpu, bus: Arc<Bus>, ram: Pages) -> Self {
         // Page 0 is never handed out: to many a driver, address 0 means none.
         let share = ram.slice(0x1000, ram.len() - 0x1000).expect("RAM has at least a page");
-        Self {
-            vcpu: Mutex::new(Vcpu { fd, hands, stopped: None }),
-            turn: Mutex::new(()),
-            bus,
-            share: FlatShare::new(0x1000, share),
-        }
+        Self { vcpu: Mutex::new(vcpu), turn: Mutex::new(()), bus, share: FlatShare::new(0x1000, share) }
     }
 
     /// Runs `work` on the vCPU, unless it stopped before. If `work` fails, it has.
@@ -54,20 +45,35 @@ impl Guest {
         Err(HypervisorError::GuestStopped(vcpu.stopped.clone().unwrap_or_default()))
     }
 
-    /// One load or store of `len` bytes; the result is the value loaded.
-    fn access(&self, call: &'static str, address: u64, len: usize, value: u64) -> Result<u64, HypervisorError> {
-        if !matches!(len, 1 | 2 | 4 | 8) {
-            return Err(HypervisorError::Refused { call, reason: format!("expected 1, 2, 4 or 8 bytes, got {len}") });
+    /// One access of `value.len()` bytes, which `command` does; afterwards they are what was read.
+    pub(super) fn access(
+        &self,
+        (call, command): (&'static str, fn(u32) -> Command),
+        most: usize,
+        address: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), HypervisorError> {
+        let len = bytes.len();
+        if !len.is_power_of_two() || len > most {
+            let reason = format!("expected a power of two of bytes up to {most}, got {len}");
+            return Err(HypervisorError::Refused { call, reason });
         }
-        if address < abi::HANDS_END && address.saturating_add(len as u64) > abi::HANDS {
-            return Err(HypervisorError::Refused { call, reason: format!("{address:#x} is what drives the guest") });
-        }
-        let width = len.trailing_zeros();
-        let command = if call == "load" { Command::Load(width) } else { Command::Store(width) };
-        self.with_vcpu(|vcpu| {
-            vcpu.run(&self.bus, command, address, value)
+        let mut value = [0; 8];
+        value[..len].copy_from_slice(bytes);
+        let done = self.with_vcpu(|vcpu| {
+            vcpu.run(&self.bus, command(len.trailing_zeros()), address, u64::from_le_bytes(value))
                 .map_err(|reason| format!("{call} of {len} bytes at {address:#x}: {reason}"))
-        })
+        })?;
+        bytes.copy_from_slice(&done.to_le_bytes()[..len]);
+        Ok(())
+    }
+
+    /// Whether what drives the guest is not at `address`.
+    fn allowed(&self, call: &'static str, address: u64, len: usize) -> Result<(), HypervisorError> {
+        match address < abi::HANDS_END && address.saturating_add(len as u64) > abi::HANDS {
+            true => Err(HypervisorError::Refused { call, reason: format!("{address:#x} is what drives the guest") }),
+            false => Ok(()),
+        }
     }
 }
 
@@ -109,80 +115,12 @@ impl hypervisor::Guest for Guest {
 
 impl Registers for Guest {
     fn load(&self, address: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
-        let value = self.access("load", address, data.len(), 0)?;
-        data.copy_from_slice(&value.to_le_bytes()[..data.len()]);
-        Ok(())
+        self.allowed("load", address, data.len())?;
+        self.access(("load", Command::Load), 8, address, data)
     }
 
     fn store(&self, address: u64, data: &[u8]) -> Result<(), HypervisorError> {
-        let mut value = [0; 8];
-        value.iter_mut().zip(data).for_each(|(to, from)| *to = *from);
-        self.access("store", address, data.len(), u64::from_le_bytes(value)).map(drop)
-    }
-}
-
-/// The processor, with the hands on it.
-struct Vcpu {
-    fd: VcpuFd,
-    hands: Hands,
-    /// Why it does not run any more.
-    stopped: Option<String>,
-}
-
-impl Vcpu {
-    /// Lets the hands carry out `command`, and the devices on `bus` answer. Returns the hands' value, or why the
-    /// guest cannot go on.
-    fn run(&mut self, bus: &Bus, command: Command, address: u64, value: u64) -> Result<u64, String> {
-        self.hands.command(command, address, value).map_err(text)?;
-        loop {
-            let answered = match self.fd.run() {
-                Ok(VcpuExit::MmioWrite(abi::DONE, _)) => return self.hands.value().map_err(text),
-                Ok(VcpuExit::MmioRead(at, data)) => bus.access(at, |device, offset| device.read(offset, data)),
-                Ok(VcpuExit::MmioWrite(at, data)) => bus.access(at, |device, offset| device.write(offset, data)),
-                // A signal for this thread.
-                Ok(VcpuExit::Intr) => true,
-                Err(error) if [Errno::EINTR as i32, Errno::EAGAIN as i32].contains(&error.errno()) => true,
-                Ok(exit) => return Err(format!("unexpected exit {exit:?}")),
-                Err(error) => return Err(format!("KVM_RUN: {error}")),
-            };
-            if !answered {
-                return Err("no device and no memory is there".into());
-            }
-        }
-    }
-
-    /// Takes what is pending among `lines`; if nothing is, spins a while for it.
-    fn wait(&mut self, bus: &Bus, lines: u64) -> Result<u64, String> {
-        let pending = self.hands.take_pending(lines).map_err(text)?;
-        if pending != 0 {
-            return Ok(pending);
-        }
-        self.run(bus, Command::Wait, SPIN_ROUNDS, lines)?;
-        self.hands.take_pending(lines).map_err(text)
-    }
-}
-
-fn text(error: MemoryError) -> String {
-    error.to_string()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::machine::Machine;
-    use super::*;
-
-    #[test]
-    fn the_hands_are_at_cpl_3_before_and_after_what_they_do() {
-        if let Err(reason) = super::super::available() {
-            println!("skipped: {reason}");
-            return;
-        }
-        let Machine { vm: _vm, vcpu, hands, ram: _ram } = Machine::new(0x2000).unwrap();
-        let mut vcpu = Vcpu { fd: vcpu, hands, stopped: None };
-        for command in [Command::Store(3), Command::Load(3), Command::Wait] {
-            assert_eq!(vcpu.fd.get_sregs().unwrap().cs.dpl, 3);
-            assert_eq!(vcpu.run(&Bus::default(), command, 0x1008, 7), Ok(7), "{command:?}");
-        }
-        assert_eq!(vcpu.fd.get_sregs().unwrap().cs.dpl, 3);
+        self.allowed("store", address, data.len())?;
+        self.access(("store", Command::Store), 8, address, &mut data.to_vec())
     }
 }

@@ -1,13 +1,13 @@
 //! The guest's hands: a payload that carries out one access, or waits for an interrupt, as its mailbox says.
 //!
 //! It is flat long-mode code at CPL 3 with identity page tables: the one kind of guest code that also runs natively
-//! on a KVM that shadows page tables in software. Only interrupts enter CPL 0, for three instructions.
+//! on a KVM that shadows page tables in software. Only interrupts enter CPL 0, for three instructions, and port
+//! accesses, for one command.
 #![allow(unsafe_code)]
 
 use polyvirt_core::memory::{MemoryError, Pages};
 
-use super::abi::{DONE, HANDS, LINES};
-use super::machine::FIRST_VECTOR;
+use super::abi::{DONE, FIRST_VECTOR, HANDS, LINES};
 
 // The layout of the hands' memory, relative to its start.
 pub(super) const CODE: u64 = 0;
@@ -18,7 +18,7 @@ pub(super) const GDT: u64 = 0x8000;
 pub(super) const TSS: u64 = 0x8100;
 pub(super) const IDT: u64 = 0x9000;
 /// The stack on which interrupts arrive grows down from here.
-const STACK_TOP: u64 = 0xb000;
+pub(super) const STACK_TOP: u64 = 0xb000;
 
 /// Bytes of the hands' memory.
 pub(super) const LEN: usize = STACK_TOP as usize;
@@ -32,7 +32,7 @@ const PENDING: usize = 3;
 /// Bytes from one routine, or interrupt handler, to the next.
 const STRIDE: u64 = 16;
 
-const CODE_CPL0: u16 = 0x08;
+pub(super) const CODE_CPL0: u16 = 0x08;
 pub(super) const DATA_CPL3: u16 = 0x10 | 3;
 pub(super) const CODE_CPL3: u16 = 0x18 | 3;
 /// Not in the GDT: the task register is loaded from outside.
@@ -83,6 +83,36 @@ polyvirt_kvm_routines:
     jmp .Lpolyvirt_done
     .balign {stride}
     mov qword ptr [rsi], rax
+    jmp .Lpolyvirt_done
+
+    # read 1, 2, 4 bytes from a port
+    .balign {stride}
+    mov edx, esi
+    in al, dx
+    movzx eax, al
+    jmp .Lpolyvirt_done
+    .balign {stride}
+    mov edx, esi
+    in ax, dx
+    movzx eax, ax
+    jmp .Lpolyvirt_done
+    .balign {stride}
+    mov edx, esi
+    in eax, dx
+    jmp .Lpolyvirt_done
+
+    # write 1, 2, 4 bytes to a port
+    .balign {stride}
+    mov edx, esi
+    out dx, al
+    jmp .Lpolyvirt_done
+    .balign {stride}
+    mov edx, esi
+    out dx, ax
+    jmp .Lpolyvirt_done
+    .balign {stride}
+    mov edx, esi
+    out dx, eax
     jmp .Lpolyvirt_done
 
     # wait for one of the lines in rax, at most rsi rounds
@@ -141,6 +171,10 @@ pub(super) enum Command {
     Load(u32),
     /// Stores 1 << n bytes.
     Store(u32),
+    /// Reads 1 << n bytes from a port, at most 4.
+    Input(u32),
+    /// Writes 1 << n bytes to a port, at most 4.
+    Output(u32),
     /// Spins until an interrupt is pending, for a bounded number of rounds.
     Wait,
 }
@@ -150,7 +184,9 @@ impl Command {
         let index = match self {
             Self::Load(width) => width,
             Self::Store(width) => 4 + width,
-            Self::Wait => 8,
+            Self::Input(width) => 8 + width,
+            Self::Output(width) => 11 + width,
+            Self::Wait => 14,
         };
         HANDS + CODE + offset(&raw const ROUTINES) + u64::from(index) * STRIDE
     }
@@ -238,7 +274,7 @@ mod tests {
     fn the_payload_keeps_to_its_page_and_its_strides() {
         let (routines, handlers) = (offset(&raw const ROUTINES), offset(&raw const HANDLERS));
         assert!(offset(&raw const HANDS_STOP) <= MAILBOX - CODE);
-        assert!(routines + 8 * STRIDE < handlers);
+        assert!(routines + 14 * STRIDE < handlers);
         let last = offset(&raw const HANDS_STOP) - handlers - u64::from(LINES - 1) * STRIDE;
         assert!(last <= STRIDE, "a handler of {last} bytes");
     }

@@ -1,25 +1,30 @@
 //! The host's side: the bus with its devices, kicks by ioeventfd, interrupts by irqfd.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use polyvirt_core::hypervisor::{self, BusDevice, Cause, HypervisorError, Interrupt};
 use polyvirt_core::memory::FlatMemory;
 use polyvirt_transports::mmio::Place;
-use polyvirt_transports::mmio::registers::{BLOCK_SIZE, QUEUE_NOTIFY};
+use polyvirt_transports::mmio::registers::{PLACE_SIZE, QUEUE_NOTIFY};
+use polyvirt_transports::pci::{Root, Space};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::abi;
-use super::machine::refused;
+use super::machine::{Routes, refused};
 use crate::event_loop::{EventLoop, SharedDevice, event_fd, lock};
 
 /// The host half.
 pub struct Host {
-    vm: VmFd,
+    pub(super) vm: Arc<VmFd>,
+    pub(super) routes: Routes,
     memory: Arc<FlatMemory>,
-    bus: Arc<Bus>,
+    pub(super) bus: Arc<Bus>,
     /// By line.
     places: Vec<Reserved>,
+    /// The functions of the PCI bus, by number: their kicks until they are served, and who serves them.
+    pub(super) functions: BTreeMap<u8, (Vec<EventFd>, Option<EventLoop>)>,
 }
 
 struct Reserved {
@@ -30,8 +35,8 @@ struct Reserved {
 }
 
 impl Host {
-    pub(super) fn new(vm: VmFd, memory: Arc<FlatMemory>, bus: Arc<Bus>) -> Self {
-        Self { vm, memory, bus, places: Vec::new() }
+    pub(super) fn new(vm: Arc<VmFd>, routes: Routes, memory: Arc<FlatMemory>, bus: Arc<Bus>) -> Self {
+        Self { vm, routes, memory, bus, places: Vec::new(), functions: BTreeMap::new() }
     }
 }
 
@@ -84,7 +89,7 @@ impl hypervisor::Host for Host {
 impl Drop for Host {
     /// The devices go with the host; the guest, if it lives on, finds none.
     fn drop(&mut self) {
-        self.bus.0.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.bus.devices.write().unwrap_or_else(PoisonError::into_inner).clear();
     }
 }
 
@@ -101,28 +106,45 @@ impl Interrupt for Line {
 
 /// What is plugged, as the vCPU sees it.
 #[derive(Default)]
-pub(super) struct Bus(RwLock<Vec<(Place, SharedDevice)>>);
+pub(super) struct Bus {
+    devices: RwLock<Vec<(Place, SharedDevice)>>,
+    pub(super) pci: OnceLock<Arc<Root>>,
+}
 
 impl Bus {
     fn plug(&self, place: Place, device: SharedDevice) {
-        self.0.write().unwrap_or_else(PoisonError::into_inner).push((place, device));
+        self.devices.write().unwrap_or_else(PoisonError::into_inner).push((place, device));
     }
 
     /// Where devices are.
     pub(super) fn places(&self) -> Vec<Place> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner).iter().map(|&(place, _)| place).collect()
+        self.devices.read().unwrap_or_else(PoisonError::into_inner).iter().map(|&(place, _)| place).collect()
+    }
+
+    /// A read that no memory answers. False if nothing else does.
+    pub(super) fn read(&self, space: Space, address: u64, data: &mut [u8]) -> bool {
+        self.access(space, address, |device, offset| device.read(offset, data))
+            || self.pci.get().is_some_and(|root| root.read(space, address, data))
+    }
+
+    /// A write that no memory answers. False if nothing else does.
+    pub(super) fn write(&self, space: Space, address: u64, data: &[u8]) -> bool {
+        self.access(space, address, |device, offset| device.write(offset, data))
+            || self.pci.get().is_some_and(|root| root.write(space, address, data))
     }
 
     /// Lets the device at `address` do `access`, which gets it and the offset. False if no device is there.
-    pub(super) fn access(&self, address: u64, access: impl FnOnce(&mut dyn BusDevice, u64)) -> bool {
-        let devices = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let in_it = |&&(place, _): &&(Place, _)| address.wrapping_sub(place.base) < BLOCK_SIZE;
-        let Some((place, device)) = devices.iter().find(in_it) else { return false };
+    fn access(&self, space: Space, address: u64, access: impl FnOnce(&mut dyn BusDevice, u64)) -> bool {
+        let devices = self.devices.read().unwrap_or_else(PoisonError::into_inner);
+        let in_it = |&&(place, _): &&(Place, _)| address.wrapping_sub(place.base) < PLACE_SIZE;
+        let Some((place, device)) = devices.iter().find(in_it).filter(|_| space == Space::Memory) else {
+            return false;
+        };
         access(&mut **lock(device), address - place.base);
         true
     }
 }
 
-fn failed(call: &'static str) -> impl FnOnce(std::io::Error) -> HypervisorError {
+pub(super) fn failed(call: &'static str) -> impl FnOnce(std::io::Error) -> HypervisorError {
     move |error| HypervisorError::Refused { call, reason: error.to_string() }
 }

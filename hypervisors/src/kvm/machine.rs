@@ -1,6 +1,8 @@
 //! The machine around the guest, as far as KVM wants one: memory slots, interrupt controller, a processor.
 #![allow(unsafe_code)]
 
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
 use kvm_bindings::{
     CpuId, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_irq_routing_entry, kvm_regs, kvm_segment,
     kvm_sregs, kvm_userspace_memory_region,
@@ -8,17 +10,14 @@ use kvm_bindings::{
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_core::memory::Pages;
+use polyvirt_transports::pci::Message;
 
-use super::abi::{HANDS, LINES};
+use super::abi::{self, APIC, HANDS, LINES};
 use super::hands::{self, Hands};
 use crate::mapping;
 
-/// The vector of line 0; the others follow.
-pub(super) const FIRST_VECTOR: u32 = 0x40;
-
 /// The local APIC's end-of-interrupt register.
 const APIC_EOI: u64 = APIC + 0xb0;
-const APIC: u64 = 0xfee0_0000;
 
 /// Three pages that KVM wants for itself on some Intel processors (`KVM_SET_TSS_ADDR`).
 const KVM_TSS: usize = 0xfffb_d000;
@@ -26,7 +25,9 @@ const KVM_TSS: usize = 0xfffb_d000;
 /// What a guest runs on.
 pub(super) struct Machine {
     /// The virtual machine.
-    pub(super) vm: VmFd,
+    pub(super) vm: Arc<VmFd>,
+    /// Where its interrupts go.
+    pub(super) routes: Routes,
     /// Its processor.
     pub(super) vcpu: VcpuFd,
     /// The payload on it.
@@ -43,14 +44,13 @@ impl Machine {
         let vm = kvm.create_vm().map_err(refused("KVM_CREATE_VM"))?;
         vm.set_tss_address(KVM_TSS).map_err(refused("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(refused("KVM_CREATE_IRQCHIP"))?;
-        let routes: Vec<_> = (0..LINES).map(route).collect();
-        let routing = KvmIrqRouting::from_entries(&routes).expect("fewer routes than KVM has");
-        vm.set_gsi_routing(&routing).map_err(refused("KVM_SET_GSI_ROUTING"))?;
+        let vm = Arc::new(vm);
+        let routes = Routes::new(&vm)?;
         let ram = memory_slot(&vm, 0, 0, ram)?;
         let hands = Hands::new(memory_slot(&vm, 1, HANDS, hands::LEN)?)
             .map_err(|error| HypervisorError::GuestStopped(error.to_string()))?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(Self { vcpu: vcpu(&vm, &cpuid)?, vm, hands, ram })
+        Ok(Self { vcpu: vcpu(&vm, &cpuid)?, vm, routes, hands, ram })
     }
 }
 
@@ -59,11 +59,62 @@ pub(super) fn refused(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> H
     move |error| HypervisorError::Refused { call, reason: error.to_string() }
 }
 
-/// How `line`, which is also its number among KVM's GSIs, reaches the processor: as a message to its local APIC.
-fn route(line: u32) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi: line, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
-    entry.u.msi.address_lo = APIC as u32;
-    entry.u.msi.data = FIRST_VECTOR + line;
+/// The most routes that KVM has (`KVM_MAX_IRQ_ROUTES`).
+const MOST_ROUTES: u32 = 4096;
+
+/// Where each of KVM's GSIs goes: as a message to the local APIC. The first are the interrupt lines, by their numbers.
+#[derive(Clone)]
+pub(super) struct Routes {
+    vm: Arc<VmFd>,
+    /// By GSI; none for one that has no message yet.
+    messages: Arc<Mutex<Vec<Option<Message>>>>,
+}
+
+impl Routes {
+    fn new(vm: &Arc<VmFd>) -> Result<Self, HypervisorError> {
+        let messages = (0..LINES).map(|line| Some(abi::message(line))).collect();
+        let new = Self { vm: Arc::clone(vm), messages: Arc::new(Mutex::new(messages)) };
+        new.tell(&new.lock())?;
+        Ok(new)
+    }
+
+    /// A new GSI, which goes nowhere yet.
+    pub(super) fn add(&self) -> Result<u32, HypervisorError> {
+        let mut messages = self.lock();
+        let gsi = messages.len() as u32;
+        if gsi == MOST_ROUTES {
+            return Err(HypervisorError::Exhausted("interrupt routes"));
+        }
+        messages.push(None);
+        Ok(gsi)
+    }
+
+    /// `gsi` goes to `message` from now on.
+    pub(super) fn set(&self, gsi: u32, message: Message) -> Result<(), HypervisorError> {
+        let mut messages = self.lock();
+        if let Some(routed) = messages.get_mut(gsi as usize) {
+            *routed = Some(message);
+        }
+        self.tell(&messages)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Option<Message>>> {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, messages: &[Option<Message>]) -> Result<(), HypervisorError> {
+        let routed = messages.iter().zip(0..).filter_map(|(message, gsi)| message.map(|message| (gsi, message)));
+        let entries: Vec<_> = routed.map(|(gsi, message)| route(gsi, message)).collect();
+        let routing = KvmIrqRouting::from_entries(&entries).expect("fewer routes than KVM has");
+        self.vm.set_gsi_routing(&routing).map_err(refused("KVM_SET_GSI_ROUTING"))
+    }
+}
+
+fn route(gsi: u32, Message { address, data }: Message) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+    entry.u.msi.address_lo = address as u32;
+    entry.u.msi.address_hi = (address >> 32) as u32;
+    entry.u.msi.data = data;
     entry
 }
 
@@ -93,6 +144,8 @@ fn vcpu(vm: &VmFd, cpuid: &CpuId) -> Result<VcpuFd, HypervisorError> {
         rip: HANDS + hands::CODE,
         r14: HANDS + hands::MAILBOX,
         r15: APIC_EOI,
+        // For interrupts that come at CPL 0: below the part for those that come at CPL 3.
+        rsp: HANDS + hands::STACK_TOP - 0x800,
         rflags: 1 << 9 | 1 << 1, // interrupts enabled (at CPL 3 the payload cannot); bit 1 is always set
         ..Default::default()
     };
@@ -105,8 +158,14 @@ fn vcpu(vm: &VmFd, cpuid: &CpuId) -> Result<VcpuFd, HypervisorError> {
     Ok(vcpu)
 }
 
+/// As [`enter_cpl3`], but CPL 0: for ports.
+pub(super) fn enter_cpl0(sregs: &mut kvm_sregs) {
+    (sregs.cs.selector, sregs.cs.dpl) = (hands::CODE_CPL0, 0);
+    sregs.ss = kvm_segment { unusable: 1, ..Default::default() };
+}
+
 /// Long mode, paging, CPL 3, with the tables in the hands' memory.
-fn enter_cpl3(sregs: &mut kvm_sregs) {
+pub(super) fn enter_cpl3(sregs: &mut kvm_sregs) {
     let flat = kvm_segment { limit: u32::MAX, present: 1, dpl: 3, s: 1, g: 1, ..Default::default() };
     let data = kvm_segment { selector: hands::DATA_CPL3, type_: 3, db: 1, ..flat };
     sregs.cs = kvm_segment { selector: hands::CODE_CPL3, type_: 11, l: 1, ..flat };

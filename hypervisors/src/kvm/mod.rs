@@ -1,4 +1,4 @@
-//! KVM: memory slots, MMIO exits, ioeventfds for kicks, irqfds for interrupts.
+//! KVM: memory slots, exits for memory and ports, ioeventfds for kicks, irqfds for interrupts.
 //!
 //! The guest is one vCPU that runs only while a call of [`Guest`] is under way, on the caller's thread; it has no
 //! other software than the hands that such a call moves.
@@ -8,6 +8,8 @@ mod guest;
 mod hands;
 mod host;
 mod machine;
+mod pci;
+mod vcpu;
 
 use std::sync::Arc;
 
@@ -18,6 +20,7 @@ use polyvirt_transports::mmio::Registers;
 pub use guest::Guest;
 pub use host::Host;
 use machine::Machine;
+use vcpu::Vcpu;
 
 /// KVM, on x86-64 Linux.
 #[derive(Clone, Copy, Debug)]
@@ -63,6 +66,6 @@ pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
     let machine = Machine::new(ram)?;
     let bus = Arc::new(host::Bus::default());
     let memory = Arc::new(FlatMemory::new([(0, machine.ram.clone())]));
-    let guest = Guest::new(machine.vcpu, machine.hands, Arc::clone(&bus), machine.ram);
-    Ok((Host::new(machine.vm, memory, bus), guest))
+    let guest = Guest::new(Vcpu::new(machine.vcpu, machine.hands), Arc::clone(&bus), machine.ram);
+    Ok((Host::new(machine.vm, machine.routes, memory, bus), guest))
 }

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use polyvirt_core::hypervisor::{self, HypervisorError, Share};
 use polyvirt_core::memory::{Access, Pages};
-use polyvirt_transports::mmio::{Place, Registers, registers::BLOCK_SIZE};
+use polyvirt_transports::mmio::{Place, Registers, registers::PLACE_SIZE};
+use polyvirt_transports::pci::Space;
 
 use super::{Bus, SharedDevice, lock};
 use crate::flat_share::FlatShare;
@@ -19,7 +20,7 @@ pub struct Guest {
 impl Guest {
     /// The device whose registers are at `address`, and the offset in them.
     fn device(&self, address: u64) -> Result<(SharedDevice, u64), HypervisorError> {
-        let offset = address % BLOCK_SIZE;
+        let offset = address % PLACE_SIZE;
         let devices = lock(&self.bus.devices);
         let found = devices.iter().find(|(place, _)| place.base == address - offset);
         let device = found.map(|(_, device)| (device.clone(), offset));
@@ -64,12 +65,18 @@ impl hypervisor::Guest for Guest {
 
 impl Registers for Guest {
     fn load(&self, address: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
+        if self.bus.pci.get().is_some_and(|root| root.read(Space::Memory, address, data)) {
+            return Ok(());
+        }
         let (device, offset) = self.device(address)?;
         lock(&device).read(offset, data);
         Ok(())
     }
 
     fn store(&self, address: u64, data: &[u8]) -> Result<(), HypervisorError> {
+        if self.bus.pci.get().is_some_and(|root| root.write(Space::Memory, address, data)) {
+            return Ok(());
+        }
         let (device, offset) = self.device(address)?;
         lock(&device).write(offset, data);
         Ok(())

@@ -8,9 +8,9 @@ use std::thread;
 
 use polyvirt_core::hypervisor::{self, BusDevice, Cause, HypervisorError, Interrupt};
 use polyvirt_core::memory::FlatMemory;
-use polyvirt_transports::mmio::{Place, registers::BLOCK_SIZE};
+use polyvirt_transports::mmio::{Place, registers::PLACE_SIZE};
 
-use super::{Bus, DEVICES, Interrupts, lock};
+use super::{Bus, DEVICES, Interrupts, SharedDevice, lock};
 
 /// The host half.
 pub struct Host {
@@ -30,7 +30,7 @@ impl hypervisor::Host for Host {
 
     fn place(&mut self, _device_type: u32, _queues: u16) -> Result<Place, HypervisorError> {
         let line = self.lines.next().ok_or(HypervisorError::Exhausted("interrupt lines"))?;
-        Ok(Place { base: DEVICES + u64::from(line) * BLOCK_SIZE, line })
+        Ok(Place { base: DEVICES + u64::from(line) * PLACE_SIZE, line })
     }
 
     fn interrupt(&self, place: &Place) -> Arc<dyn Interrupt> {
@@ -39,18 +39,23 @@ impl hypervisor::Host for Host {
 
     fn plug(&mut self, place: Place, device: Box<dyn BusDevice>) -> Result<(), HypervisorError> {
         let device = Arc::new(Mutex::new(device));
-        let (alarm, alarms) = sync_channel(1);
-        lock(&device).set_waker(Waker::from(Arc::new(Alarm(alarm))));
-        // The device owns its wakers and the bus owns the device: the thread ends when the machine is gone.
-        let weak = Arc::downgrade(&device);
-        thread::spawn(move || {
-            while alarms.recv().is_ok() {
-                while weak.upgrade().is_some_and(|device| lock(&device).poll()) {}
-            }
-        });
+        poll_when_woken(&device);
         lock(&self.bus.devices).push((place, device));
         Ok(())
     }
+}
+
+/// Has `device` polled whenever its waker fires.
+pub(super) fn poll_when_woken(device: &SharedDevice) {
+    let (alarm, alarms) = sync_channel(1);
+    lock(device).set_waker(Waker::from(Arc::new(Alarm(alarm))));
+    // The device owns its wakers and the bus owns the device: the thread ends when the machine is gone.
+    let weak = Arc::downgrade(device);
+    thread::spawn(move || {
+        while alarms.recv().is_ok() {
+            while weak.upgrade().is_some_and(|device| lock(&device).poll()) {}
+        }
+    });
 }
 
 /// A device's interrupt line, and its bit.
@@ -58,8 +63,15 @@ struct Line(Arc<Interrupts>, u64);
 
 impl Interrupt for Line {
     fn raise(&self, _cause: Cause) {
-        *lock(&self.0.pending) |= self.1;
-        self.0.arrived.notify_all();
+        self.0.raise(self.1);
+    }
+}
+
+impl Interrupts {
+    /// The interrupts of `lines` are pending.
+    pub(super) fn raise(&self, lines: u64) {
+        *lock(&self.pending) |= lines;
+        self.arrived.notify_all();
     }
 }
 

@@ -7,16 +7,18 @@
 //! | interrupt | a bit and a condition variable |
 //! | discovery | a list |
 //!
-//! The bus carries virtio-mmio: a register access is a function call too.
+//! The bus carries virtio-mmio: a register access is a function call too. `pci.rs` is what a PCI bus asks for besides.
 
 mod guest;
 mod host;
+mod pci;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use polyvirt_core::hypervisor::{BusDevice, Hypervisor, HypervisorError};
 use polyvirt_core::memory::{FlatMemory, Pages};
 use polyvirt_transports::mmio::Place;
+use polyvirt_transports::pci::Root;
 
 pub use guest::Guest;
 pub use host::Host;
@@ -53,6 +55,7 @@ pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
 #[derive(Default)]
 struct Bus {
     devices: Mutex<Vec<(Place, SharedDevice)>>,
+    pci: OnceLock<Arc<Root>>,
     interrupts: Arc<Interrupts>,
 }
 

@@ -2,15 +2,18 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::task::Waker;
 
-use polyvirt_core::device;
+use polyvirt_core::device::{self, SharedRegion};
 use polyvirt_core::hypervisor::{BusDevice, Cause, Host, HypervisorError, Interrupt};
-use polyvirt_core::memory::GuestMemory;
+use polyvirt_core::memory::{GuestMemory, Pages};
+use polyvirt_core::queue::ByteOrder;
 use polyvirt_core::state::{Area, Half, Interface, VirtioDevice};
 use polyvirt_core::{Features, Status};
 
+use super::legacy::Legacy;
 use super::registers::*;
 
 /// Puts `device` onto the bus of `host`. `memory` is [`Host::memory`], perhaps wrapped.
@@ -19,31 +22,85 @@ where
     H: Host<Place = Place>,
     M: GuestMemory + Send + 'static,
 {
+    put(host, device, |device, interrupt, base| Device::new(device, memory, interrupt).with_shared_memory(base))
+}
+
+/// As [`attach`], with the legacy interface (version 1), for guests whose byte order is `order`.
+pub fn attach_legacy<H, M>(
+    host: &mut H,
+    memory: M,
+    device: Box<dyn device::Device<M>>,
+    order: ByteOrder,
+) -> Result<(), HypervisorError>
+where
+    H: Host<Place = Place>,
+    M: GuestMemory + Send + 'static,
+{
+    put(host, device, |device, interrupt, _| Ok(Device::new_legacy(device, memory, interrupt, order)))
+}
+
+fn put<H, M>(
+    host: &mut H,
+    device: Box<dyn device::Device<M>>,
+    make: impl FnOnce(Box<dyn device::Device<M>>, Arc<dyn Interrupt>, u64) -> Result<Device<M>, HypervisorError>,
+) -> Result<(), HypervisorError>
+where
+    H: Host<Place = Place>,
+    M: GuestMemory + Send + 'static,
+{
     let queues = device.queue_max_sizes().len();
     let queues = u16::try_from(queues).map_err(|_| HypervisorError::Exhausted("queue indices"))?;
     let place = host.place(device.device_type(), queues)?;
-    let interrupt = host.interrupt(&place);
-    host.plug(place, Box::new(Device::new(device, memory, interrupt)))
+    let device = make(device, host.interrupt(&place), place.base)?;
+    host.plug(place, Box::new(device))
 }
 
 /// A device behind a register block.
 ///
 /// Any access is answered: one that is not 32 bits wide, not aligned, or not of a register reads 0 and writes nothing.
 pub struct Device<M: GuestMemory> {
-    state: VirtioDevice<M>,
+    pub(super) state: VirtioDevice<M>,
     interrupts: Arc<InterruptStatus>,
     waker: Waker,
-    device_features_sel: u32,
-    driver_features_sel: u32,
+    pub(super) device_features_sel: u32,
+    pub(super) driver_features_sel: u32,
     queue_sel: u32,
+    shm_sel: u32,
+    /// Where shared memory is: the offset of each region, and the guest-physical address of offset 0.
+    shared: Vec<(u64, SharedRegion)>,
+    base: u64,
+    pub(super) legacy: Option<Legacy>,
 }
 
 impl<M: GuestMemory> Device<M> {
     /// Puts `device` behind a register block; `interrupt` is its line.
     pub fn new(device: Box<dyn device::Device<M>>, memory: M, interrupt: Arc<dyn Interrupt>) -> Self {
+        let mut new = Self::with_interface(device, memory, interrupt, Interface::Modern);
+        let offered = Features::RING_RESET | Features::RING_PACKED | Features::NOTIFICATION_DATA;
+        new.state = new.state.with_features(offered);
+        new
+    }
+
+    /// As [`Device::new`], behind the registers of the legacy interface, for guests whose byte order is `order`.
+    pub fn new_legacy(
+        device: Box<dyn device::Device<M>>,
+        memory: M,
+        interrupt: Arc<dyn Interrupt>,
+        order: ByteOrder,
+    ) -> Self {
+        let mut new = Self::with_interface(device, memory, interrupt, Interface::Legacy(order));
+        new.legacy = Some(Legacy::new(new.state.queue_count()));
+        new
+    }
+
+    fn with_interface(
+        device: Box<dyn device::Device<M>>,
+        memory: M,
+        interrupt: Arc<dyn Interrupt>,
+        interface: Interface,
+    ) -> Self {
         let interrupts = Arc::new(InterruptStatus { bits: AtomicU32::new(0), line: interrupt });
-        let state = VirtioDevice::new(device, memory, interrupts.clone(), Interface::Modern)
-            .with_features(Features::RING_RESET | Features::RING_PACKED | Features::NOTIFICATION_DATA);
+        let state = VirtioDevice::new(device, memory, interrupts.clone(), interface);
         Self {
             state,
             interrupts,
@@ -51,15 +108,48 @@ impl<M: GuestMemory> Device<M> {
             device_features_sel: 0,
             driver_features_sel: 0,
             queue_sel: 0,
+            shm_sel: 0,
+            shared: Vec::new(),
+            base: 0,
+            legacy: None,
         }
     }
 
+    /// Shows the device's shared memory behind the registers, which are at guest-physical `base`. Fails if it does not
+    /// fit there.
+    pub fn with_shared_memory(mut self, base: u64) -> Result<Self, HypervisorError> {
+        let mut end = BLOCK_SIZE;
+        for region in self.state.shared_memory() {
+            self.shared.push((end, region.clone()));
+            end = (end + region.pages.len() as u64).next_multiple_of(0x1000);
+        }
+        self.base = base;
+        if end > PLACE_SIZE { Err(HypervisorError::Exhausted("shared memory of a place")) } else { Ok(self) }
+    }
+
+    /// The selected shared memory region: address and length.
+    fn shared_memory(&self) -> Option<(u64, u64)> {
+        let (offset, region) = self.shared.iter().find(|(_, region)| u32::from(region.id) == self.shm_sel)?;
+        Some((self.base + offset, region.pages.len() as u64))
+    }
+
+    /// The shared memory at `offset`, and where in it.
+    fn shared_at(&self, offset: u64) -> Option<(&Pages, usize)> {
+        self.shared.iter().find_map(|(start, region)| {
+            let at = usize::try_from(offset.checked_sub(*start)?).ok()?;
+            (at < region.pages.len()).then_some((&region.pages, at))
+        })
+    }
+
     /// The selected queue. What does not fit an index becomes the index that no queue can have.
-    fn queue(&self) -> u16 {
+    pub(super) fn queue(&self) -> u16 {
         u16::try_from(self.queue_sel).unwrap_or(u16::MAX)
     }
 
     fn read_register(&self, offset: u64) -> u32 {
+        if let Some(value) = self.read_legacy(offset) {
+            return value;
+        }
         match offset {
             MAGIC_VALUE => MAGIC,
             VERSION => VERSION_2,
@@ -70,8 +160,11 @@ impl<M: GuestMemory> Device<M> {
             QUEUE_READY => self.state.queue_enabled(self.queue()).into(),
             INTERRUPT_STATUS => self.interrupts.bits.load(Ordering::Acquire),
             STATUS => self.state.status().bits().into(),
-            // No device has shared memory regions yet.
-            SHM_LEN_LOW | SHM_LEN_HIGH | SHM_BASE_LOW | SHM_BASE_HIGH => u32::MAX,
+            // All ones if there is no such region.
+            SHM_LEN_LOW => self.shared_memory().map_or(u32::MAX, |(_, len)| len as u32),
+            SHM_LEN_HIGH => self.shared_memory().map_or(u32::MAX, |(_, len)| (len >> 32) as u32),
+            SHM_BASE_LOW => self.shared_memory().map_or(u32::MAX, |(address, _)| address as u32),
+            SHM_BASE_HIGH => self.shared_memory().map_or(u32::MAX, |(address, _)| (address >> 32) as u32),
             CONFIG_GENERATION => self.state.config_generation(),
             // QueueReset among them: a queue is reset before the write returns.
             _ => 0,
@@ -79,6 +172,9 @@ impl<M: GuestMemory> Device<M> {
     }
 
     fn write_register(&mut self, offset: u64, value: u32) {
+        if self.write_legacy(offset, value) {
+            return;
+        }
         match offset {
             DEVICE_FEATURES_SEL => self.device_features_sel = value,
             DRIVER_FEATURES_SEL => self.driver_features_sel = value,
@@ -87,6 +183,7 @@ impl<M: GuestMemory> Device<M> {
                 self.state.set_driver_features(features);
             }
             QUEUE_SEL => self.queue_sel = value,
+            SHM_SEL => self.shm_sel = value,
             QUEUE_SIZE => self.state.set_queue_size(self.queue(), value),
             QUEUE_READY => match value {
                 0 if self.state.queue_enabled(self.queue()) => self.state.reset_queue(self.queue()),
@@ -124,7 +221,7 @@ impl<M: GuestMemory> Device<M> {
         }
         if value == 0 {
             self.interrupts.bits.store(0, Ordering::Release);
-            (self.device_features_sel, self.driver_features_sel, self.queue_sel) = (0, 0, 0);
+            (self.device_features_sel, self.driver_features_sel, self.queue_sel, self.shm_sel) = (0, 0, 0, 0);
         }
     }
 
@@ -135,7 +232,12 @@ impl<M: GuestMemory> Device<M> {
 
 impl<M: GuestMemory + Send> BusDevice for Device<M> {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        if let Some(offset) = offset.checked_sub(CONFIG) {
+        if let Some((pages, at)) = self.shared_at(offset) {
+            let (there, beyond) = data.split_at_mut(data.len().min(pages.len() - at));
+            // Inside the region, so it is there.
+            let _ = pages.read(at, there);
+            beyond.fill(0);
+        } else if let Some(offset) = offset.checked_sub(CONFIG) {
             self.state.read_config(offset, data);
         } else if data.len() == 4 {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
@@ -145,7 +247,9 @@ impl<M: GuestMemory + Send> BusDevice for Device<M> {
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
-        if let Some(offset) = offset.checked_sub(CONFIG) {
+        if let Some((pages, at)) = self.shared_at(offset) {
+            let _ = pages.write(at, &data[..data.len().min(pages.len() - at)]);
+        } else if let Some(offset) = offset.checked_sub(CONFIG) {
             self.state.write_config(offset, data);
         } else if let Ok(value) = data.try_into() {
             self.write_register(offset, u32::from_le_bytes(value));

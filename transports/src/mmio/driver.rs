@@ -6,7 +6,7 @@ use alloc::sync::Arc;
 use core::time::Duration;
 
 use polyvirt_core::hypervisor::Share;
-use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueConfig};
+use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueConfig, split};
 use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
@@ -23,6 +23,7 @@ const PAUSE: Duration = Duration::from_millis(1);
 pub struct Driver<G: Registers + 'static> {
     guest: Arc<G>,
     place: Place,
+    legacy: bool,
     device_type: u32,
     features: Features,
     /// The rings that the device may use.
@@ -32,9 +33,22 @@ pub struct Driver<G: Registers + 'static> {
 impl<G: Registers + 'static> Driver<G> {
     /// Meets the device at `place`, or says why there is none.
     pub fn connect(guest: Arc<G>, place: G::Place) -> Result<Self, TransportError> {
-        let mut driver = Self { guest, place, device_type: 0, features: Features::empty(), queues: BTreeMap::new() };
+        Self::meet(guest, place, false)
+    }
+
+    /// As [`Driver::connect`], through the legacy interface (version 1).
+    pub fn connect_legacy(guest: Arc<G>, place: G::Place) -> Result<Self, TransportError> {
+        Self::meet(guest, place, true)
+    }
+
+    fn meet(guest: Arc<G>, place: G::Place, legacy: bool) -> Result<Self, TransportError> {
+        let (features, queues) = (Features::empty(), BTreeMap::new());
+        let mut driver = Self { guest, place, legacy, device_type: 0, features, queues };
         driver.expect(MAGIC_VALUE, MAGIC, "the magic value 0x74726976")?;
-        driver.expect(VERSION, VERSION_2, "version 2 of virtio-mmio")?;
+        match legacy {
+            false => driver.expect(VERSION, VERSION_2, "version 2 of virtio-mmio")?,
+            true => driver.expect(VERSION, VERSION_1, "version 1 of virtio-mmio")?,
+        }
         driver.device_type = driver.read(DEVICE_ID)?;
         if driver.device_type == 0 {
             return Err(TransportError::NotADevice { expected: "a device type other than 0", found: 0 });
@@ -92,6 +106,22 @@ impl<G: Registers + 'static> Driver<G> {
         }
         self.write(QUEUE_READY, 1)
     }
+
+    fn configure_legacy(&self, config: &QueueConfig) -> Result<(), TransportError> {
+        let page = split::layout::LEGACY_ALIGN;
+        let Ok(first) = u32::try_from(config.descriptors / page) else {
+            return Err(TransportError::NotADevice { expected: "a ring below 2^44", found: config.descriptors });
+        };
+        self.write(LEGACY_PAGE_SIZE, page as u32)?;
+        self.write(QUEUE_SIZE, config.size.into())?;
+        self.write(LEGACY_QUEUE_ALIGN, page as u32)?;
+        self.write(LEGACY_QUEUE_PAGE, first)
+    }
+
+    /// How many words of features there are.
+    fn words(&self) -> u32 {
+        if self.legacy { 1 } else { Features::WORDS }
+    }
 }
 
 impl<G: Registers + 'static> Transport for Driver<G> {
@@ -99,9 +129,13 @@ impl<G: Registers + 'static> Transport for Driver<G> {
         self.device_type
     }
 
+    fn is_legacy(&self) -> bool {
+        self.legacy
+    }
+
     fn device_features(&mut self) -> Result<Features, TransportError> {
         let mut features = Features::empty();
-        for word in 0..Features::WORDS {
+        for word in 0..self.words() {
             self.write(DEVICE_FEATURES_SEL, word)?;
             features = features.with_word(word, self.read(DEVICE_FEATURES)?);
         }
@@ -109,7 +143,7 @@ impl<G: Registers + 'static> Transport for Driver<G> {
     }
 
     fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {
-        for word in 0..Features::WORDS {
+        for word in 0..self.words() {
             self.write(DRIVER_FEATURES_SEL, word)?;
             self.write(DRIVER_FEATURES, features.word(word))?;
         }
@@ -134,7 +168,7 @@ impl<G: Registers + 'static> Transport for Driver<G> {
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
-        self.read(CONFIG_GENERATION)
+        if self.legacy { Ok(0) } else { self.read(CONFIG_GENERATION) }
     }
 
     /// Reads one field: 2, 4 or 8 bytes at a multiple of that are a number, anything else is an array of bytes.
@@ -164,24 +198,32 @@ impl<G: Registers + 'static> Transport for Driver<G> {
 
     fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
         self.write(QUEUE_SEL, index.into())?;
-        self.expect(QUEUE_READY, 0, "a queue that is not in use")?;
+        let in_use = if self.legacy { LEGACY_QUEUE_PAGE } else { QUEUE_READY };
+        self.expect(in_use, 0, "a queue that is not in use")?;
         let max = self.queue_max_size(index)?;
         if max == 0 {
             return Err(TransportError::NoQueue(index));
         }
-        let areas = Areas::allocate(&self.share(), index, size, max, self.features)?;
+        let areas = match self.legacy {
+            false => Areas::allocate(&self.share(), index, size, max, self.features)?,
+            true => Areas::contiguous(&self.share(), index, size.unwrap_or(max), max, self.features)?,
+        };
         // Kept from here on: if enabling fails half-way, only a reset makes sure that the device is off the memory.
         let areas = self.queues.entry(index).insert_entry(areas).into_mut();
         let (config, doorbell) = (*areas.config(), self.place.base + QUEUE_NOTIFY);
         let tells_next = self.features.contains(Features::NOTIFICATION_DATA);
         let notify = Box::new(Doorbell { guest: self.guest.clone(), address: doorbell, queue: index, tells_next });
         let virtqueue = areas.virtqueue(notify);
-        self.configure(&config)?;
+        if self.legacy {
+            self.configure_legacy(&config)?
+        } else {
+            self.configure(&config)?
+        }
         Ok(virtqueue)
     }
 
     fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
-        if !self.features.contains(Features::RING_RESET) {
+        if self.legacy || !self.features.contains(Features::RING_RESET) {
             return Err(TransportError::Unsupported("queue reset (VIRTIO_F_RING_RESET was not negotiated)"));
         }
         self.write(QUEUE_SEL, index.into())?;

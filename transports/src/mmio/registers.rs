@@ -1,4 +1,4 @@
-//! What both sides agree on: the register block (4.2.2).
+//! What both sides agree on: the register block (4.2.2, and 4.2.4 for that of the legacy interface).
 //!
 //! Registers are 32 bits wide, little-endian, and accessed whole; the configuration behind them is accessed by the
 //! width of its fields.
@@ -25,7 +25,7 @@ pub trait Registers: Guest<Place = Place> {
 
 /// Read: [`MAGIC`].
 pub const MAGIC_VALUE: u64 = 0x000;
-/// Read: [`VERSION_2`].
+/// Read: [`VERSION_2`], or [`VERSION_1`].
 pub const VERSION: u64 = 0x004;
 /// Read: the device type (chapter 5); 0 where there is no device.
 pub const DEVICE_ID: u64 = 0x008;
@@ -39,12 +39,18 @@ pub const DEVICE_FEATURES_SEL: u64 = 0x014;
 pub const DRIVER_FEATURES: u64 = 0x020;
 /// Write: selects a word of the accepted features.
 pub const DRIVER_FEATURES_SEL: u64 = 0x024;
+/// Legacy, write: bytes of a page in [`LEGACY_QUEUE_PAGE`].
+pub const LEGACY_PAGE_SIZE: u64 = 0x028;
 /// Write: selects the queue that the `QUEUE_` registers are about.
 pub const QUEUE_SEL: u64 = 0x030;
 /// Read: the most entries of the queue; 0 if there is no such queue.
 pub const QUEUE_SIZE_MAX: u64 = 0x034;
 /// Write: the entries of the queue.
 pub const QUEUE_SIZE: u64 = 0x038;
+/// Legacy, write: what the place of the used ring is a multiple of, bytes.
+pub const LEGACY_QUEUE_ALIGN: u64 = 0x03c;
+/// Legacy, read and write: the page where the queue begins; 0 if it is not in use.
+pub const LEGACY_QUEUE_PAGE: u64 = 0x040;
 /// Read and write: whether the queue is enabled.
 pub const QUEUE_READY: u64 = 0x044;
 /// Write: the doorbell; the value is the queue's index.
@@ -84,12 +90,16 @@ pub const CONFIG_GENERATION: u64 = 0x0fc;
 /// From here on: the device configuration.
 pub const CONFIG: u64 = 0x100;
 
-/// Bytes that a device occupies on the bus: registers and 3840 bytes of configuration.
+/// Bytes of a register block: registers and 3840 bytes of configuration.
 pub const BLOCK_SIZE: u64 = 0x1000;
+/// Bytes that a device occupies on the bus: the register block, then its shared memory.
+pub const PLACE_SIZE: u64 = 0x10_0000;
 
 /// What [`MAGIC_VALUE`] reads: "virt".
 pub const MAGIC: u32 = 0x7472_6976;
-/// What [`VERSION`] reads; 1 is the legacy interface.
+/// What [`VERSION`] reads on the legacy interface.
+pub const VERSION_1: u32 = 1;
+/// What [`VERSION`] reads.
 pub const VERSION_2: u32 = 2;
 /// What [`VENDOR_ID`] of our devices reads: "poly".
 pub const VENDOR: u32 = u32::from_le_bytes(*b"poly");

@@ -447,21 +447,9 @@ impl<M: GuestMemory> Device<M> {
 
     /// The doorbell of `queue`, written as a register: what is left to do is done when the host polls.
     pub(super) fn ring(&mut self, queue: u16) {
-        if self.kick_queue(queue) {
+        if self.state.kick(queue) {
             self.waker.wake_by_ref();
         }
-    }
-
-    fn kick_queue(&mut self, queue: u16) -> bool {
-        // A legacy driver may use the device before it says DRIVER_OK (3.1.2).
-        let status = self.state.status();
-        if self.state.interface() != Interface::Modern
-            && status.contains(Status::DRIVER)
-            && !status.contains(Status::DRIVER_OK)
-        {
-            self.state.set_status(status | Status::DRIVER_OK);
-        }
-        self.state.kick(queue)
     }
 }
 
@@ -481,7 +469,7 @@ impl<M: GuestMemory + Send> BusDevice for Device<M> {
     }
 
     fn kick(&mut self, queue: u16) -> bool {
-        self.kick_queue(queue)
+        self.state.kick(queue)
     }
 
     fn poll(&mut self) -> bool {
