@@ -11,8 +11,6 @@ mod input;
 mod ram;
 mod registers;
 
-use polyvirt_core::queue::Layout;
-
 /// A target: takes an input.
 pub type Target = fn(&[u8]);
 
@@ -35,14 +33,14 @@ pub fn device_packed(data: &[u8]) {
     device::run(data, true);
 }
 
-/// The driver role on a split ring that a hostile device writes.
+/// The driver role on a split ring of either byte order that a hostile device writes.
 pub fn driver_split(data: &[u8]) {
-    driver::run(data, Layout::Modern);
+    driver::run(data, false);
 }
 
 /// The driver role on a packed ring that a hostile device writes.
 pub fn driver_packed(data: &[u8]) {
-    driver::run(data, Layout::Packed);
+    driver::run(data, true);
 }
 
 /// A sequence of accesses to the registers of a device behind virtio-mmio, and to the memory of its rings.
