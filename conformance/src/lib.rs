@@ -6,6 +6,7 @@
 pub mod bench;
 pub mod cases;
 pub mod cells;
+pub mod daemon;
 pub mod ledger;
 pub mod raw;
 pub mod saboteurs;

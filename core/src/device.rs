@@ -3,7 +3,7 @@
 use core::task::Waker;
 
 use crate::features::Features;
-use crate::memory::GuestMemory;
+use crate::memory::{GuestMemory, Pages};
 use crate::queue::Queue;
 
 /// A device: turns descriptor chains into requests for its backend, and completions into used buffers.
@@ -28,6 +28,11 @@ pub trait Device<M: GuestMemory>: Send {
         let _ = (offset, data);
     }
 
+    /// The memory that the device shares with its driver (2.10): the same regions for as long as the device lives.
+    fn shared_memory(&self) -> &[SharedRegion] {
+        &[]
+    }
+
     /// The driver is ready (DRIVER_OK), with `features` accepted. Buffers may follow; `waker` asks for
     /// [`Device::poll`].
     fn activate(&mut self, features: Features, waker: Waker);
@@ -45,6 +50,15 @@ pub trait Device<M: GuestMemory>: Send {
 
     /// Back to the state before [`Device::activate`], as [`Device::reset_queue`] for all queues.
     fn reset(&mut self);
+}
+
+/// A shared memory region (2.10): memory of the device that its driver sees.
+#[derive(Clone, Debug)]
+pub struct SharedRegion {
+    /// Which one, in the numbering of the device type.
+    pub id: u8,
+    /// The memory.
+    pub pages: Pages,
 }
 
 /// The running queues of a device, and its line to the driver, while it works.

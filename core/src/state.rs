@@ -8,7 +8,7 @@ use alloc::vec::Vec;
 use core::mem;
 use core::task::Waker;
 
-use crate::device::{Device, Queues};
+use crate::device::{Device, Queues, SharedRegion};
 use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
 use crate::memory::GuestMemory;
@@ -108,15 +108,42 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self
     }
 
+    /// Lets every queue have up to `entries` entries, whatever the device says, for transports that have no way to tell
+    /// the driver how many there may be.
+    #[must_use]
+    pub fn with_queue_max_size(mut self, entries: u16) -> Self {
+        self.setups.fill(QueueSetup::new(entries.min(MAX_QUEUE_SIZE)));
+        self
+    }
+
     /// What a backend wakes when it has news; the transport's [`poll`](Self::poll) follows. Set before the driver is
     /// ready.
     pub fn set_waker(&mut self, waker: Waker) {
         self.waker = waker;
     }
 
+    /// How the driver talks to the device.
+    pub fn interface(&self) -> Interface {
+        self.interface
+    }
+
+    /// The driver talks through `interface`, for transports that offer both (transitional devices, 2.2.3). Ignored while
+    /// a driver uses the device: until a reset it keeps to the interface that it began with.
+    pub fn set_interface(&mut self, interface: Interface) {
+        if self.status.is_empty() && self.interface != interface {
+            self.reset();
+            self.interface = interface;
+        }
+    }
+
     /// The virtio device type (chapter 5).
     pub fn device_type(&self) -> u32 {
         self.device.device_type()
+    }
+
+    /// The device's shared memory regions (2.10).
+    pub fn shared_memory(&self) -> &[SharedRegion] {
+        self.device.shared_memory()
     }
 
     /// The features offered: the device type's, the transport's, and those that the core carries out for every device.
@@ -126,7 +153,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             | self.transport_features
             | rings
             | match self.interface {
-                Interface::Modern => Features::VERSION_1 | Features::SUSPEND,
+                Interface::Modern => Features::VERSION_1 | Features::IN_ORDER | Features::SUSPEND,
                 Interface::Legacy(_) => Features::ANY_LAYOUT,
             }
     }
@@ -461,6 +488,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     layout,
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
+                    in_order: self.accepted.contains(Features::IN_ORDER),
                 },
                 state.unwrap_or(QueueState::start(layout)),
             ),

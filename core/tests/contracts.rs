@@ -175,7 +175,7 @@ fn an_interrupt_is_not_lost_when_the_device_completes_whole_rounds_between_two_l
 #[test]
 fn the_device_is_notified_by_the_flag_or_when_the_event_index_is_passed() {
     for layout in SPLIT {
-        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, layout });
+        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout });
         let kicks = Doorbell::default();
         let mut driver = memory.driver(kicks.clone());
         let used = memory.shape.config().device;
@@ -205,7 +205,7 @@ fn the_device_is_notified_by_the_flag_or_when_the_event_index_is_passed() {
 #[test]
 fn the_event_index_works_across_the_wrap_of_indices() {
     for layout in SPLIT {
-        let mut rig = Rig::new(Shape { size: SIZE, event_idx: true, indirect: false, layout });
+        let mut rig = Rig::new(Shape { size: SIZE, event_idx: true, indirect: false, in_order: false, layout });
         for token in 0..70_000 {
             add(&mut rig.driver, token);
             assert!(rig.driver.kick().unwrap(), "the device sleeps");
@@ -221,7 +221,7 @@ fn the_event_index_works_across_the_wrap_of_indices() {
 #[test]
 fn without_event_idx_the_flag_tells_whether_callbacks_are_wanted() {
     for layout in SPLIT {
-        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, layout });
+        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout });
         let mut driver: DriverQueue<u64, _> = memory.driver(Doorbell::default());
         let flags = || memory.get16(memory.shape.config().driver);
         assert_eq!(flags(), 0);
@@ -258,8 +258,13 @@ fn a_buffer_has_between_one_piece_and_as_many_as_the_queue() {
 
 #[test]
 fn the_bytes_of_descriptors_and_rings_are_those_of_the_spec() {
-    let memory =
-        Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, layout: Layout::Legacy(ByteOrder::Big) });
+    let memory = Memory::new(Shape {
+        size: SIZE,
+        event_idx: false,
+        indirect: false,
+        in_order: false,
+        layout: Layout::Legacy(ByteOrder::Big),
+    });
     let mut driver = memory.driver(Doorbell::default());
     driver
         .add_buf(&[Buffer { address: 0x0102_0304_0506_0708, len: 0x0a0b }], &[Buffer { address: 9, len: 1 }], ())
@@ -280,7 +285,7 @@ fn the_bytes_of_descriptors_and_rings_are_those_of_the_spec() {
 #[test]
 fn an_indirect_buffer_takes_one_entry_and_its_table_holds_the_pieces() {
     for layout in SPLIT {
-        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: true, layout });
+        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: true, in_order: false, layout });
         let mut driver = memory.driver(Doorbell::default());
         let mut device = memory.device();
         for token in 0..u64::from(SIZE) {
@@ -305,7 +310,7 @@ fn an_indirect_buffer_takes_one_entry_and_its_table_holds_the_pieces() {
 #[test]
 fn a_buffer_of_one_piece_or_without_the_feature_uses_no_table() {
     for layout in SPLIT {
-        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: true, layout });
+        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: true, in_order: false, layout });
         let mut driver = memory.driver(Doorbell::default());
         driver.add_buf(&[buffer(0, 16)], &[], ()).unwrap();
         assert_eq!(memory.get16(RING + 12), 0);
@@ -319,7 +324,8 @@ fn a_buffer_of_one_piece_or_without_the_feature_uses_no_table() {
 
 #[test]
 fn a_buffer_that_fits_no_table_is_chained_in_the_ring() {
-    let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: true, layout: Layout::Modern });
+    let memory =
+        Memory::new(Shape { size: SIZE, event_idx: false, indirect: true, in_order: false, layout: Layout::Modern });
     // Two entries for each of four tables.
     let tables = Pages::allocate(4096).slice(0, 16 * 2 * 4).unwrap();
     let mut driver = DriverQueue::new(memory.virtqueue(Doorbell::default())).unwrap().with_indirect(tables, TABLES);
@@ -333,7 +339,7 @@ fn a_buffer_that_fits_no_table_is_chained_in_the_ring() {
 /// in flight. It gives `reason`, the driver is latched, and the buffer is not lost.
 fn device_caught(spoil: impl Fn(&Memory), reason: QueueError) {
     for layout in SPLIT {
-        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, layout });
+        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout });
         let kicks = Doorbell::default();
         let mut driver = memory.driver(kicks.clone());
         driver.add_buf(&[], &[buffer(0, 16)], 7).unwrap();
@@ -372,7 +378,7 @@ fn a_used_length_beyond_the_buffer() {
 #[test]
 fn a_buffer_that_is_returned_twice() {
     for layout in SPLIT {
-        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, layout });
+        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout });
         let mut driver = memory.driver(Doorbell::default());
         driver.add_buf(&[], &[buffer(0, 16)], 7).unwrap();
         driver.kick().unwrap();
@@ -386,7 +392,7 @@ fn a_buffer_that_is_returned_twice() {
 #[test]
 fn what_the_device_writes_into_descriptors_is_never_read_back() {
     for layout in SPLIT {
-        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, layout });
+        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout });
         let mut driver = memory.driver(Doorbell::default());
         for round in 0..20u16 {
             driver.add_buf(&[buffer(0, 16)], &[buffer(1, 16), buffer(2, 16)], round).unwrap();
@@ -456,7 +462,7 @@ fn a_restart_publishes_what_was_in_flight_again_in_its_old_order() {
 
 #[test]
 fn a_restart_on_a_ring_that_cannot_hold_the_buffers_changes_nothing() {
-    let shape = Shape { size: SIZE, event_idx: false, indirect: true, layout: Layout::Modern };
+    let shape = Shape { size: SIZE, event_idx: false, indirect: true, in_order: false, layout: Layout::Modern };
     let mut rig = Rig::new(shape);
     rig.driver.add_buf(&[buffer(0, 16); 2], &[], 1).unwrap();
     let restart = |driver: &mut DriverQueue<u64, Doorbell>, shape| {
@@ -477,7 +483,7 @@ fn a_restart_on_a_ring_that_cannot_hold_the_buffers_changes_nothing() {
 
 #[test]
 fn a_latched_driver_works_again_after_a_restart() {
-    let shape = Shape { size: SIZE, event_idx: false, indirect: false, layout: Layout::Modern };
+    let shape = Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout: Layout::Modern };
     let mut rig = Rig::new(shape);
     rig.driver.add_buf(&[buffer(0, 16)], &[], 1).unwrap();
     rig.driver.kick().unwrap();

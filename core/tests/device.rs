@@ -11,9 +11,9 @@ const SIZE: u16 = 8;
 
 fn shapes() -> impl Iterator<Item = Shape> {
     let event = [false, true];
-    SPLIT
-        .into_iter()
-        .flat_map(move |layout| event.map(|event_idx| Shape { size: SIZE, event_idx, indirect: true, layout }))
+    SPLIT.into_iter().flat_map(move |layout| {
+        event.map(|event_idx| Shape { size: SIZE, event_idx, indirect: true, in_order: false, layout })
+    })
 }
 
 #[test]

@@ -31,9 +31,9 @@ impl Log for Record {
 
 fn shapes() -> impl Iterator<Item = Shape> {
     let event = [false, true];
-    SPLIT
-        .into_iter()
-        .flat_map(move |layout| event.map(|event_idx| Shape { size: SIZE, event_idx, indirect: true, layout }))
+    SPLIT.into_iter().flat_map(move |layout| {
+        event.map(|event_idx| Shape { size: SIZE, event_idx, indirect: true, in_order: false, layout })
+    })
 }
 
 /// On every kind of split ring: `spoil` breaks the ring, popping `good` chains works, the next gives what is returned.
@@ -375,7 +375,7 @@ fn a_chain_may_have_2_to_the_32_bytes_and_not_one_more() {
 #[test]
 fn rights_count_for_buffers_and_tables() {
     let rights = |table: Access, readable: Access, writable: Access| {
-        let shape = Shape { size: SIZE, event_idx: false, indirect: true, layout: Layout::Modern };
+        let shape = Shape { size: SIZE, event_idx: false, indirect: true, in_order: false, layout: Layout::Modern };
         let memory = Memory::new(shape);
         memory.descriptor(0, TABLES, 32, INDIRECT, 0);
         memory.descriptor_at(TABLES, 0, BUFFERS, 4, NEXT, 1);
@@ -404,7 +404,7 @@ fn rights_count_for_buffers_and_tables() {
 
 #[test]
 fn a_table_and_a_buffer_in_pieces_of_memory_are_one_for_the_chain() {
-    let shape = Shape { size: SIZE, event_idx: true, indirect: true, layout: Layout::Modern };
+    let shape = Shape { size: SIZE, event_idx: true, indirect: true, in_order: false, layout: Layout::Modern };
     let memory = Memory::new(shape);
     // The table's second entry lies across two pages that are far apart, and so does the buffer.
     let edge = PAGE_SIZE - 24;

@@ -19,12 +19,9 @@ fn shapes() -> impl Strategy<Value = Shape> {
     ];
     let split = (0u32..5, split).prop_map(|(log, layout)| (1 << log, layout));
     let packed = (1u16..=16).prop_map(|size| (size, Layout::Packed));
-    (prop_oneof![split, packed], any::<bool>(), any::<bool>()).prop_map(|((size, layout), event_idx, indirect)| Shape {
-        size,
-        event_idx,
-        indirect,
-        layout,
-    })
+    (prop_oneof![split, packed], any::<bool>(), any::<bool>(), any::<bool>()).prop_map(
+        |((size, layout), event_idx, indirect, in_order)| Shape { size, event_idx, indirect, in_order, layout },
+    )
 }
 
 #[derive(Clone, Debug)]
@@ -70,6 +67,8 @@ proptest! {
         let mut added = std::collections::BTreeMap::new();
         let mut published = VecDeque::new();
         let mut held = Vec::new();
+        // In order: what was popped and is not used, oldest first, and whether the device is done with it.
+        let mut waiting = VecDeque::new();
         // Whether the device was told of what is published, and the driver of what was used.
         let (mut device_awake, mut driver_awake) = (false, false);
         let (mut published_count, mut seen) = (0usize, 0usize);
@@ -141,7 +140,9 @@ proptest! {
                         prop_assert_eq!(u64::from_le_bytes(stamp), token);
                     }
                     seen += 1;
-                    held.push((chain, (token, readable, writable)));
+                    let buffer = (token, readable, writable);
+                    waiting.push_back((chain.head(), buffer, false));
+                    held.push((chain, buffer));
                 }
                 Step::End => {
                     let Some(drained) = burst.take() else { continue };
@@ -158,7 +159,17 @@ proptest! {
                         chain.write(0, &token.to_le_bytes()).unwrap();
                     }
                     rig.device.complete(chain).unwrap();
-                    completed += 1;
+                    let at = waiting.iter().position(|(_, (other, ..), _)| *other == token).unwrap();
+                    waiting[at].2 = true;
+                    if shape.in_order {
+                        while waiting.front().is_some_and(|(.., done)| *done) {
+                            waiting.pop_front();
+                            completed += 1;
+                        }
+                    } else {
+                        waiting.remove(at);
+                        completed += 1;
+                    }
                 }
                 Step::Interrupt => {
                     if rig.device.needs_interrupt() {
@@ -174,16 +185,18 @@ proptest! {
                         Ok(saved) => saved,
                         Err(reason) => {
                             prop_assert_eq!(reason, QueueError::Overwritten);
-                            prop_assert!(shape.layout == Layout::Packed && !held.is_empty());
+                            prop_assert!(shape.layout == Layout::Packed && !shape.in_order && !held.is_empty());
                             continue;
                         }
                     };
                     // What was in flight is popped again: on a split ring in the order of the list, on a packed one in that
                     // of the ring, before anything that was not.
                     let place = |head| saved.in_flight.iter().position(|&other| other == head);
-                    held.sort_by_key(|(chain, (token, ..))| (place(chain.head()), *token));
-                    seen -= held.len();
-                    held.drain(..).rev().for_each(|(_, buffer)| published.push_front(buffer));
+                    let mut again: Vec<_> = waiting.drain(..).collect();
+                    again.sort_by_key(|(head, (token, ..), _)| (place(*head), *token));
+                    seen -= again.len();
+                    again.into_iter().rev().for_each(|(_, buffer, _)| published.push_front(buffer));
+                    held.clear();
                     rig.device = Queue::restore(rig.memory.map.clone(), shape.config(), &saved).unwrap();
                     // Whoever restores looks.
                     (burst, device_awake) = (None, true);
@@ -202,6 +215,9 @@ proptest! {
                 Step::Get => match rig.driver.get_buf().unwrap() {
                     Some((token, len)) => {
                         got += 1;
+                        if shape.in_order {
+                            prop_assert_eq!(added.keys().next(), Some(&token), "not the oldest");
+                        }
                         let (writable, answer) = added.remove(&token).expect("returned twice, or never added");
                         prop_assert_eq!(len, writable.min(8));
                         if writable > 0 {

@@ -53,7 +53,8 @@ fn what_was_in_flight_is_taken_again_and_comes_back_once() {
 
 #[test]
 fn a_queue_that_is_saved_before_it_took_everything_again_still_knows_all() {
-    let mut rig = Rig::new(Shape { size: SIZE, event_idx: false, indirect: false, layout: Layout::Modern });
+    let mut rig =
+        Rig::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout: Layout::Modern });
     add(&mut rig, 4);
     rig.device.begin_burst();
     let _taken: Vec<_> = (0..4).map(|_| rig.device.pop().unwrap().unwrap()).collect();
@@ -67,7 +68,8 @@ fn a_queue_that_is_saved_before_it_took_everything_again_still_knows_all() {
 
 #[test]
 fn a_packed_ring_cannot_be_saved_while_descriptors_in_flight_are_overwritten() {
-    let mut rig = Rig::new(Shape { size: SIZE, event_idx: false, indirect: false, layout: Layout::Packed });
+    let mut rig =
+        Rig::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout: Layout::Packed });
     add(&mut rig, 3);
     rig.device.begin_burst();
     let mut taken: Vec<_> = (0..3).map(|_| rig.device.pop().unwrap().unwrap()).collect();
@@ -116,7 +118,7 @@ fn states_that_no_queue_can_be_in_are_refused() {
 
 #[test]
 fn what_a_restored_head_leads_to_is_checked_like_any_other() {
-    let shape = Shape { size: SIZE, event_idx: false, indirect: false, layout: Layout::Modern };
+    let shape = Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout: Layout::Modern };
     let memory = Memory::new(shape);
     memory.descriptor(2, BUFFERS, 16, polyvirt_core::queue::split::layout::NEXT, 2);
     let saved = SavedQueue { state: QueueState { available: 1, used: 0 }, in_flight: vec![2] };

@@ -142,13 +142,13 @@ fn carry(shape: Shape, polling: bool) {
 }
 
 /// Carries buffers through rings with and without EVENT_IDX and indirect descriptors, by a driver with callbacks always
-/// on and by one that enables them only before it sleeps.
+/// on and by one that enables them only before it sleeps, also in order.
 fn carry_all(layout: Layout) {
     for size in [2, 8] {
         for event_idx in [false, true] {
             for indirect in [false, true] {
-                for polling in [false, true] {
-                    carry(Shape { size, event_idx, indirect, layout }, polling);
+                for (polling, in_order) in [(false, false), (true, false), (true, true)] {
+                    carry(Shape { size, event_idx, indirect, in_order, layout }, polling);
                 }
             }
         }

@@ -76,8 +76,14 @@ pub(crate) fn run(data: &[u8], packed: bool) {
     };
     let size = if packed { 1 + u16::from(input.byte() % 32) } else { 1 << (input.byte() % 6) };
     let entries = usize::from(size);
-    let mut config =
-        QueueConfig { size, layout, event_idx: flags & 1 != 0, indirect: flags & 2 != 0, ..QueueConfig::default() };
+    let mut config = QueueConfig {
+        size,
+        layout,
+        event_idx: flags & 1 != 0,
+        indirect: flags & 2 != 0,
+        in_order: flags & 64 != 0,
+        ..QueueConfig::default()
+    };
     let (driver, device) = if packed { (4, 4) } else { (6 + 2 * entries, (6 + 8 * entries).next_multiple_of(4)) };
     let shared = Shared::new([16 * entries, driver, device, 64 * entries]);
     allocations::restart();
@@ -118,6 +124,9 @@ pub(crate) fn run(data: &[u8], packed: bool) {
                 assert_eq!(allocations::count().calls, calls, "getting allocates");
                 match got {
                     Ok(Some((token, len))) => {
+                        if config.in_order {
+                            assert_eq!(out.keys().next(), Some(&token), "in order");
+                        }
                         let writable = out.remove(&token).expect("a token comes back once");
                         assert!(len <= writable, "more was written than there is room for");
                     }

@@ -294,6 +294,7 @@ fn negotiate(device: &mut mmio::Device<Memory>, input: &mut Input<'_>) {
         (2, Features::INDIRECT_DESC),
         (4, Features::RING_PACKED),
         (8, Features::RING_RESET),
+        (8, Features::IN_ORDER),
         (64, Features::SUSPEND),
         (128, Features::NOTIFICATION_DATA),
     ] {

@@ -115,6 +115,19 @@ macro_rules! absent {
                 Err(unavailable())
             }
 
+            /// Nothing is.
+            pub fn is_real() -> bool {
+                false
+            }
+
+            /// The argument with which nothing is run.
+            pub const HANDS: &str = concat!(stringify!($module), "-hands");
+
+            /// Fails as [`available`] does.
+            pub fn hands() -> Result<(), HypervisorError> {
+                Err(unavailable())
+            }
+
             fn unavailable() -> HypervisorError {
                 HypervisorError::Unavailable(concat!("the port to ", $name, " needs Linux on x86-64").into())
             }

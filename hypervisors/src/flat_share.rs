@@ -13,7 +13,7 @@ use polyvirt_core::memory::{Access, Pages};
 const PAGE: usize = 4096;
 
 /// The part of guest RAM that drivers allocate from.
-pub(crate) struct FlatShare {
+pub struct FlatShare {
     base: u64,
     ram: Pages,
     ranges: Arc<Mutex<Ranges>>,
@@ -32,7 +32,7 @@ struct Used {
 
 impl FlatShare {
     /// Allocations come out of `ram`, which is at guest-physical `base`.
-    pub(crate) fn new(base: u64, ram: Pages) -> Self {
+    pub fn new(base: u64, ram: Pages) -> Self {
         let whole = ram.len() / PAGE * PAGE;
         let free = BTreeMap::from_iter((whole > 0).then_some((0, whole)));
         Self { base, ram, ranges: Arc::new(Mutex::new(Ranges { free, used: BTreeMap::new() })) }

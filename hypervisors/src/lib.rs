@@ -16,6 +16,7 @@ pub mod kvm;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod lguest;
 pub mod loopback;
+pub use flat_share::FlatShare;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod xen;
 

@@ -2,25 +2,31 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use alloc::vec;
+use alloc::vec::Vec;
 
 use polyvirt_core::Features;
-use polyvirt_core::hypervisor::Share;
-use polyvirt_core::memory::Access;
-use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueConfig, QueueError, packed, split};
+use polyvirt_core::hypervisor::{HypervisorError, Share};
+use polyvirt_core::memory::{Access, Pages};
+use polyvirt_core::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, QueueConfig, QueueError, packed, split};
 use polyvirt_core::shared::Shared;
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 
-/// The three areas of a queue, each an allocation of its own, shared with the device until this is dropped.
+/// The three areas of a queue, shared with the device until this is dropped.
 pub(crate) struct Areas {
     config: QueueConfig,
-    descriptors: Shared,
-    driver: Shared,
-    device: Shared,
+    descriptors: Pages,
+    driver: Pages,
+    device: Pages,
+    _shared: Vec<Shared>,
 }
+
+/// The byte order of this guest, which is that of its legacy devices.
+pub(crate) const NATIVE: ByteOrder = if cfg!(target_endian = "big") { ByteOrder::Big } else { ByteOrder::Little };
 
 impl Areas {
     /// Allocates and shares what queue `index` needs with `features` accepted: `size` entries, or as many as there can
-    /// be if none.
+    /// be if none. Each area is an allocation of its own.
     pub(crate) fn allocate(
         share: &Arc<dyn Share>,
         index: u16,
@@ -55,8 +61,47 @@ impl Areas {
             layout: if packed { Layout::Packed } else { Layout::Modern },
             event_idx: features.contains(Features::EVENT_IDX),
             indirect: features.contains(Features::INDIRECT_DESC),
+            in_order: features.contains(Features::IN_ORDER),
         };
-        Ok(Self { config, descriptors, driver, device })
+        Ok(Self {
+            config,
+            descriptors: descriptors.pages().clone(),
+            driver: driver.pages().clone(),
+            device: device.pages().clone(),
+            _shared: vec![descriptors, driver, device],
+        })
+    }
+
+    /// As [`Areas::allocate`], in the legacy layout: all in one piece, with `size` entries.
+    pub(crate) fn contiguous(
+        share: &Arc<dyn Share>,
+        index: u16,
+        size: u16,
+        max: u16,
+        features: Features,
+    ) -> Result<Self, TransportError> {
+        if !size.is_power_of_two() || size > max.min(MAX_QUEUE_SIZE) {
+            return Err(TransportError::Queue { index, reason: QueueError::Size { size: size.into(), max } });
+        }
+        let (driver, device, end) = split::layout::legacy(size);
+        let whole = Shared::new(share, end as usize, Access::READ | Access::WRITE)?;
+        let part = |from: u64, to: u64| {
+            let part = whole.pages().slice(from as usize, (to - from) as usize);
+            part.ok_or(TransportError::Hypervisor(HypervisorError::Exhausted("guest memory")))
+        };
+        let start = whole.address();
+        let config = QueueConfig {
+            size,
+            descriptors: start,
+            driver: start + driver,
+            device: start + device,
+            layout: Layout::Legacy(NATIVE),
+            event_idx: features.contains(Features::EVENT_IDX),
+            indirect: features.contains(Features::INDIRECT_DESC),
+            in_order: false,
+        };
+        let (descriptors, driver, device) = (part(0, driver)?, part(driver, device)?, part(device, end)?);
+        Ok(Self { config, descriptors, driver, device, _shared: vec![whole] })
     }
 
     /// What the registers are told.
@@ -68,9 +113,9 @@ impl Areas {
     pub(crate) fn virtqueue(&self, notify: Box<dyn Notify>) -> Virtqueue {
         Virtqueue {
             config: self.config,
-            descriptors: self.descriptors.pages().clone(),
-            driver: self.driver.pages().clone(),
-            device: self.device.pages().clone(),
+            descriptors: self.descriptors.clone(),
+            driver: self.driver.clone(),
+            device: self.device.clone(),
             notify,
         }
     }

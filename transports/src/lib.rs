@@ -9,6 +9,7 @@ extern crate alloc;
 mod areas;
 pub mod lguest;
 pub mod mmio;
+pub mod pci;
 #[cfg(all(feature = "std", target_os = "linux"))]
 pub mod vhost_user;
 pub mod xenbus;

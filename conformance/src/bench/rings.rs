@@ -90,6 +90,7 @@ fn config(shape: Shape, layout: Layout) -> QueueConfig {
         layout,
         event_idx: shape.event_idx,
         indirect: true,
+        in_order: false,
     }
 }
 

@@ -7,7 +7,7 @@ use polyvirt_devices::{DriverError, blk, console, rng};
 use super::played::{Play, Played};
 use super::sample::{BLK_IN, BLK_OUT, ensure, ensure_eq};
 use crate::raw::{Descriptor, WRITE};
-use crate::suite::{Applies, BLK, CONSOLE, Call, Case, Finding, Objection, RNG, Session, Variant, Verdict};
+use crate::suite::{Applies, BLK, CONSOLE, Call, Case, Finding, Objection, RNG, RingFormat, Session, Variant, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
@@ -20,6 +20,9 @@ pub const CASES: &[Case] = &[
         .judges(&["N0776"])
         .on(Applies::to(BLK))
         .with(Variant::ReadOnly),
+    Case::new("drivers/packed", "the ordinary driver takes packed rings where they are offered", takes_packed)
+        .judges(&["N1578"])
+        .only(RingFormat::Packed),
     Case::new("drivers/rng", "the entropy driver fills buffers, with device-writable ones only", rng_works)
         .judges(&["N0851"])
         .on(Applies::to(RNG)),
@@ -114,6 +117,24 @@ fn blk_read_only(session: &mut Session) -> Verdict {
     driver.read(0, &mut [0; 512]).map_err(failed)?;
     let written = driver.write(0, &[1; 512]);
     ensure(written.is_err(), "a write fails", "it does not")?;
+    Ok(Finding::Passed)
+}
+
+fn takes_packed(session: &mut Session) -> Verdict {
+    session.trace.clear();
+    let transport = Box::new(session.transport.clone());
+    match session.cell.device_type {
+        BLK => drop(blk::Driver::new(transport).map_err(failed)?),
+        CONSOLE => drop(console::Driver::new(transport).map_err(failed)?),
+        RNG => drop(rng::Driver::new(transport).map_err(failed)?),
+        other => return Err(Objection::Skipped(format!("there is no driver for devices of type {other}"))),
+    }
+    let accepted = session.trace.calls().into_iter().find_map(|call| match call {
+        Call::SetDriverFeatures(features) => Some(features),
+        _ => None,
+    });
+    let packed = accepted.is_some_and(|features| features.contains(Features::RING_PACKED));
+    ensure(packed, "VIRTIO_F_RING_PACKED", format_args!("{accepted:?}"))?;
     Ok(Finding::Passed)
 }
 

@@ -12,13 +12,17 @@ pub mod indirect;
 pub mod init;
 pub mod mmio;
 pub mod mmio_driver;
+pub mod mmio_notification;
 pub mod notify;
+pub mod packed;
+pub mod packed_driver;
 pub mod played;
 pub mod ring;
 pub mod rng;
 pub mod rogue;
 pub mod sample;
 pub mod scripted;
+pub mod suspend;
 
 use crate::suite::Case;
 
@@ -31,11 +35,15 @@ pub fn all() -> Vec<Case> {
         ring::CASES,
         rogue::CASES,
         notify::CASES,
+        suspend::CASES,
+        packed::CASES,
         chains::CASES,
         indirect::CASES,
         driver::CASES,
+        packed_driver::CASES,
         mmio::CASES,
         mmio_driver::CASES,
+        mmio_notification::CASES,
         blk::CASES,
         blk_commands::CASES,
         rng::CASES,

@@ -47,7 +47,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// Lets the device serve a sample, looking at the ring alone.
-fn serve_silently(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
+pub(super) fn serve_silently(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
     let sample = offer(session, rings)?;
     let (_, len) = session.poll_used(&mut rings[usize::from(sample.queue)])?;
     sample.check(session, len)
@@ -67,7 +67,7 @@ fn wanted(session: &mut Session) -> Verdict {
 
 /// Three requests that the driver does not want to hear of. The interrupt for the first, if one comes, comes before the
 /// third is used.
-fn silence(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
+pub(super) fn silence(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
     while session.interrupted()? {}
     for _ in 0..3 {
         serve_silently(session, rings)?;
@@ -107,7 +107,7 @@ fn event_ignored(session: &mut Session) -> Verdict {
 }
 
 /// A device with EVENT_IDX; skipped where it is not offered.
-fn with_event_idx(session: &mut Session) -> Result<Vec<Ring>, Objection> {
+pub(super) fn with_event_idx(session: &mut Session) -> Result<Vec<Ring>, Objection> {
     match session.transport.device_features()?.contains(Features::EVENT_IDX) {
         true => session.bring_up(Features::EVENT_IDX),
         false => Err(Objection::Skipped("the device does not offer VIRTIO_F_EVENT_IDX".into())),

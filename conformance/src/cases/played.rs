@@ -105,7 +105,7 @@ impl Scene {
             return None;
         }
         if self.device_type == BLK
-            && let Some(status) = writable.clone().last()
+            && let Some(status) = writable.clone().next_back()
             && let Some((pages, offset)) = self.find(status.address + u64::from(status.len.max(1)) - 1, 1)
         {
             // What cannot be written, the driver never shared: it misses the answer.
@@ -198,6 +198,12 @@ struct Doorbell {
 impl Notify for Doorbell {
     fn notify(&mut self) -> Result<(), TransportError> {
         self.inner.notify()?;
+        self.play.scene().serve(self.index);
+        Ok(())
+    }
+
+    fn notify_at(&mut self, next: u16) -> Result<(), TransportError> {
+        self.inner.notify_at(next)?;
         self.play.scene().serve(self.index);
         Ok(())
     }

@@ -2,15 +2,21 @@
 
 use std::fs::{self, Permissions};
 use std::io::Write as _;
+use std::num::NonZero;
 use std::os::unix::fs::PermissionsExt as _;
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell};
+use polyvirt_conformance::daemon::Expectations;
+use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell_within};
 use polyvirt_conformance::{cases, cells};
 use tempfile::NamedTempFile;
 
+use super::daemon;
 use super::output::Output;
 use super::progress::Progress;
 use super::select::Selection;
@@ -18,6 +24,8 @@ use super::{CheckArgs, CheckFormat, CliError, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
 use crate::report::{self, Cell, Facts, ImageSource, Report};
 
+/// How long a case may take with a daemon: every kick wakes another process.
+const DAEMON_WATCHDOG: Duration = Duration::from_secs(120);
 /// The page's name inside the directory of `--report`.
 const PAGE: &str = "report.html";
 
@@ -28,13 +36,18 @@ impl From<ImageError> for CliError {
 }
 
 /// Runs the cells that `args` selects, tells the result, and returns the exit code.
-pub(super) fn run(args: &CheckArgs, output: &mut Output) -> Result<u8, CliError> {
-    let targets = select(args)?;
+///
+/// `daemon` is a device that is not ours, and what is expected of it.
+pub(super) fn run(args: &CheckArgs, daemon: Option<(&str, Option<&str>)>, output: &mut Output) -> Result<u8, CliError> {
+    let (targets, expected) = match daemon {
+        Some((target, expect)) => daemon::select(args, target, expect)?,
+        None => (select(args)?, None),
+    };
     let image = the_image(args, &targets)?;
     let page = args.tell.report.as_deref().map(Page::create).transpose()?;
 
     let begun = Instant::now();
-    let (mut cells, source) = run_cells(&targets, image.as_ref(), args.tell.quiet)?;
+    let (mut cells, source) = run_cells(&targets, image.as_ref(), expected.as_ref(), args.tell.quiet)?;
     if args.lab {
         cells.extend(super::lab::cells(args.tell.quiet)?);
     }
@@ -99,7 +112,9 @@ fn select(args: &CheckArgs) -> Result<Vec<Arc<dyn Target>>, CliError> {
 
 /// The image for the block cells, if there are any.
 fn the_image(args: &CheckArgs, targets: &[Arc<dyn Target>]) -> Result<Option<Image>, CliError> {
-    let needed = targets.iter().any(|target| target.cell().device_type == BLK);
+    // A daemon has a disk of its own already.
+    let carries = |cell: suite::Cell| cell.device_type == BLK && cell.hypervisor != daemon::HYPERVISOR;
+    let needed = targets.iter().any(|target| carries(target.cell()));
     match &args.image {
         Some(_) if !needed => {
             Err(CliError::Mistake("--image needs a cell with a block device: none is selected".into()))
@@ -114,29 +129,60 @@ fn the_image(args: &CheckArgs, targets: &[Arc<dyn Target>]) -> Result<Option<Ima
 fn run_cells(
     targets: &[Arc<dyn Target>],
     image: Option<&Image>,
+    expected: Option<&Expectations>,
     quiet: bool,
 ) -> Result<(Vec<Cell>, Option<ImageSource>), CliError> {
     let cases = cases::all();
     let steps: usize = targets.iter().map(|target| steps(&**target, &cases)).sum();
     let progress = Progress::new(steps, quiet);
-    let mut cells = Vec::new();
-    for target in targets {
+    let run = |target: &Arc<dyn Target>| {
         let cell = target.cell();
-        let result = run_cell(target, &cases, &mut |step| match step {
+        let watchdog = if cell.hypervisor == daemon::HYPERVISOR { DAEMON_WATCHDOG } else { suite::CASE_WATCHDOG };
+        let mut result = run_cell_within(target, &cases, watchdog, &mut |step| match step {
             Step::Started(case) => progress.at(format!("{cell}: {}", case.name)),
             Step::Finished(_) => progress.step(),
         });
-        let mut cell_report = Cell::new(&result, &cases);
-        if let Some(image) = image.filter(|_| cell.device_type == BLK && target.available().is_ok()) {
-            progress.at(format!("{cell}: the image"));
-            cell_report.image = image::through(&**target, image)?;
-            progress.step();
+        if let Some(expected) = expected {
+            expected.apply(&mut result);
         }
-        cells.push(cell_report);
+        let mut told = Cell::new(&result, &cases);
+        told.versions = target.versions();
+        told
+    };
+    // A daemon has one driver at a time.
+    let ours = targets.iter().all(|target| target.cell().hypervisor != daemon::HYPERVISOR);
+    let at_once = if ours { thread::available_parallelism().map_or(1, NonZero::get) } else { 1 };
+    let mut cells = in_order(targets, at_once, run);
+    // Alone, since it is about speed too.
+    for (target, cell) in targets.iter().zip(&mut cells) {
+        let carries = target.cell().device_type == BLK && target.available().is_ok();
+        let Some(image) = image.filter(|_| carries) else { continue };
+        progress.at(format!("{}: the image", target.cell()));
+        cell.image = image::through(&**target, image)?;
+        progress.step();
     }
     progress.finish();
     let source = image.filter(|_| cells.iter().any(|cell| cell.image.is_some())).map(Image::source);
     Ok((cells, source))
+}
+
+/// What `work` makes of each of `items`, in their order; `at_once` of them are worked on at the same time.
+fn in_order<T: Sync, R: Send>(items: &[T], at_once: usize, work: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let next = AtomicUsize::new(0);
+    let worker = || {
+        let turns = std::iter::from_fn(|| {
+            let number = next.fetch_add(1, Ordering::Relaxed);
+            items.get(number).map(|item| (number, work(item)))
+        });
+        turns.collect::<Vec<_>>()
+    };
+    let mut done: Vec<_> = thread::scope(|scope| {
+        let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(worker)).collect();
+        // A panic of a worker is one of the program's own: cases catch theirs.
+        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    });
+    done.sort_by_key(|(number, _)| *number);
+    done.into_iter().map(|(_, result)| result).collect()
 }
 
 fn steps(target: &dyn Target, cases: &[Case]) -> usize {
@@ -169,5 +215,26 @@ impl Page {
         self.file.write_all(page.as_bytes()).map_err(mistake)?;
         self.file.persist(&self.path).map_err(|error| mistake(error.error))?;
         Ok(self.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    #[test]
+    fn results_come_in_the_order_of_their_items_whoever_works_on_them() {
+        // The first item is done only when the second is: two are worked on at once.
+        let both = Barrier::new(2);
+        let doubled = in_order(&[1, 2, 3, 4, 5], 2, |&item| {
+            if item < 3 {
+                both.wait();
+            }
+            2 * item
+        });
+        assert_eq!(doubled, [2, 4, 6, 8, 10]);
+        assert_eq!(in_order(&[] as &[u8], 3, |_| ()), []);
     }
 }

@@ -4,6 +4,7 @@
 
 mod bench;
 mod check;
+mod daemon;
 mod lab;
 mod ledger;
 mod list;
@@ -11,12 +12,14 @@ mod output;
 mod progress;
 mod select;
 mod serve;
+mod terminal;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use polyvirt_hypervisors::xen;
 
 use output::Output;
 
@@ -40,7 +43,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     /// Run every cell of hypervisor, transport, device and ring format that this host can run (the default)
-    Check(CheckArgs),
+    Check(CheckCommand),
     /// Hypervisors, transports and devices: what there is, what can be used here, what each hypervisor costs
     List {
         /// How to tell it
@@ -61,12 +64,28 @@ enum Command {
     /// Real guests: unmodified Linux kernels whose own drivers use our devices
     #[command(subcommand)]
     Lab(lab::LabCommand),
+    /// Do what the one says who holds the other end of standard input: the guest's half of a cell on a real Xen
+    #[command(name = xen::HANDS, hide = true)]
+    XenHands,
     /// The statements of VIRTIO 1.4 that cases judge
     Ledger {
         /// How to tell it
         #[arg(long, value_enum, default_value_t)]
         format: Format,
     },
+}
+
+#[derive(Args)]
+struct CheckCommand {
+    /// Someone else's device in place of our own cells: vhost-user:PATH is a daemon's socket, of the type that --device
+    /// says. What is on its disk is overwritten
+    #[arg(value_name = "TARGET")]
+    target: Option<String>,
+    /// The deviations that are known of TARGET: the name of a list that comes with the program, or a file
+    #[arg(long, value_name = "NAME|FILE", requires = "target")]
+    expect: Option<String>,
+    #[command(flatten)]
+    args: CheckArgs,
 }
 
 #[derive(Args)]
@@ -122,6 +141,13 @@ enum CheckFormat {
     Junit,
 }
 
+impl CheckCommand {
+    /// The target, and what is expected of it.
+    fn target(&self) -> Option<(&str, Option<&str>)> {
+        self.target.as_deref().map(|target| (target, self.expect.as_deref()))
+    }
+}
+
 /// Why a command ended without doing what it is for.
 #[derive(Debug, thiserror::Error)]
 enum CliError {
@@ -151,12 +177,13 @@ fn run_command() -> ExitCode {
     };
     let mut output = Output::standard();
     let done = match cli.command {
-        None => check::run(&cli.check, &mut output),
-        Some(Command::Check(args)) => check::run(&args, &mut output),
+        None => check::run(&cli.check, None, &mut output),
+        Some(Command::Check(command)) => check::run(&command.args, command.target(), &mut output),
         Some(Command::List { format }) => list::run(format, &mut output),
         Some(Command::Serve(args)) => serve::run(&args, &mut output),
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
         Some(Command::Lab(command)) => lab::run(&command, &mut output),
+        Some(Command::XenHands) => xen::hands().map(|()| SUCCESS).map_err(|error| CliError::Mistake(error.to_string())),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
     let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));

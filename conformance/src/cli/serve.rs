@@ -8,15 +8,13 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use polyvirt_core::device::Device;
-use polyvirt_devices::{blk, rng};
+use polyvirt_devices::{blk, console, rng};
 use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen};
 
 use super::output::Output;
 use super::{CliError, SUCCESS};
 use crate::report::mebibytes;
 
-/// Entries of a queue at most: what the largest front ends ask for.
-const QUEUE_SIZE: u16 = 1024;
 /// Data segments of a request: so few that they fit into the queues that front ends have by default.
 const SEG_MAX: u16 = 126;
 
@@ -43,6 +41,11 @@ enum Served {
         #[command(flatten)]
         at: At,
     },
+    /// A console: what the guest writes goes to standard output, what standard input has goes to the guest
+    Console {
+        #[command(flatten)]
+        at: At,
+    },
     /// An entropy device over the host's random numbers
     Rng {
         #[command(flatten)]
@@ -60,17 +63,22 @@ struct At {
 
 /// Serves what `args` say until the process is ended.
 pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
+    let mut terminal = None;
     let (device, told, At { socket }): (Box<dyn Device<Memory>>, _, _) = match &args.device {
         Served::Blk { image, read_only, queues, at } => {
             let (backend, told) = disk(image, *read_only)?;
             let options = blk::Options {
                 read_only: *read_only,
-                queue_size: QUEUE_SIZE,
                 queues: *queues,
                 seg_max: Some(SEG_MAX),
                 ..blk::Options::default()
             };
             (Box::new(blk::Device::new(backend, options)), told, at)
+        }
+        Served::Console { at } => {
+            let device = console::Device::new(80, 25);
+            terminal = Some(device.handle());
+            (Box::new(device), "console".into(), at)
         }
         Served::Rng { at } => (Box::new(rng::Device::new(rng::HostEntropy)), "rng".into(), at),
     };
@@ -80,6 +88,9 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
     let mut backend = Backend::new(device).map_err(|error| mistake(&error))?;
     output.text(&format!("{told}: ready at {}\n", socket.display()))?;
     output.flush()?;
+    if let Some(handle) = terminal {
+        super::terminal::connect(handle);
+    }
     listen(&listener, &mut backend, &stop, |_| {}).map_err(|error| mistake(&error))?;
     Ok(SUCCESS)
 }

@@ -1,6 +1,6 @@
 //! Runs a guest and listens to its console.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, SyncSender, sync_channel};
 use std::thread;
@@ -89,11 +89,11 @@ impl Process {
         command.spawn().map(Self).map_err(|error| LabError::Missing { program, error })
     }
 
-    /// Its outputs, which are handed out once.
-    pub(super) fn streams(&mut self) -> Vec<Box<dyn Read + Send>> {
+    /// Its output and its error output; they are handed out once, later they are empty.
+    pub(super) fn streams(&mut self) -> [Box<dyn Read + Send>; 2] {
         let out = self.0.stdout.take().map(|stream| Box::new(stream) as Box<dyn Read + Send>);
         let error = self.0.stderr.take().map(|stream| Box::new(stream) as Box<dyn Read + Send>);
-        out.into_iter().chain(error).collect()
+        [out, error].map(|stream| stream.unwrap_or_else(|| Box::new(io::empty())))
     }
 
     /// Whether it still runs.

@@ -17,6 +17,8 @@ const VALUES: u32 = 236;
 pub(super) struct Evidence<'a> {
     /// What was asked of its driver.
     pub(super) device: &'a Device,
+    /// Of a disk: how many queues it has.
+    pub(super) queues: u32,
     /// How many disks the guest has.
     pub(super) disks: usize,
     /// Of a disk: what was on it, and what is on it.
@@ -75,7 +77,12 @@ static CASES: [Case; 12] = [
         judge: Judge::Any(driver),
         event: Some("found"),
     },
-    Case { name: "lab/size", about: "the kernel sees the disk at its size", judge: Judge::Disk(size), event: None },
+    Case {
+        name: "lab/shape",
+        about: "the kernel sees the disk with its size and its queues",
+        judge: Judge::Disk(shape),
+        event: None,
+    },
     Case {
         name: "lab/read",
         about: "the whole disk, read by the guest, has the SHA-256 that the host computed",
@@ -199,11 +206,12 @@ fn driver(evidence: &Evidence<'_>) -> Verdict {
     Ok(())
 }
 
-fn size(evidence: &Evidence<'_>, image: &Image, _: &After) -> Verdict {
-    let sectors = image.sectors().to_string();
-    let words = evidence.event("found", &format!("a disk of {sectors} sectors"))?;
-    let size = words.get(1).copied().unwrap_or_default();
-    expect(size == sectors, format!("{sectors} sectors"), format!("{size} sectors"))
+fn shape(evidence: &Evidence<'_>, image: &Image, _: &After) -> Verdict {
+    let expected = format!("{} sectors and {} queues", image.sectors(), evidence.queues);
+    let words = evidence.event("found", &expected)?;
+    let [sectors, queues] = [1, 2].map(|word| words.get(word).copied().unwrap_or_default());
+    let observed = format!("{sectors} sectors and {queues} queues");
+    expect(observed == expected, expected, observed)
 }
 
 fn read(evidence: &Evidence<'_>, image: &Image, _: &After) -> Verdict {
@@ -293,7 +301,7 @@ mod tests {
             format!("drive 0x1: PCHS=0/0/0 s={sectors}"),
             format!("drive 0x2: PCHS=0/0/0 s={sectors}"),
             "LAB guest kernel 6.1".into(),
-            format!("LAB blk-packed found {} {sectors}", "1".repeat(64)),
+            format!("LAB blk-packed found {} {sectors} 2", "1".repeat(64)),
             format!("LAB blk-packed read {}", image.sha256),
             "LAB blk-packed write 3 write back".into(),
             "LAB blk-packed filesystem 00 00".into(),
@@ -323,7 +331,7 @@ mod tests {
         for (at, line) in (0..).zip(lines) {
             told.line(Duration::from_secs(at), line);
         }
-        let evidence = Evidence { device, disks: 2, disk: Some((image, after)), told: &told, server_runs };
+        let evidence = Evidence { device, queues: 2, disks: 2, disk: Some((image, after)), told: &told, server_runs };
         let cases = cases(guest, device);
         assert_eq!(cases.len(), 10);
         cases.iter().filter(|case| case.judge(&evidence).is_err()).map(|case| case.name).collect()
@@ -338,7 +346,7 @@ mod tests {
     fn each_wrong_thing_that_is_told_fails_its_case() {
         for (line, wrong, case) in [
             (1, "drive 0x2: PCHS=0/0/0 s=1", "lab/firmware"),
-            (3, "LAB blk-packed found 11 32773", "lab/driver"),
+            (3, "LAB blk-packed found 11 32773 2", "lab/driver"),
             (4, "LAB blk-packed read 00ff", "lab/read"),
             (5, "LAB blk-packed write 0 write back", "lab/write"),
             (5, "LAB blk-packed failed write dd failed", "lab/write"),

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::guests::{Bus, Device, Guest, Machine, Qemu};
+use super::guests::{Bus, Device, Guest, Kind, Machine, Qemu};
 use super::parts::Part;
 use super::{Cache, LabError, tool};
 
@@ -62,7 +62,7 @@ fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
     command
         .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-M", &format!("{},memory-backend=mem", machine.machine), "-cpu", machine.cpu])
-        .args(["-m", &format!("{memory}M")])
+        .args(["-smp", &machine.processors.to_string(), "-m", &format!("{memory}M")])
         .args(["-object", &format!("memory-backend-memfd,id=mem,size={memory}M,share=on")])
         .args(machine.arguments)
         .arg("-kernel")
@@ -70,7 +70,7 @@ fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
         .arg("-initrd")
         .arg(boot.initramfs)
         .args(["-append", &format!("console={} rdinit=/init quiet panic=-1", machine.tty)])
-        .args(["-chardev", "stdio,id=console,signal=off,mux=on"])
+        .args(["-chardev", "stdio,id=console,signal=off"])
         .args(machine.console);
     for (number, (device, socket)) in (1..).zip(boot.devices) {
         let mut chardev = OsString::from(format!("socket,id=socket{number},path="));
@@ -79,15 +79,13 @@ fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
         if machine.bus == Bus::Zpci {
             command.args(["-device", &format!("zpci,uid={number},target=device{number}")]);
         }
-        let bus = match machine.bus {
-            Bus::Pci | Bus::Zpci => "-pci,disable-legacy=on",
-            Bus::Mmio => "",
+        let bus = match (machine.bus, device.kind) {
+            (Bus::Pci | Bus::Zpci, Kind::Blk) => "-pci-non-transitional",
+            (Bus::Pci | Bus::Zpci, Kind::Rng) => "-pci",
+            (Bus::Mmio, _) => "",
         };
-        let device = format!(
-            "vhost-user-{}{bus},id=device{number},chardev=socket{number}{}",
-            device.kind.name(),
-            device.options
-        );
+        let Device { kind, options, .. } = device;
+        let device = format!("vhost-user-{}{bus},id=device{number},chardev=socket{number}{options}", kind.name());
         command.args(["-device", &device]);
     }
     command
@@ -138,8 +136,8 @@ mod tests {
     #[test]
     fn every_device_has_a_socket_and_its_options() {
         let command = told("ppc64le");
-        assert!(command.contains("-chardev socket,id=socket3,path=/run/blk-iommu"), "{command}");
-        let device = "vhost-user-blk-pci,disable-legacy=on,id=device3,chardev=socket3,iommu_platform=on";
+        assert!(command.contains("-chardev socket,id=socket2,path=/run/blk-packed"), "{command}");
+        let device = "vhost-user-blk-pci-non-transitional,id=device2,chardev=socket2,packed=on";
         assert!(command.contains(device), "{command}");
     }
 
@@ -156,7 +154,7 @@ mod tests {
         }
         let command = told("uml");
         assert!(
-            command.contains("virtio_uml.device=/run/blk-split:2") && command.contains("uml_dir=/run/"),
+            command.contains("virtio_uml.device=/run/blk-packed:2") && command.contains("uml_dir=/run/"),
             "{command}"
         );
     }

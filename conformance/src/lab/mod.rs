@@ -81,6 +81,11 @@ pub(crate) enum LabError {
 }
 
 impl LabError {
+    /// Whether a part is missing here, so that there is nothing to judge.
+    fn is_absence(&self) -> bool {
+        matches!(self, Self::NotSetUp { .. } | Self::Host(_) | Self::NoCache)
+    }
+
     /// For `map_err`: `path` could not be read or written.
     fn file(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();

@@ -33,7 +33,11 @@ pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn F
         match one(cache, guest, progress) {
             Ok(these) => cells.extend(these),
             Err(error) => {
-                cells.extend(guest.devices.iter().map(|device| skipped(guest, device, &error.to_string())));
+                let told = Transcript::without_a_start(&error);
+                cells.extend(guest.devices.iter().map(|device| match error.is_absence() {
+                    true => skipped(guest, device, &error.to_string()),
+                    false => broken(guest, device, &told),
+                }));
             }
         }
         progress(Step::Done);
@@ -50,13 +54,13 @@ struct Served {
 }
 
 impl Served {
-    fn start(folder: &Path, device: &'static Device) -> Result<Self, LabError> {
+    fn start(folder: &Path, device: &'static Device, queues: u32) -> Result<Self, LabError> {
         let image = match device.kind {
             Kind::Blk => Some(Image::create(folder, device.variant).map_err(LabError::file(folder))?),
             Kind::Rng => None,
         };
         let socket = folder.join(format!("{device}.sock"));
-        let server = Server::start(device.kind, image.as_ref().map(|image| &*image.path), &socket)?;
+        let server = Server::start(device.kind, image.as_ref().map(|image| &*image.path), queues, &socket)?;
         Ok(Self { device, image, socket, server })
     }
 
@@ -80,7 +84,10 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let (driven, lacking): (Vec<_>, Vec<_>) = guest.devices.iter().partition(|device| kernel.drives(device.kind));
-    let mut served = driven.iter().map(|device| Served::start(folder, device)).collect::<Result<Vec<_>, LabError>>()?;
+    let mut served = driven
+        .iter()
+        .map(|device| Served::start(folder, device, guest.queues()))
+        .collect::<Result<Vec<_>, LabError>>()?;
     let lines: String = served.iter().map(Served::line).collect();
     let busybox = Part::tools(guest).place(cache).join("busybox");
     let archive = initramfs::build(&kernel, &busybox, &lines, &disk::pattern())?;
@@ -98,14 +105,17 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
     })?;
 
-    let kernel_version = told.kernel().map(|version| format!("Linux {version}"));
-    let versions: Vec<_> = kernel_version.into_iter().chain(machine::version(guest, cache)).collect();
+    let Some(version) = told.kernel() else {
+        return Ok(guest.devices.iter().map(|device| broken(guest, device, &told)).collect());
+    };
+    let versions: Vec<_> = [format!("Linux {version}")].into_iter().chain(machine::version(guest, cache)).collect();
     let disks = driven.iter().filter(|device| device.kind == Kind::Blk).count();
     let mut cells = Vec::new();
     for Served { device, image, server, .. } in &mut served {
         let after = image.as_ref().map(|image| image.after().map_err(LabError::file(&image.path))).transpose()?;
         let disk = image.as_ref().zip(after.as_ref());
-        cells.push(cell(guest, &Evidence { device, disks, disk, told: &told, server_runs: server.runs() }, &versions));
+        let (queues, server_runs) = (guest.queues(), server.runs());
+        cells.push(cell(guest, &Evidence { device, queues, disks, disk, told: &told, server_runs }, &versions));
     }
     let why = |kind: Kind| format!("{} has no driver {}", guest.kernel.package, kind.driver());
     cells.extend(lacking.into_iter().map(|device| skipped(guest, device, &why(device.kind))));
@@ -157,6 +167,17 @@ fn skipped(guest: &Guest, device: &Device, reason: &str) -> Cell {
     cell
 }
 
+/// The cell of a device whose guest was not started, or `told` nothing, though everything is there.
+fn broken(guest: &Guest, device: &Device, told: &Transcript) -> Cell {
+    let (case, about) = ("lab/start", "the device is served, and the guest's kernel started");
+    let mut cell = empty(guest, device);
+    cell.failed = 1;
+    cell.cases.push(told_case(case, about, Outcome::Failed, 0.0));
+    let wrong = Wrong { expected: about.to_owned(), observed: told.ending() };
+    cell.failures.push(failure(case, wrong, told));
+    cell
+}
+
 fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
     Case { case: name.into(), about: about.into(), outcome, statements: Vec::new(), seconds }
 }
@@ -165,7 +186,7 @@ fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
 fn empty(guest: &Guest, device: &Device) -> Cell {
     Cell {
         hypervisor: guest.name.into(),
-        transport: format!("{}-{}", guest.transport, device.variant),
+        transport: device.transport(guest),
         device: device.kind.name().into(),
         ring: device.ring().into(),
         evidence: EVIDENCE.into(),

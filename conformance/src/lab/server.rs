@@ -1,50 +1,67 @@
 //! The other half of a guest's device: this program's own `serve`, in a process of its own.
 
 use std::env;
-use std::io::Read as _;
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead as _, BufReader, Read};
 use std::path::Path;
 use std::process::Command;
 use std::thread;
-use std::time::{Duration, Instant};
 
 use super::LabError;
 use super::boot::Process;
 use super::guests::Kind;
 
-/// How long it may take until somebody listens at the socket.
-const PATIENCE: Duration = Duration::from_secs(30);
+/// How much of a line is read.
+const LINE: u64 = 4096;
 
 /// A device behind a socket.
 pub(super) struct Server(Process);
 
 impl Server {
-    /// Serves a device at the new socket `socket`, a disk with its `image`; returns when somebody listens there.
-    pub(super) fn start(kind: Kind, image: Option<&Path>, socket: &Path) -> Result<Self, LabError> {
+    /// Serves a device at the new socket `socket`, a disk with its `image` and with `queues`; returns when it is ready.
+    pub(super) fn start(kind: Kind, image: Option<&Path>, queues: u32, socket: &Path) -> Result<Self, LabError> {
         let this = env::current_exe().map_err(LabError::file(Path::new("/proc/self/exe")))?;
         let mut command = Command::new(this);
         command.args(["serve", kind.name(), "--socket"]).arg(socket);
         if let Some(image) = image {
-            command.arg("--image").arg(image);
+            command.args(["--queues", &queues.to_string(), "--image"]).arg(image);
         }
         let mut process = Process::start(&mut command)?;
-        let begun = Instant::now();
-        while UnixStream::connect(socket).is_err() {
-            if !process.runs() || begun.elapsed() > PATIENCE {
-                process.stop();
-                let mut said = String::new();
-                for stream in process.streams() {
-                    _ = stream.take(1000).read_to_string(&mut said);
-                }
-                return Err(LabError::Failed { command: "polyvirt serve".to_owned(), said: said.trim().to_owned() });
-            }
-            thread::sleep(Duration::from_millis(5));
+        let [out, error] = process.streams();
+        // It says one line when it is ready; it says none, and why, if it cannot be.
+        let mut ready = String::new();
+        _ = BufReader::new(out).take(LINE).read_line(&mut ready);
+        if ready.is_empty() {
+            let mut said = String::new();
+            _ = error.take(LINE).read_to_string(&mut said);
+            return Err(LabError::Failed { command: "polyvirt serve".to_owned(), said: said.trim().to_owned() });
         }
+        thread::spawn(move || pass_on(error));
         Ok(Self(process))
     }
 
     /// Whether it still serves.
     pub(super) fn runs(&mut self) -> bool {
         self.0.runs()
+    }
+}
+
+/// Passes the events of the process on, which would otherwise wait for a reader some day.
+fn pass_on(stream: Box<dyn Read + Send>) {
+    let mut stream = BufReader::new(stream);
+    let mut line = String::new();
+    while matches!(stream.by_ref().take(LINE).read_line(&mut line), Ok(1..)) {
+        tracing::debug!(line = line.trim_end(), "serve");
+        line.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn events_of_any_length_are_taken_to_their_end() {
+        let text = format!("short\n{}\nlast", "x".repeat(3 * LINE as usize));
+        pass_on(Box::new(std::io::Cursor::new(text)));
     }
 }

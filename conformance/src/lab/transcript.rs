@@ -1,6 +1,7 @@
 //! What a guest tells on its console.
 
 use std::collections::VecDeque;
+use std::fmt::Display;
 use std::time::Duration;
 
 /// How a line that tells an event begins.
@@ -41,6 +42,11 @@ impl Transcript {
     /// Nothing was told yet. Lines that begin with `watched` are kept, whatever else is told.
     pub(super) fn new(watched: Option<&'static str>) -> Self {
         Self { watched, ..Self::default() }
+    }
+
+    /// Of a guest that could not even be started.
+    pub(super) fn without_a_start(why: &impl Display) -> Self {
+        Self { stopped: Some(why.to_string()), ..Self::default() }
     }
 
     /// Takes one line of the console, and returns the event if it is one.
@@ -105,7 +111,7 @@ impl Transcript {
             self.stopped.as_deref().unwrap_or(if self.ended() { "the guest had ended" } else { "the guest crashed" });
         match self.events.last() {
             Some(Event { subject, word, .. }) => format!("{how}; its last event is {subject} {word}"),
-            None => format!("{how} before it told anything"),
+            None => format!("{how}; it told nothing"),
         }
     }
 
@@ -169,7 +175,7 @@ mod tests {
 
     #[test]
     fn silence_is_told() {
-        assert_eq!(transcript(&[]).ending(), "the guest crashed before it told anything");
+        assert_eq!(transcript(&[]).ending(), "the guest crashed; it told nothing");
         let mut stopped = transcript(&["LAB guest end"]);
         assert_eq!(stopped.ending(), "the guest had ended; its last event is guest end");
         stopped.stopped = Some("silent for 60 s".into());

@@ -198,9 +198,12 @@ impl Ring {
         }
     }
 
-    /// Rings the doorbell.
+    /// Rings the doorbell, and says where the ring goes on.
     pub fn kick(&mut self) -> Result<(), TransportError> {
-        self.notify.notify()
+        self.notify.notify_at(match &self.format {
+            Format::Split(split) => split.available,
+            Format::Packed(packed) => packed.available.pack(),
+        })
     }
 
     /// Wants to be interrupted for every used buffer, or for none. With EVENT_IDX a split ring does not say so.

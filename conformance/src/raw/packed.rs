@@ -65,8 +65,8 @@ impl Packed {
     fn behind(&self, at: Position, count: u32) -> Position {
         let size = u32::from(self.size());
         let (laps, rest) = (count / size, (count % size) as u16);
-        let last = at.advanced(rest, self.size());
-        Position::new(last.index, last.wrap() ^ (laps % 2 == 1))
+        let at = at.advanced(rest, self.size());
+        Position::new(at.index, at.wrap() ^ (laps % 2 == 1))
     }
 
     /// The words of an entry of an indirect table: WRITE is the only flag that an honest driver sets there (2.8.8), but
@@ -95,6 +95,12 @@ impl Packed {
         (u64::from_le(self.descriptors.load(at, Ordering::SeqCst)), tail)
     }
 
+    /// What reads the flags of a slot, from any thread.
+    pub fn looker(&self) -> impl Fn(u16) -> u16 + Send + use<> {
+        let ring = self.descriptors.clone();
+        move |index| Tail::from_word(ring.load(2 * usize::from(index) + 1, Ordering::SeqCst)).flags
+    }
+
     /// Writes a descriptor into the ring at `index`, whatever the rules.
     pub fn set_slot(&self, index: u16, address: u64, tail: Tail) {
         let at = 2 * usize::from(index);
@@ -113,7 +119,7 @@ impl Packed {
 
     /// The chain at `head` of the case's table. It ends where a link leads out of the table, and when it is as long as
     /// the ring; NEXT stays in its last descriptor then.
-    fn chain(&self, head: u16) -> Vec<Descriptor> {
+    pub fn staged(&self, head: u16) -> Vec<Descriptor> {
         let mut chain = Vec::new();
         let mut at = Some(head);
         while let Some(&descriptor) = at.and_then(|at| self.table.get(usize::from(at))) {
@@ -124,8 +130,9 @@ impl Packed {
         chain
     }
 
-    /// Writes `chain` as buffer `id` from the next place on; the flags of its first descriptor are left to the caller.
-    pub(super) fn place(&mut self, id: u16, chain: &[Descriptor]) -> Vec<(Position, Tail)> {
+    /// Writes `chain` as buffer `id` from the next place on; what makes its first descriptor available is
+    /// left to [`Packed::publish`].
+    pub fn place(&mut self, id: u16, chain: &[Descriptor]) -> Vec<(Position, Tail)> {
         let mut late = Vec::new();
         for (number, &Descriptor { address, len, flags, .. }) in chain.iter().enumerate() {
             let at = self.available;
@@ -145,7 +152,7 @@ impl Packed {
     }
 
     /// Makes visible what [`Packed::place`] left.
-    pub(super) fn publish(&mut self, late: Vec<(Position, Tail)>) {
+    pub fn publish(&mut self, late: Vec<(Position, Tail)>) {
         fence(Ordering::SeqCst);
         for (at, tail) in late.into_iter().rev() {
             self.descriptors.store(2 * usize::from(at.index) + 1, tail.to_word(), Ordering::SeqCst);
@@ -162,7 +169,7 @@ impl Packed {
     }
 
     pub(super) fn offer_all(&mut self, heads: &[u16]) {
-        let late = heads.iter().flat_map(|&head| self.place(head, &self.chain(head))).collect();
+        let late = heads.iter().flat_map(|&head| self.place(head, &self.staged(head))).collect();
         self.publish(late);
     }
 

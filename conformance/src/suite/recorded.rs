@@ -258,6 +258,11 @@ impl Notify for Doorbell {
         self.trace.push(Call::Notify(self.index));
         self.inner.notify()
     }
+
+    fn notify_at(&mut self, next: u16) -> Result<(), TransportError> {
+        self.trace.push(Call::Notify(self.index));
+        self.inner.notify_at(next)
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

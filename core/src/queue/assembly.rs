@@ -60,6 +60,11 @@ impl<L> Chains<L> {
         self.in_flight[usize::from(head)] = true;
     }
 
+    /// Whether `chain` is of this run.
+    pub(super) fn own(&self, chain: &Chain<L>) -> bool {
+        chain.0.run == self.run
+    }
+
     /// All heads in flight.
     pub(super) fn heads(&self) -> Vec<u16> {
         let numbered = self.in_flight.iter().enumerate();
@@ -100,9 +105,9 @@ impl<L> Chains<L> {
 
     fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
-        let (head, entries, behind, readable, writable_len, written, writable_from) = Default::default();
+        let (head, entries, behind, number, readable, writable_len, written, writable_from) = Default::default();
         let run = self.run;
-        Box::new(Parts { run, head, entries, behind, readable, writable_len, written, writable_from, segments })
+        Box::new(Parts { run, head, entries, number, behind, readable, writable_len, written, writable_from, segments })
     }
 
     /// Takes `chain` out of flight and keeps its memory for another; the error is its head if it is not of this run. One

@@ -23,6 +23,8 @@ pub(super) struct Parts<L> {
     pub(super) head: u16,
     /// How many entries of the ring it takes.
     pub(super) entries: u16,
+    /// (In order) how many chains were taken before it.
+    pub(super) number: u64,
     /// (Packed) the index of the descriptor behind its last.
     pub(super) behind: u16,
     pub(super) readable: u64,

@@ -3,6 +3,7 @@
 use alloc::vec::Vec;
 use core::ops::ControlFlow;
 
+use super::order::Waiting;
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
@@ -26,6 +27,8 @@ pub struct Queue<M: GuestMemory> {
     /// Heads of chains that were taken before the queue was restored: they are taken again first, the last one here
     /// before all others.
     again: Vec<u16>,
+    /// If chains have to be used in the order in which they were taken: those that cannot be yet.
+    waiting: Option<Waiting<M::Lease>>,
 }
 
 /// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
@@ -62,7 +65,9 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
-        Ok(Self { ring, ready: 0, budget: config.size, drained: false, quiet: false, held: false, again: Vec::new() })
+        let waiting = config.in_order.then(|| Waiting::new(config.size));
+        let (budget, again) = (config.size, Vec::new());
+        Ok(Self { ring, ready: 0, budget, drained: false, quiet: false, held: false, again, waiting })
     }
 
     /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
@@ -77,6 +82,11 @@ impl<M: GuestMemory> Queue<M> {
     /// On a packed ring a chain that is used overwrites the oldest one in flight, so if another is older still this is
     /// [`QueueError::Overwritten`]: [hold](Self::hold) the queue and finish first.
     pub fn save(&self) -> Result<SavedQueue, QueueError> {
+        if self.waiting.is_some() {
+            // The ring itself tells the order: go back to the oldest that is not used.
+            let used = self.state().used;
+            return Ok(SavedQueue { state: QueueState { available: used, used }, in_flight: Vec::new() });
+        }
         let mut saved = ring!(&self.ring, ring => ring.save())?;
         // Those that wait to be taken again are in flight, but their order counts.
         saved.in_flight.retain(|head| !self.again.contains(head));
@@ -133,8 +143,11 @@ impl<M: GuestMemory> Queue<M> {
             return chain;
         }
         match ring!(&mut self.ring, ring => ring.pop()) {
-            Some(chain) => {
+            Some(mut chain) => {
                 self.ready -= 1;
+                if let Some(waiting) = &mut self.waiting {
+                    waiting.number(&mut chain);
+                }
                 Ok(Some(chain))
             }
             None => self.nothing(),
@@ -166,7 +179,11 @@ impl<M: GuestMemory> Queue<M> {
         if let Some(head) = self.again.pop() {
             self.budget -= 1;
             let chain = ring!(&mut self.ring, ring => ring.take_again(head));
-            return ControlFlow::Break(chain.map_or_else(|_| self.broken().map_or(Ok(None), Err), |it| Ok(Some(it))));
+            let Ok(mut chain) = chain else { return ControlFlow::Break(self.broken().map_or(Ok(None), Err)) };
+            if let Some(waiting) = &mut self.waiting {
+                waiting.number(&mut chain);
+            }
+            return ControlFlow::Break(Ok(Some(chain)));
         }
         let Ok(available) = ring!(&mut self.ring, ring => ring.available()) else {
             return ControlFlow::Break(self.broken().map_or(Ok(None), Err));
@@ -177,14 +194,32 @@ impl<M: GuestMemory> Queue<M> {
         if self.ready == 0 { ControlFlow::Break(Ok(None)) } else { ControlFlow::Continue(()) }
     }
 
-    /// Gives a chain back with [`Chain::written`] bytes written.
+    /// Gives a chain back with [`Chain::written`] bytes written. If buffers have to be used in order (VIRTIO_F_IN_ORDER), it
+    /// is used once all are that were taken before.
     ///
     /// A chain that does not belong to this run of the queue is refused ([`QueueError::Stale`]) and dropped.
     #[inline(always)]
     pub fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+        if self.waiting.is_some() {
+            return self.complete_in_order(chain);
+        }
         // A latched queue takes no chain back either.
         ring!(&mut self.ring, ring => ring.complete(chain))
             .map_err(|head| self.broken().unwrap_or(QueueError::Stale { head }))
+    }
+
+    #[inline(never)]
+    fn complete_in_order(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+        let stale = QueueError::Stale { head: chain.head() };
+        let Some(waiting) = &mut self.waiting else { return Err(stale) };
+        if !ring!(&self.ring, ring => ring.owns(&chain)) {
+            return Err(self.broken().unwrap_or(stale));
+        }
+        waiting.keep(chain);
+        while let Some(next) = waiting.next() {
+            ring!(&mut self.ring, ring => ring.complete(next)).map_err(|head| QueueError::Stale { head })?;
+        }
+        Ok(())
     }
 
     /// Whether the driver wants to be interrupted for what was completed since the last call.

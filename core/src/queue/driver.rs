@@ -55,7 +55,18 @@ pub struct DriverQueue<T, N = Box<dyn Notify>> {
     /// Counts what was added, to keep the order across a restart.
     sequence: u64,
     broken: Option<QueueError>,
+    in_order: Option<InOrder>,
     notify: N,
+}
+
+/// What buffers that are used in order need (VIRTIO_F_IN_ORDER, 2.7.9).
+struct InOrder {
+    /// By sequence number, modulo the size: the head or buffer id.
+    heads: Box<[u16]>,
+    /// The sequence number of the oldest buffer in flight.
+    oldest: u64,
+    /// The last buffer of a batch that the device used at once, and the length that it told of it.
+    batch: Option<(u32, u32)>,
 }
 
 /// A buffer in the device's hands.
@@ -76,6 +87,8 @@ pub(super) struct Shadow {
     entries: Box<[Entry]>,
     first_free: u16,
     free: u16,
+    /// Whether entries are taken and given back round and round (2.7.9): then they stay linked as they are.
+    in_order: bool,
     tables: Option<Tables>,
 }
 
@@ -108,15 +121,23 @@ pub(super) struct Place {
     pub(super) last: bool,
 }
 
+impl InOrder {
+    /// For a queue of `size` with nothing in flight, whose next buffer is number `oldest`.
+    fn new(size: u16, oldest: u64) -> Self {
+        Self { heads: (0..size).map(|_| 0).collect(), oldest, batch: None }
+    }
+
+    fn added(&mut self, sequence: u64, head: u16) {
+        let slot = (sequence % self.heads.len() as u64) as usize;
+        self.heads[slot] = head;
+    }
+}
+
 impl Shadow {
-    fn new(size: u16) -> Self {
+    fn new(size: u16, in_order: bool) -> Self {
         let nowhere = Buffer { address: 0, len: 0 };
-        Self {
-            entries: (1..=u32::from(size)).map(|next| Entry { piece: nowhere, next, writable: false }).collect(),
-            first_free: 0,
-            free: size,
-            tables: None,
-        }
+        let next = |next: u16| Entry { piece: nowhere, next: u32::from(next % size), writable: false };
+        Self { entries: (1..=size).map(next).collect(), first_free: 0, free: size, in_order, tables: None }
     }
 
     /// Takes entries for a chain; `write` puts each piece into the ring. The caller has checked that they are there, and
@@ -145,9 +166,11 @@ impl Shadow {
     /// Gives back a chain of `count` entries from `head` to `last`.
     #[inline(always)]
     fn release(&mut self, head: u16, last: u16, count: u16) {
-        self.entries[usize::from(last)].next = self.first_free.into();
-        self.first_free = head;
         self.free += count;
+        if !self.in_order {
+            self.entries[usize::from(last)].next = self.first_free.into();
+            self.first_free = head;
+        }
     }
 }
 
@@ -209,16 +232,17 @@ impl Ring {
 impl<T, N: Notify> DriverQueue<T, N> {
     /// Takes `virtqueue` into use, empty.
     pub fn new(virtqueue: Virtqueue<N>) -> Result<Self, QueueError> {
-        let size = virtqueue.config.size;
+        let QueueConfig { size, in_order, .. } = virtqueue.config;
         let (ring, notify) = Ring::new(virtqueue)?;
         let nothing = |_| InFlight { token: None, sequence: 0, writable: 0, entries: 0, last: 0, in_table: 0 };
         Ok(Self {
             ring,
-            shadow: Shadow::new(size),
+            shadow: Shadow::new(size, in_order),
             in_flight: (0..size).map(nothing).collect(),
             count: 0,
             sequence: 0,
             broken: None,
+            in_order: in_order.then(|| InOrder::new(size, 0)),
             notify,
         })
     }
@@ -277,6 +301,9 @@ impl<T, N: Notify> DriverQueue<T, N> {
             last,
             in_table: if indirect { pieces as u16 } else { 0 },
         };
+        if let Some(order) = &mut self.in_order {
+            order.added(self.sequence, head);
+        }
         self.sequence += 1;
         self.count += 1;
         Ok(())
@@ -311,7 +338,9 @@ impl<T, N: Notify> DriverQueue<T, N> {
         if let Some(reason) = self.broken {
             return Err(reason);
         }
-        let Some((id, len)) = ring!(&mut self.ring, ring => ring.used()) else { return Ok(None) };
+        let used =
+            if self.in_order.is_some() { self.used_in_order()? } else { ring!(&mut self.ring, ring => ring.used()) };
+        let Some((id, len)) = used else { return Ok(None) };
         let Some((entry, token)) =
             self.in_flight.get_mut(id as usize).and_then(|entry| entry.token.take().map(|token| (entry, token)))
         else {
@@ -329,6 +358,31 @@ impl<T, N: Notify> DriverQueue<T, N> {
         ring!(&mut self.ring, ring => ring.advance(entry.entries));
         self.count -= 1;
         Ok(Some((token, len)))
+    }
+
+    /// The oldest buffer, if it is used. The device may have used several at once by telling the last of them only: how much
+    /// it wrote to the others is not known then, and taken for all.
+    #[inline(never)]
+    fn used_in_order(&mut self) -> Result<Option<(u32, u32)>, QueueError> {
+        let Some(order) = &mut self.in_order else { return Ok(None) };
+        let (fresh, (id, len)) = match order.batch {
+            Some(last) => (false, last),
+            None => match ring!(&mut self.ring, ring => ring.used()) {
+                Some(used) => (true, used),
+                None => return Ok(None),
+            },
+        };
+        let named = self.in_flight.get(id as usize).filter(|buffer| buffer.token.is_some());
+        let ahead = named.map(|buffer| buffer.sequence - order.oldest);
+        let Some(ahead) = ahead.filter(|ahead| !fresh || ring!(&self.ring, ring => ring.covers(ahead + 1))) else {
+            self.broken = Some(QueueError::UsedId { id });
+            return Err(QueueError::UsedId { id });
+        };
+        let oldest = order.heads[(order.oldest % order.heads.len() as u64) as usize];
+        order.oldest += 1;
+        order.batch = (ahead > 0).then_some((id, len));
+        let all = self.in_flight[usize::from(oldest)].writable;
+        Ok(Some(if ahead > 0 { (oldest.into(), all) } else { (id, len) }))
     }
 
     /// Hints that no interrupts are wanted; one may come all the same.
@@ -366,7 +420,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
     /// Fails, changing nothing, if the ring is unusable, has another size, or lacks indirect descriptors for a buffer that
     /// used them.
     pub fn restart(&mut self, virtqueue: Virtqueue<N>) -> Result<(), QueueError> {
-        let QueueConfig { size, indirect, .. } = virtqueue.config;
+        let QueueConfig { size, indirect, in_order, .. } = virtqueue.config;
         if usize::from(size) != self.in_flight.len() {
             return Err(QueueError::Size { size: size.into(), max: self.in_flight.len() as u16 });
         }
@@ -379,6 +433,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
         let (ring, notify) = Ring::new(virtqueue)?;
         self.ring = ring;
         self.notify = notify;
+        self.in_order = in_order.then(|| InOrder::new(size, 0));
         let buffers = self.take_all();
         if !indirect {
             self.shadow.tables = None;
@@ -424,7 +479,11 @@ impl<T, N: Notify> DriverQueue<T, N> {
         }
         all.sort_by_key(|(sequence, _)| *sequence);
         let tables = self.shadow.tables.take();
-        self.shadow = Shadow { tables, ..Shadow::new(self.in_flight.len() as u16) };
+        let size = self.in_flight.len() as u16;
+        self.shadow = Shadow { tables, ..Shadow::new(size, self.in_order.is_some()) };
+        if self.in_order.is_some() {
+            self.in_order = Some(InOrder::new(size, self.sequence));
+        }
         self.count = 0;
         self.broken = None;
         all.into_iter().map(|(_, buffer)| buffer).collect()

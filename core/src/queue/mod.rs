@@ -7,6 +7,7 @@ mod assembly;
 mod chain;
 mod device;
 mod driver;
+mod order;
 pub mod packed;
 pub mod split;
 
@@ -59,6 +60,8 @@ pub struct QueueConfig {
     pub event_idx: bool,
     /// Whether VIRTIO_F_INDIRECT_DESC was negotiated.
     pub indirect: bool,
+    /// Whether VIRTIO_F_IN_ORDER was negotiated: buffers are used in the order in which they were made available.
+    pub in_order: bool,
 }
 
 impl QueueConfig {
@@ -89,7 +92,7 @@ pub struct SavedQueue {
     /// Where the device was.
     pub state: QueueState,
     /// Split: the heads of the chains that it had taken and not given back; they are taken again, in this order, before
-    /// any other. Packed: empty, because `state` goes back to before them.
+    /// any other. Packed, or in order (VIRTIO_F_IN_ORDER): empty, because `state` goes back to before them.
     pub in_flight: Vec<u16>,
 }
 
@@ -147,6 +150,12 @@ pub enum QueueError {
     #[error("{head} was made available again while in flight")]
     InFlight {
         /// The head.
+        head: u16,
+    },
+    /// (Packed) a chain goes on with a descriptor that is not available.
+    #[error("the chain at {head} goes on with a descriptor that is not available")]
+    Unavailable {
+        /// Where the chain begins.
         head: u16,
     },
     /// A chain has more descriptors than its table has entries, so it loops or is too long.

@@ -26,7 +26,9 @@ pub const SPLIT: [Layout; 3] = [Layout::Modern, Layout::Legacy(ByteOrder::Little
 /// Every layout, each with and without EVENT_IDX, without indirect descriptors.
 pub fn every_shape(size: u16) -> impl Iterator<Item = Shape> {
     let layouts = SPLIT.into_iter().chain([Layout::Packed]);
-    layouts.flat_map(move |layout| [false, true].map(|event_idx| Shape { size, event_idx, indirect: false, layout }))
+    layouts.flat_map(move |layout| {
+        [false, true].map(|event_idx| Shape { size, event_idx, indirect: false, in_order: false, layout })
+    })
 }
 
 /// A doorbell that counts.
@@ -53,6 +55,7 @@ pub struct Shape {
     pub size: u16,
     pub event_idx: bool,
     pub indirect: bool,
+    pub in_order: bool,
     pub layout: Layout,
 }
 
@@ -79,6 +82,7 @@ impl Shape {
             layout: self.layout,
             event_idx: self.event_idx,
             indirect: self.indirect,
+            in_order: self.in_order,
         }
     }
 }

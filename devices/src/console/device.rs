@@ -31,6 +31,8 @@ struct Far {
     output: VecDeque<u8>,
     size: (u16, u16),
     waker: Waker,
+    /// The far side's own.
+    listener: Waker,
 }
 
 impl Device {
@@ -41,6 +43,7 @@ impl Device {
             output: VecDeque::new(),
             size: (columns, rows),
             waker: Waker::noop().clone(),
+            listener: Waker::noop().clone(),
         };
         let mut device = Self { far: Handle(Arc::new(Mutex::new(far))), config: [0; wire::CONFIG_LEN] };
         device.fill_config();
@@ -74,6 +77,7 @@ impl Device {
                 far.input.drain(..count);
                 done += count as u32;
             }
+            far.listener.wake_by_ref();
             // Fails only on a queue that is latched, which has its reason already.
             let _ = queue.complete(chain);
         }
@@ -97,6 +101,7 @@ impl Device {
                 far.output.extend(&*piece);
                 done += piece.len();
             }
+            far.listener.wake_by_ref();
             let _ = queue.complete(chain);
         }
     }
@@ -118,6 +123,11 @@ impl Handle {
         let output = far.output.drain(..).collect();
         far.waker.wake_by_ref();
         output
+    }
+
+    /// What to wake when there is output to take, or room for more input.
+    pub fn set_listener(&self, listener: Waker) {
+        self.lock().listener = listener;
     }
 
     /// Changes the size; the guest is told.
@@ -157,6 +167,7 @@ impl<M: GuestMemory> device::Device<M> for Device {
             let mut far = self.far.lock();
             if far.output.len() < BACKLOG {
                 far.output.push_back(*character);
+                far.listener.wake_by_ref();
             }
         }
     }

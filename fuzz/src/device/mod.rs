@@ -2,6 +2,7 @@
 
 mod driver;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use polyvirt_core::memory::{FlatMemory, WatchedLease};
@@ -28,7 +29,7 @@ pub(crate) fn run(data: &[u8], packed: bool) {
     allow(&ram, &config);
     allocations::restart();
     let Ok(queue) = Queue::new(ram.memory(), config) else { return };
-    let mut bench = Bench { ram, config, queue, driver: Driver::new(config), held: Vec::new(), saved: Some(Vec::new()) };
+    let mut bench = Bench { ram, config, queue, driver: Driver::new(config), held: Vec::new(), taken: VecDeque::new(), saved: Some(Vec::new()) };
     for _ in 0..STEPS {
         let Some(step) = input.step() else { break };
         bench.ram.accesses();
@@ -61,13 +62,14 @@ fn config(input: &mut Input<'_>, packed: bool) -> QueueConfig {
         2 => Layout::Legacy(ByteOrder::Little),
         _ => Layout::Legacy(ByteOrder::Big),
     };
-    QueueConfig { size, descriptors, driver, device, layout, event_idx: flags & 1 != 0, indirect: flags & 2 != 0 }
+    let (event_idx, indirect, in_order) = (flags & 1 != 0, flags & 2 != 0, flags & 64 != 0);
+    QueueConfig { size, descriptors, driver, device, layout, event_idx, indirect, in_order }
 }
 
 /// Lets the device touch the areas of its ring as the spec has it: without EVENT_IDX the event words are not part of a
 /// split ring. Elsewhere it may read only if tables may be there.
 fn allow(ram: &Ram, config: &QueueConfig) {
-    let &QueueConfig { size, descriptors, driver, device, layout, event_idx, indirect } = config;
+    let &QueueConfig { size, descriptors, driver, device, layout, event_idx, indirect, .. } = config;
     if layout == Layout::Packed {
         ram.allow_writing(descriptors, packed::layout::DESCRIPTOR_LEN * u64::from(size));
         ram.allow_reading(driver, packed::layout::EVENT_LEN);
@@ -88,9 +90,20 @@ struct Bench {
     queue: Queue<Memory>,
     driver: Driver,
     held: Vec<Chain>,
+    /// What is taken and not used, in the order in which it was taken.
+    taken: VecDeque<Taken>,
     /// The heads that are to be taken again before all others, the next one first; none if a state that the script made
     /// up is the reason why this is not known.
     saved: Option<Vec<u16>>,
+}
+
+/// A chain that was taken.
+struct Taken {
+    head: u16,
+    /// (Packed) how many descriptors it takes.
+    entries: u16,
+    /// Once it was completed, the bytes written: it may have to wait for an older one.
+    finished: Option<u32>,
 }
 
 impl Bench {
@@ -135,19 +148,19 @@ impl Bench {
             },
         }
         assert!(broken.is_none() || self.queue.broken() == broken, "the first reason stays");
-        assert!(self.held.len() <= size, "more chains in flight than the queue has entries");
+        assert!(self.taken.len() <= size, "more chains in flight than the queue has entries");
     }
 
     /// The queue's own book says what the script's does.
     fn check_in_flight(&self) {
         if let (None, Some(saved)) = (self.queue.broken(), &self.saved) {
-            assert_eq!(self.queue.in_flight(), self.held.len() + saved.len());
+            assert_eq!(self.queue.in_flight(), self.taken.len() + saved.len());
         }
     }
 
     fn pop(&mut self, broken: Option<QueueError>) {
         let size = usize::from(self.config.size);
-        let calls = allocations::count().calls;
+        let (calls, before) = (allocations::count().calls, self.queue.state().available);
         let popped = self.queue.pop();
         // Index or flags, entry, wish; a descriptor or an entry of a table in up to two segments. A loop is noticed
         // when the list of segments, which may have been as long as twice the most that a chain has, is full.
@@ -167,7 +180,9 @@ impl Bench {
                 assert_eq!(u64::from(chain.readable_len()), readable.min(u32::MAX.into()));
                 assert_eq!(u64::from(chain.writable_len()), writable.min(u32::MAX.into()));
                 assert_eq!(chain.written(), 0);
-                assert!(self.held.iter().all(|other| other.head() != chain.head()), "a head twice in flight");
+                assert!(self.taken.iter().all(|other| other.head != chain.head()), "a head twice in flight");
+                let entries = distance(before, self.queue.state().available, self.config.size);
+                self.taken.push_back(Taken { head: chain.head(), entries, finished: None });
                 match &mut self.saved {
                     Some(saved) if !saved.is_empty() => assert_eq!(chain.head(), saved.remove(0)),
                     _ => {}
@@ -179,10 +194,13 @@ impl Bench {
         }
     }
 
-    /// Gives `chain` back: exactly one entry says so, and it says the truth.
+    /// Gives `chain` back: exactly one entry says so, and it says the truth. If chains are used in order, there is one for
+    /// each that has waited for this one, and none as long as this one has to wait.
     fn complete(&mut self, chain: Chain, broken: Option<QueueError>) {
-        let (head, written) = (chain.head(), chain.written());
-        let used = self.queue.state().used;
+        let QueueConfig { size, descriptors, device, layout, in_order, .. } = self.config;
+        let which = self.taken.iter().position(|taken| taken.head == chain.head()).expect("it was taken");
+        self.taken[which].finished = Some(chain.written());
+        let before = self.queue.state().used;
         let done = self.queue.complete(chain);
         assert_eq!(done.is_ok(), broken.is_none(), "what is in flight can be completed: {done:?}");
         let accesses = self.ram.accesses();
@@ -190,19 +208,33 @@ impl Bench {
             assert_eq!(accesses, 0, "a latched queue writes nothing");
             return;
         }
-        assert!(accesses <= 2);
-        let QueueConfig { size, descriptors, device, layout, .. } = self.config;
-        if layout == Layout::Packed {
-            let at = Position::unpack(used);
-            let tail = Tail::from_word(u64::from_ne_bytes(self.ram.peek(descriptors + 16 * u64::from(at.index) + 8)));
-            assert!(at.is_used(tail.flags));
-            assert_eq!((tail.id, tail.len), (head, written));
-            assert_ne!(self.queue.state().used, used);
+        let used: Vec<_> = if in_order {
+            let count = self.taken.iter().take_while(|taken| taken.finished.is_some()).count();
+            self.taken.drain(..count).collect()
         } else {
-            assert_eq!(self.driver.get16(&self.ram, device + 2), used.wrapping_add(1));
-            let entry = device + 4 + 8 * u64::from(used % size);
-            let entry = [entry, entry + 4].map(|at| self.driver.get32(&self.ram, at));
-            assert_eq!(entry, [u32::from(head), written]);
+            self.taken.remove(which).into_iter().collect()
+        };
+        assert!(accesses <= 2 * used.len());
+        let mut at = before;
+        for Taken { head, entries, finished } in used {
+            let written = finished.expect("it is used");
+            if layout == Layout::Packed {
+                let place = Position::unpack(at);
+                let tail = self.ram.peek(descriptors + 16 * u64::from(place.index) + 8);
+                let tail = Tail::from_word(u64::from_ne_bytes(tail));
+                assert!(place.is_used(tail.flags));
+                assert_eq!((tail.id, tail.len), (head, written));
+                at = place.advanced(entries, size).pack();
+            } else {
+                let entry = device + 4 + 8 * u64::from(at % size);
+                let entry = [entry, entry + 4].map(|at| self.driver.get32(&self.ram, at));
+                assert_eq!(entry, [u32::from(head), written]);
+                at = at.wrapping_add(1);
+            }
+        }
+        assert_eq!(self.queue.state().used, at);
+        if layout != Layout::Packed && at != before {
+            assert_eq!(self.driver.get16(&self.ram, device + 2), at);
         }
     }
 
@@ -263,6 +295,7 @@ impl Bench {
     /// The queue is another: what is held does not belong to it.
     fn forsake(&mut self) {
         let in_flight = self.queue.in_flight();
+        self.taken.clear();
         for chain in std::mem::take(&mut self.held) {
             let head = chain.head();
             assert_eq!(self.queue.complete(chain), Err(QueueError::Stale { head }));
@@ -270,6 +303,13 @@ impl Bench {
         assert_eq!(self.queue.in_flight(), in_flight);
         assert_eq!(self.ram.accesses(), 0, "a chain of another queue was completed");
     }
+}
+
+/// (Packed) how many descriptors lie between two places: all of them if they are the same place in different rounds.
+fn distance(from: u16, to: u16, size: u16) -> u16 {
+    let [start, end] = [from, to].map(|at| u32::from(Position::unpack(at).index));
+    let lap = if (from ^ to) & 1 << 15 != 0 { u32::from(size) } else { 0 };
+    (end + lap).wrapping_sub(start) as u16
 }
 
 fn segment_len<L>(segment: &polyvirt_core::memory::Segment<L>) -> u64 {

@@ -201,6 +201,7 @@ impl<G: Guest<Place = GuestPlace> + 'static> Transport for Driver<G> {
             layout: Layout::Legacy(ByteOrder::Little),
             event_idx: self.accepted.contains(Features::EVENT_IDX),
             indirect: self.accepted.contains(Features::INDIRECT_DESC),
+            in_order: false,
         };
         let notify = Box::new(Doorbell { guest: Arc::clone(&self.guest), address });
         Ok(Virtqueue { config, descriptors, driver, device, notify })

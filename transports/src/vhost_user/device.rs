@@ -92,7 +92,8 @@ impl Backend {
         let news = EventFd::from_flags(flags).map_err(|reason| ServeError::System { call: "eventfd", reason })?;
         let (news, memory, calls) = (Arc::new(news), Memory::new(), Arc::<Calls>::default());
         let mut state = VirtioDevice::new(device, memory.clone(), calls.clone(), Interface::Modern)
-            .with_features(Features::RING_RESET | Features::RING_PACKED);
+            .with_features(Features::RING_RESET | Features::RING_PACKED)
+            .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
         let mut backend = Self { state, memory, calls, news, rings: Vec::new(), protocol: ProtocolFeatures::empty() };
         backend.begin();
@@ -231,8 +232,10 @@ impl Backend {
                 }
                 let ring = &mut self.rings[index];
                 ring.enabled = num == 1;
-                // Without a descriptor for kicks there is no message that starts the queue.
-                ring.started |= num == 1 && self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+                // Without a descriptor for kicks there is no message that starts the queue. One without addresses is not
+                // used: QEMU enables every queue, and its firmware sets up only the first.
+                let inband = self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+                ring.started |= num == 1 && inband && ring.addresses.is_some();
                 self.update(index)?;
             }
             R::SetBackendReqFd => {
@@ -381,7 +384,9 @@ impl Backend {
 
     fn start(&mut self, index: usize) -> Result<(), ServeError> {
         let failed = |reason: String| ServeError::Queue { index, reason };
-        if !self.protocol.contains(ProtocolFeatures::STATUS) && !self.state.status().contains(Status::DRIVER_OK) {
+        // A queue that was started and enabled says that the driver is ready. It may be all that does: QEMU's
+        // vhost-user-rng takes VHOST_USER_PROTOCOL_F_STATUS and never sends DRIVER_OK.
+        if !self.state.status().contains(Status::DRIVER_OK) {
             let ready = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
             self.state.set_status(ready);
             if !self.state.status().contains(Status::FEATURES_OK) {
@@ -391,7 +396,7 @@ impl Backend {
             self.state.set_status(ready | Status::DRIVER_OK);
         }
         if !self.state.is_running() {
-            // The driver is not ready yet, or has to reset the device.
+            // The driver has to reset the device.
             return Ok(());
         }
         let ring = &self.rings[index];

@@ -86,6 +86,7 @@ struct Slot {
 /// Keeps a piece of guest memory mapped.
 #[derive(Clone)]
 pub struct Mapped {
+    #[expect(dead_code, reason = "held and not read: what it owns stays mapped")]
     table: Arc<Table>,
 }
 

@@ -1,12 +1,15 @@
 //! vhost-user: a device in another process than its driver's VMM, behind a socket.
 //!
 //! The front end hands guest memory, queues and doorbells over as file descriptors. A [`Backend`] is the device's side,
-//! which serves any front end: QEMU, User Mode Linux, our own.
+//! which serves any front end: QEMU, User Mode Linux, our own. A [`Driver`] is the guest's side, which drives any back end.
 
 mod calls;
 mod connection;
 mod device;
+mod driver;
 mod error;
+mod link;
+mod listener;
 mod map;
 mod memory;
 pub mod messages;
@@ -14,6 +17,7 @@ mod serve;
 
 pub use connection::{Connection, ConnectionError, Message};
 pub use device::Backend;
+pub use driver::{Dial, Driver, Guest, Options};
 pub use error::ServeError;
 pub use map::{MapError, memory_file};
 pub use memory::{Mapped, Memory, RegionError};

@@ -52,7 +52,7 @@ try_blk() {
     fi
     block=/sys/block/${device##*/}
     virtio=$(basename "$(readlink -f "$block/device")")
-    tell "$subject" found "$(cat "$block/device/features")" "$(cat "$block/size")"
+    tell "$subject" found "$(cat "$block/device/features")" "$(cat "$block/size")" "$(ls "$block/mq" | wc -l)"
     forget
     tell "$subject" read "$(whole)"
     already=$(flushes)

@@ -1,7 +1,7 @@
 //! The device's role on a packed ring.
 
 use alloc::vec::Vec;
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::Ordering;
 
 use super::layout::{
     DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
@@ -9,6 +9,7 @@ use super::layout::{
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
 use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::sync::fence;
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory> {
@@ -102,6 +103,10 @@ impl<M: GuestMemory> Ring<M> {
         self.chains.in_flight()
     }
 
+    pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
+        self.chains.own(chain)
+    }
+
     pub(in crate::queue) const fn size(&self) -> u16 {
         self.size
     }
@@ -141,7 +146,8 @@ impl<M: GuestMemory> Ring<M> {
         };
         let id = loop {
             let (address, Tail { len, id, flags }) = parse(descriptor);
-            if flags & INDIRECT != 0 || !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0) {
+            if !at.is_available_buffer(flags) || !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0)
+            {
                 return self.walk_on(assembly, at, descriptor);
             }
             at = at.advanced(1, self.size);
@@ -172,6 +178,10 @@ impl<M: GuestMemory> Ring<M> {
             count += 1;
             if count > self.free() {
                 return Err(self.overrun(count));
+            }
+            // A descriptor that is not available is not to be used (2.8.12), wherever in a chain.
+            if !at.is_available(tail.flags) {
+                return Err(self.chains.fail(QueueError::Unavailable { head: self.next_available.index }));
             }
             at = at.advanced(1, self.size);
             let (piece, writable) = ((address, tail.len), tail.flags & WRITE != 0);

@@ -1,6 +1,6 @@
 //! The driver's role on a packed ring.
 
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::Ordering;
 
 use super::layout::{
     DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
@@ -8,6 +8,7 @@ use super::layout::{
 use crate::memory::{Owner, Pages, Words};
 use crate::queue::driver::Place;
 use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::sync::fence;
 
 /// The ring in the driver's memory, and where the driver is in it.
 pub(in crate::queue) struct Ring {
@@ -152,7 +153,8 @@ impl Ring {
                 return None;
             }
         }
-        Some((tail.id.into(), tail.len))
+        // Without WRITE the length means nothing (2.8.5).
+        Some((tail.id.into(), if tail.flags & WRITE != 0 { tail.len } else { 0 }))
     }
 
     /// Reads what stands where the next used descriptor is expected.
@@ -166,6 +168,11 @@ impl Ring {
     #[inline(always)]
     pub(in crate::queue) fn advance(&mut self, entries: u16) {
         self.next_used = self.next_used.advanced(entries, self.size);
+    }
+
+    /// Whether `count` more buffers may be used: their descriptors do not say so one by one.
+    pub(in crate::queue) const fn covers(&self, _count: u64) -> bool {
+        true
     }
 
     fn wish(&mut self, flags: u16) {

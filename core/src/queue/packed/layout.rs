@@ -150,6 +150,12 @@ impl Position {
         flags & ROUND == self.available_flags()
     }
 
+    /// Whether a descriptor with `flags` at this place is available and names a buffer, not a table.
+    #[inline(always)]
+    pub const fn is_available_buffer(self, flags: u16) -> bool {
+        flags & (ROUND | INDIRECT) == self.available_flags()
+    }
+
     /// Whether a descriptor with `flags` at this place is used.
     #[inline(always)]
     pub const fn is_used(self, flags: u16) -> bool {

@@ -1,12 +1,13 @@
 //! The driver's role on a split ring.
 
 use core::marker::PhantomData;
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::Ordering;
 
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Owner, Pages, Words};
 use crate::queue::driver::Place;
 use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::sync::fence;
 
 /// The ring in the driver's memory, and where the driver is in it.
 pub(in crate::queue) struct Ring<O> {
@@ -144,7 +145,6 @@ impl<O: Order> Ring<O> {
         }
         let entry = layout::used_entry(usize::from(self.next_used) & self.mask);
         let (id, len) = self.device.load_pair(entry, Ordering::Relaxed)?;
-        self.next_used = self.next_used.wrapping_add(1);
         Some((O::u32(id), O::u32(len)))
     }
 
@@ -168,9 +168,16 @@ impl<O: Order> Ring<O> {
         self.look()
     }
 
-    /// A buffer was taken back; on a split ring [`Ring::used`] has moved on already.
+    /// A buffer was taken back: the next used element is behind its own.
     #[inline(always)]
-    pub(in crate::queue) fn advance(&mut self, _entries: u16) {}
+    pub(in crate::queue) fn advance(&mut self, _entries: u16) {
+        self.next_used = self.next_used.wrapping_add(1);
+    }
+
+    /// Whether the used index covers `count` buffers more.
+    pub(in crate::queue) const fn covers(&self, count: u64) -> bool {
+        count <= self.used.wrapping_sub(self.next_used) as u64
+    }
 
     pub(in crate::queue) fn disable_interrupts(&mut self) {
         self.interrupts = false;

@@ -1,0 +1,99 @@
+//! Someone else's device: a daemon behind a socket, which speaks vhost-user.
+
+mod expectations;
+
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use polyvirt_core::Features;
+use polyvirt_core::memory::{Access, FlatMemory, GuestMemory};
+use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_hypervisors::FlatShare;
+use polyvirt_transports::vhost_user::{Driver, Guest, Options, memory_file};
+
+pub use expectations::{ExpectationError, Expectations};
+
+use crate::cells::Kind;
+use crate::suite::{Cell, Evidence, NO_VARIANT, RingFormat, Session, Target, Variant};
+
+/// Guest memory of a session, bytes.
+const RAM: u64 = 8 << 20;
+/// Guest-physical address of it.
+const RAM_AT: u64 = 0x4000_0000;
+
+/// A daemon as the suite sees it. Every session is a connection of its own; what the device keeps, a disk's bytes say,
+/// stays from one to the next.
+pub struct Daemon {
+    socket: PathBuf,
+    kind: Kind,
+    ring: RingFormat,
+}
+
+impl Daemon {
+    /// The daemon that listens at `socket` and is a device of `kind`, driven with rings of `ring`.
+    pub const fn new(socket: PathBuf, kind: Kind, ring: RingFormat) -> Self {
+        Self { socket, kind, ring }
+    }
+
+    /// The formats of rings that the daemon offers.
+    pub fn formats(socket: PathBuf, kind: Kind) -> Result<Vec<RingFormat>, String> {
+        let daemon = Self::new(socket, kind, RingFormat::Split);
+        let mut driver = daemon.connect().map_err(|error| format!("{}: {error}", daemon.socket.display()))?.0;
+        let offered = driver.device_features().map_err(|error| error.to_string())?;
+        if !offered.contains(Features::VERSION_1) {
+            return Err(format!("{}: VIRTIO_F_VERSION_1 is not offered", daemon.socket.display()));
+        }
+        Ok(RingFormat::of(false).iter().copied().filter(|format| offered.contains(format.feature())).collect())
+    }
+
+    fn connect(&self) -> Result<(Driver, Arc<FlatMemory>), TransportError> {
+        let (file, pages) = memory_file("polyvirt", RAM).map_err(|error| {
+            polyvirt_core::hypervisor::HypervisorError::Refused { call: "memory", reason: error.to_string() }
+        })?;
+        let memory = Arc::new(FlatMemory::new([(RAM_AT, pages.clone())]));
+        let share = Arc::new(FlatShare::new(RAM_AT, pages.clone()));
+        let guest = Guest { share, regions: vec![(RAM_AT, file, pages)] };
+        let socket = self.socket.clone();
+        let options = Options { queues: if self.kind == Kind::Console { 2 } else { 1 }, ..Options::default() };
+        let dial = Box::new(move || UnixStream::connect(&socket));
+        Ok((Driver::connect(dial, self.kind.device_type(), guest, options)?, memory))
+    }
+}
+
+impl Target for Daemon {
+    fn cell(&self) -> Cell {
+        Cell {
+            hypervisor: "daemon",
+            transport: "vhost-user",
+            device: self.kind.name(),
+            device_type: self.kind.device_type(),
+            legacy: false,
+            ring: self.ring,
+            evidence: Evidence::Real,
+        }
+    }
+
+    fn available(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    fn session(&self, variant: Variant<'_>) -> Result<Session, String> {
+        if variant != Variant::Plain {
+            return Err(NO_VARIANT.into());
+        }
+        let (driver, memory) = self.connect().map_err(|error| error.to_string())?;
+        let mut session = Session::new(self.cell(), Box::new(driver), Box::new(()));
+        session.memory_end = Some(RAM_AT + RAM);
+        session.peek = Some(Box::new(move |address, bytes| {
+            let mut at = 0;
+            let resolved = memory.resolve(address, bytes.len() as u64, Access::READ, |segment| {
+                let end = at + segment.len();
+                let read = bytes.get_mut(at..end).map(|part| segment.read(0, part));
+                at = if matches!(read, Some(Ok(()))) { end } else { usize::MAX };
+            });
+            resolved.is_ok() && at == bytes.len()
+        }));
+        Ok(session)
+    }
+}

@@ -1,0 +1,51 @@
+//! What flags mean on a packed ring, and nowhere else.
+
+mod common;
+
+use common::{BUFFERS, Doorbell, Memory, RING, Shape, buffer};
+use polyvirt_core::queue::packed::layout::{AVAILABLE, NEXT, Position, Tail, USED, WRITE};
+use polyvirt_core::queue::{Layout, QueueError};
+
+const SHAPE: Shape = Shape { size: 5, event_idx: false, indirect: false, in_order: false, layout: Layout::Packed };
+
+fn put(memory: &Memory, slot: u64, tail: Tail) {
+    memory.write(RING + 16 * slot, &BUFFERS.to_le_bytes());
+    memory.write(RING + 16 * slot + 8, &tail.to_word().to_ne_bytes());
+}
+
+#[test]
+fn a_chain_that_goes_on_with_a_descriptor_that_is_not_available_is_refused() {
+    let at = Position::START;
+    for wrong in [0, USED, AVAILABLE | USED] {
+        let memory = Memory::new(SHAPE);
+        let mut device = memory.device();
+        // Once with memory for chains to be allocated, once with what a chain before has left.
+        for (head, latched) in [(0, false), (1, true)] {
+            device.begin_burst();
+            let tail = Tail { len: 4, id: head, flags: at.available_flags() };
+            put(&memory, head.into(), Tail { flags: tail.flags | if latched { NEXT } else { 0 }, ..tail });
+            if latched {
+                put(&memory, 2, Tail { flags: wrong, ..tail });
+                let refused = device.pop().map(drop);
+                assert_eq!(refused, Err(QueueError::Unavailable { head: 1 }), "{wrong:#x}");
+            } else {
+                let chain = device.pop().unwrap().expect("a good chain");
+                device.complete(chain).unwrap();
+            }
+        }
+    }
+}
+
+#[test]
+fn without_the_flag_write_the_used_length_means_nothing() {
+    for (flags, written) in [(0, 0), (WRITE, 3)] {
+        let memory = Memory::new(SHAPE);
+        let mut driver = memory.driver::<u32, _>(Doorbell::default());
+        driver.add_buf(&[], &[buffer(0, 8)], 7).unwrap();
+        driver.kick().unwrap();
+        let id = Tail::from_word(u64::from_ne_bytes(memory.read(RING + 8))).id;
+        let used = Position::START.used_flags();
+        put(&memory, 0, Tail { len: 3, id, flags: used | flags });
+        assert_eq!(driver.get_buf(), Ok(Some((7, written))));
+    }
+}

@@ -1,0 +1,499 @@
+//! The guest's side: a driver's transport over a socket. It is guest and VMM at once.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use polyvirt_core::hypervisor::{HypervisorError, Share};
+use polyvirt_core::memory::Pages;
+use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::{Features, Status};
+
+use super::connection::Connection;
+use super::link::{Link, refused};
+use super::listener::{Listener, News};
+use super::messages::*;
+use crate::areas::Areas;
+
+/// Entries of a queue at most. The protocol has no way to ask; this is what every back end takes.
+const QUEUE_SIZE: u16 = 256;
+/// What is accepted if it is offered, unless told otherwise.
+const WANTED: ProtocolFeatures = ProtocolFeatures::MQ
+    .union(ProtocolFeatures::REPLY_ACK)
+    .union(ProtocolFeatures::BACKEND_REQ)
+    .union(ProtocolFeatures::CONFIG)
+    .union(ProtocolFeatures::RESET_DEVICE)
+    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    .union(ProtocolFeatures::STATUS);
+
+/// The memory of the guest, for handing over.
+pub struct Guest {
+    /// Where rings and buffers are allocated: out of the regions.
+    pub share: Arc<dyn Share>,
+    /// Guest-physical start, file, and the memory as it is mapped here.
+    pub regions: Vec<(u64, OwnedFd, Pages)>,
+}
+
+/// How to talk to the back end.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Protocol features to accept, as far as they are offered.
+    pub protocol: ProtocolFeatures,
+    /// How many queues there are, if the back end cannot be asked.
+    pub queues: u16,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { protocol: WANTED, queues: 1 }
+    }
+}
+
+/// How to get a connection.
+pub type Dial = Box<dyn Fn() -> std::io::Result<UnixStream> + Send>;
+
+/// The driver side, connected to a back end.
+///
+/// What the protocol leaves to the VMM is done here: the device status, if the back end does not want it, and a queue is
+/// handed over when the driver is ready. If the back end closes the connection, the device needs a reset, and that
+/// connects again.
+pub struct Driver {
+    dial: Dial,
+    device_type: u32,
+    guest: Guest,
+    options: Options,
+    session: Session,
+    accepted: Features,
+    status: Status,
+    queues: BTreeMap<u16, Queue>,
+}
+
+/// What belongs to one connection.
+struct Session {
+    link: Arc<Link>,
+    news: Arc<News>,
+    _listener: Option<Listener>,
+    offered: u64,
+    protocol: ProtocolFeatures,
+    queues: u16,
+}
+
+struct Queue {
+    areas: Areas,
+    kick: Arc<EventFd>,
+    call: EventFd,
+    error: EventFd,
+    /// Whether the back end has it.
+    started: bool,
+}
+
+impl Driver {
+    /// Connects to the back end behind `dial`, which is of `device_type`: the protocol does not tell.
+    pub fn connect(dial: Dial, device_type: u32, guest: Guest, options: Options) -> Result<Self, TransportError> {
+        let session = Session::open(&dial, &guest, options)?;
+        Ok(Self {
+            dial,
+            device_type,
+            guest,
+            options,
+            session,
+            accepted: Features::empty(),
+            status: Status::empty(),
+            queues: BTreeMap::new(),
+        })
+    }
+
+    /// The protocol features negotiated.
+    pub const fn protocol(&self) -> ProtocolFeatures {
+        self.session.protocol
+    }
+
+    fn has(&self, feature: ProtocolFeatures) -> bool {
+        self.session.protocol.contains(feature)
+    }
+
+    fn tell(&self, request: Request, payload: &impl Payload) -> Result<(), TransportError> {
+        self.session.link.tell(request, &payload.to_bytes(), &[])
+    }
+
+    fn acceptable(&self) -> bool {
+        let offered = Features::from_bits_retain(self.session.offered.into());
+        offered.contains(self.accepted) && self.accepted.contains(Features::VERSION_1)
+    }
+
+    /// Whether kicks and calls are messages.
+    fn in_band(&self) -> bool {
+        self.has(ProtocolFeatures::INBAND_NOTIFICATIONS | ProtocolFeatures::BACKEND_REQ)
+    }
+
+    /// Hands queue `index` over.
+    fn start(&mut self, index: u16) -> Result<(), TransportError> {
+        let link = Arc::clone(&self.session.link);
+        let in_band = self.in_band();
+        let user = |address| self.guest.user(address, self.accepted);
+        let Some(queue) = self.queues.get(&index) else { return Err(TransportError::NoQueue(index)) };
+        let config = queue.areas.config();
+        let number = u32::from(index);
+        let state = |num| VringState { index: number, num }.to_bytes();
+        let base = if self.accepted.contains(Features::RING_PACKED) { 0x8000_8000 } else { 0 };
+        let addresses = VringAddr {
+            index: number,
+            flags: 0,
+            descriptors: user(config.descriptors)?,
+            available: user(config.driver)?,
+            used: user(config.device)?,
+            log: 0,
+        };
+        link.tell(Request::SetVringNum, &state(config.size.into()), &[])?;
+        link.tell(Request::SetVringBase, &state(base), &[])?;
+        link.tell(Request::SetVringAddr, &addresses.to_bytes(), &[])?;
+        let which = u64::from(index).to_bytes();
+        link.tell(Request::SetVringErr, &which, &[queue.error.as_fd()])?;
+        if !in_band {
+            link.tell(Request::SetVringCall, &which, &[queue.call.as_fd()])?;
+            link.tell(Request::SetVringKick, &which, &[queue.kick.as_fd()])?;
+        }
+        if self.session.offered & PROTOCOL_FEATURES != 0 {
+            link.tell(Request::SetVringEnable, &state(1), &[])?;
+        }
+        if let Some(queue) = self.queues.get_mut(&index) {
+            queue.started = true;
+        }
+        Ok(())
+    }
+
+    /// Takes queue `index` back: where the back end was in it.
+    fn stop(&mut self, index: u16) -> Result<u32, TransportError> {
+        let Some(queue) = self.queues.get_mut(&index) else { return Err(TransportError::NoQueue(index)) };
+        queue.started = false;
+        let state = VringState { index: index.into(), num: 0 };
+        Ok(self.session.link.ask_for::<VringState>(Request::GetVringBase, &state.to_bytes())?.num)
+    }
+
+    /// Takes all queues back and resets the device, as far as the back end can.
+    fn give_up(&mut self) -> Result<(), TransportError> {
+        let started: Vec<_> = self.queues.iter().filter(|(_, queue)| queue.started).map(|(&index, _)| index).collect();
+        for index in started {
+            self.stop(index)?;
+        }
+        if self.has(ProtocolFeatures::STATUS) {
+            self.tell(Request::SetStatus, &0u64)?;
+        } else if self.has(ProtocolFeatures::RESET_DEVICE) {
+            self.session.link.tell(Request::ResetDevice, &[], &[])?;
+        }
+        Ok(())
+    }
+
+    /// Whether the back end said that a queue is broken.
+    fn broken(&self) -> bool {
+        // The events stay: the queues stay broken.
+        let mut fds: Vec<_> = self.queues.values().map(|queue| input(&queue.error)).collect();
+        poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
+    }
+}
+
+impl Session {
+    fn open(dial: &Dial, guest: &Guest, options: Options) -> Result<Self, TransportError> {
+        let system = |call| move |reason: String| HypervisorError::Refused { call, reason };
+        let socket = dial().map_err(|error| system("connect")(error.to_string()))?;
+        let connection = Connection::new(socket).map_err(|error| system("connect")(error.to_string()))?;
+        let link = Arc::new(Link::new(connection).map_err(|error| system("dup")(error.to_string()))?);
+        let news = Arc::new(News::new(event()?));
+        link.tell(Request::SetOwner, &[], &[])?;
+        let offered: u64 = link.ask_for(Request::GetFeatures, &[])?;
+        let mut protocol = ProtocolFeatures::empty();
+        if offered & PROTOCOL_FEATURES != 0 {
+            let theirs: u64 = link.ask_for(Request::GetProtocolFeatures, &[])?;
+            protocol = ProtocolFeatures::from_bits_retain(theirs) & options.protocol;
+            link.tell(Request::SetProtocolFeatures, &protocol.bits().to_bytes(), &[])?;
+        }
+        let has = |feature| protocol.contains(feature);
+        if has(ProtocolFeatures::REPLY_ACK) {
+            link.acknowledge();
+        }
+        let mut queues = options.queues;
+        if has(ProtocolFeatures::MQ) {
+            let theirs: u64 = link.ask_for(Request::GetQueueNum, &[])?;
+            queues = u16::try_from(theirs).map_err(|_| refused(Request::GetQueueNum, format!("{theirs} queues")))?;
+        }
+        let mut listener = None;
+        if has(ProtocolFeatures::BACKEND_REQ) {
+            let (ours, theirs) = UnixStream::pair().map_err(|error| system("socketpair")(error.to_string()))?;
+            link.tell(Request::SetBackendReqFd, &[], &[theirs.as_fd()])?;
+            let stop = Arc::new(event()?);
+            let spawned = Listener::spawn(ours, Arc::clone(&link), Arc::clone(&news), stop);
+            listener = Some(spawned.map_err(|error| system("thread")(error.to_string()))?);
+        }
+        guest.hand_over(&link, has(ProtocolFeatures::CONFIGURE_MEM_SLOTS))?;
+        Ok(Self { link, news, _listener: listener, offered, protocol, queues })
+    }
+}
+
+impl Guest {
+    fn hand_over(&self, link: &Link, one_by_one: bool) -> Result<(), TransportError> {
+        let regions = self.regions.iter().map(|(guest, file, pages)| {
+            let region = Region { guest: *guest, size: pages.len() as u64, user: place(pages), offset: 0 };
+            (region, file.as_fd())
+        });
+        if one_by_one {
+            for (region, file) in regions {
+                link.tell(Request::AddMemReg, &[0u64.to_bytes(), region.to_bytes()].concat(), &[file])?;
+            }
+            return Ok(());
+        }
+        let mut payload = (self.regions.len() as u64).to_bytes();
+        let mut files = Vec::new();
+        for (region, file) in regions {
+            payload.extend(region.to_bytes());
+            files.push(file);
+        }
+        link.tell(Request::SetMemTable, &payload, &files)
+    }
+
+    /// What a ring's address is for the back end: ours, but a device address if those are translated.
+    fn user(&self, address: u64, accepted: Features) -> Result<u64, TransportError> {
+        if accepted.contains(Features::ACCESS_PLATFORM) {
+            return Ok(address);
+        }
+        let of = |(guest, _, pages): &(u64, OwnedFd, Pages)| {
+            let offset = address.checked_sub(*guest)?;
+            (offset < pages.len() as u64).then(|| place(pages) + offset)
+        };
+        let found = self.regions.iter().find_map(of);
+        let reason = || format!("{address:#x} is not guest memory");
+        found.ok_or_else(|| HypervisorError::Refused { call: "SET_VRING_ADDR", reason: reason() }.into())
+    }
+}
+
+impl Transport for Driver {
+    fn device_type(&self) -> u32 {
+        self.device_type
+    }
+
+    fn device_features(&mut self) -> Result<Features, TransportError> {
+        let offered = Features::from_bits_retain((self.session.offered & !(LOG_ALL | PROTOCOL_FEATURES)).into());
+        // Without the status there is no way to suspend.
+        Ok(if self.has(ProtocolFeatures::STATUS) { offered } else { offered - Features::SUSPEND })
+    }
+
+    fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {
+        if !self.status.contains(Status::FEATURES_OK) {
+            self.accepted = features;
+        }
+        Ok(())
+    }
+
+    fn status(&mut self) -> Result<Status, TransportError> {
+        let needs_reset = self.session.link.is_closed() || self.broken();
+        let mut status = self.status;
+        if self.has(ProtocolFeatures::STATUS) && !self.session.link.is_closed() && !self.status.is_empty() {
+            match self.session.link.ask_for::<u64>(Request::GetStatus, &[]) {
+                Ok(theirs) => status = Status::from_bits_retain(theirs as u8),
+                Err(TransportError::Closed) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        let closed = self.session.link.is_closed();
+        let needs_reset = (needs_reset || closed) && !self.status.is_empty();
+        Ok(status | if needs_reset { Status::DEVICE_NEEDS_RESET } else { Status::empty() })
+    }
+
+    fn set_status(&mut self, status: Status) -> Result<(), TransportError> {
+        let driver = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK | Status::FAILED;
+        let mut status = status & (driver | Status::SUSPEND);
+        if !self.acceptable() {
+            status &= !Status::FEATURES_OK;
+        }
+        if !(self.status | status).contains(Status::FEATURES_OK) {
+            status &= !Status::DRIVER_OK;
+        }
+        let new = status & !self.status;
+        if new.contains(Status::FEATURES_OK) {
+            let protocol = self.session.offered & PROTOCOL_FEATURES;
+            self.tell(Request::SetFeatures, &(self.accepted.bits() as u64 | protocol))?;
+        }
+        if new.contains(Status::DRIVER_OK) {
+            let queues: Vec<_> = self.queues.keys().copied().collect();
+            for index in queues {
+                self.start(index)?;
+            }
+        }
+        if new.contains(Status::FAILED) && !self.has(ProtocolFeatures::STATUS) {
+            self.give_up()?;
+        }
+        self.status |= status & driver;
+        if self.has(ProtocolFeatures::STATUS) {
+            self.tell(Request::SetStatus, &u64::from((self.status | status).bits()))?;
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), TransportError> {
+        let done = if self.session.link.is_closed() { Err(TransportError::Closed) } else { self.give_up() };
+        match done {
+            Err(TransportError::Closed) => self.session = Session::open(&self.dial, &self.guest, self.options)?,
+            done => done?,
+        }
+        let news = &self.session.news;
+        news.called.store(false, Ordering::Release);
+        news.config.store(false, Ordering::Release);
+        (self.accepted, self.status) = (Features::empty(), Status::empty());
+        self.queues.clear();
+        Ok(())
+    }
+
+    fn config_generation(&mut self) -> Result<u32, TransportError> {
+        Ok(self.session.news.generation.load(Ordering::Acquire))
+    }
+
+    fn read_config(&mut self, offset: u32, data: &mut [u8]) -> Result<(), TransportError> {
+        if !self.has(ProtocolFeatures::CONFIG) {
+            return Err(TransportError::Unsupported("device configuration (CONFIG was not negotiated)"));
+        }
+        let mut at = offset;
+        for part in data.chunks_mut(CONFIG_MAX) {
+            let area = ConfigArea { offset: at, size: part.len() as u32, flags: 0 };
+            let payload = [area.to_bytes(), vec![0; part.len()]].concat();
+            let answer = self.session.link.ask(Request::GetConfig, &payload, &[])?.payload;
+            if answer.len() != payload.len() {
+                let reason = format!("{} bytes, expected {}", answer.len(), payload.len());
+                return Err(refused(Request::GetConfig, reason));
+            }
+            part.copy_from_slice(&answer[ConfigArea::LEN..]);
+            at += part.len() as u32;
+        }
+        Ok(())
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), TransportError> {
+        if !self.has(ProtocolFeatures::CONFIG) {
+            return Err(TransportError::Unsupported("device configuration (CONFIG was not negotiated)"));
+        }
+        let area = ConfigArea { offset, size: data.len() as u32, flags: 0 };
+        self.session.link.tell(Request::SetConfig, &[&area.to_bytes(), data].concat(), &[])
+    }
+
+    fn queue_max_size(&mut self, index: u16) -> Result<u16, TransportError> {
+        Ok(if index < self.session.queues { QUEUE_SIZE } else { 0 })
+    }
+
+    fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
+        let max = self.queue_max_size(index)?;
+        if max == 0 {
+            return Err(TransportError::NoQueue(index));
+        }
+        if self.queues.contains_key(&index) {
+            return Err(TransportError::NotADevice { expected: "a queue that is not in use", found: 1 });
+        }
+        let areas = Areas::allocate(&self.guest.share, index, size, max, self.accepted)?;
+        let (kick, call, error) = (Arc::new(event()?), event()?, event()?);
+        let by_message = self.in_band().then(|| Arc::clone(&self.session.link));
+        let doorbell = Doorbell { kick: Arc::clone(&kick), by_message, index };
+        let virtqueue = areas.virtqueue(Box::new(doorbell));
+        self.queues.insert(index, Queue { areas, kick, call, error, started: false });
+        if self.status.contains(Status::DRIVER_OK) {
+            self.start(index)?;
+        }
+        Ok(virtqueue)
+    }
+
+    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+        if !self.accepted.contains(Features::RING_RESET) {
+            return Err(TransportError::Unsupported("queue reset (VIRTIO_F_RING_RESET was not negotiated)"));
+        }
+        if self.queues.get(&index).is_some_and(|queue| queue.started) {
+            self.stop(index)?;
+        }
+        self.queues.remove(&index);
+        Ok(())
+    }
+
+    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
+        let begun = Instant::now();
+        let news = Arc::clone(&self.session.news);
+        loop {
+            let mut fds = vec![input(&news.event)];
+            fds.extend(self.queues.values().map(|queue| input(&queue.call)));
+            let calls = fds.len();
+            if !self.status.contains(Status::DEVICE_NEEDS_RESET) {
+                fds.extend(self.queues.values().map(|queue| input(&queue.error)));
+            }
+            fds.extend((!self.session.link.is_closed()).then(|| self.session.link.hang_up()));
+            let left = watchdog.saturating_sub(begun.elapsed());
+            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let _ = poll(&mut fds, timeout);
+            let broken = fds[calls..].iter().any(|fd| fd.any().unwrap_or(false));
+            // Not what the poll said, but what is taken: an event may come in between.
+            let mut called = false;
+            self.queues.values().for_each(|queue| called |= queue.call.read().is_ok());
+            let _ = news.event.read();
+            if broken {
+                // Told once; the status goes on telling.
+                self.status |= Status::DEVICE_NEEDS_RESET;
+            }
+            let interrupts = Interrupts {
+                queues: news.called.swap(false, Ordering::AcqRel) || called,
+                config: news.config.swap(false, Ordering::AcqRel) || broken,
+            };
+            if interrupts.queues || interrupts.config {
+                return Ok(interrupts);
+            }
+            if begun.elapsed() >= watchdog {
+                return Err(TransportError::Watchdog(watchdog, "an interrupt"));
+            }
+        }
+    }
+
+    fn share(&self) -> Arc<dyn Share> {
+        self.guest.share.clone()
+    }
+}
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        // A back end that is gone, or does not answer, has nothing mapped but what the regions' files keep.
+        if !self.queues.is_empty()
+            && let Err(error) = self.give_up()
+        {
+            tracing::debug!(%error, "the back end was not stopped");
+        }
+    }
+}
+
+/// A queue's doorbell.
+struct Doorbell {
+    kick: Arc<EventFd>,
+    by_message: Option<Arc<Link>>,
+    index: u16,
+}
+
+impl Notify for Doorbell {
+    fn notify(&mut self) -> Result<(), TransportError> {
+        if let Some(link) = &self.by_message {
+            let state = VringState { index: self.index.into(), num: 0 };
+            return link.tell(Request::VringKick, &state.to_bytes(), &[]);
+        }
+        // Fails only when the counter is full: then it is rung already.
+        let _ = self.kick.write(1);
+        Ok(())
+    }
+}
+
+/// Where `pages` are, as the back end is told.
+fn place(pages: &Pages) -> u64 {
+    pages.as_ptr().addr() as u64
+}
+
+fn input(event: &EventFd) -> PollFd<'_> {
+    PollFd::new(event.as_fd(), PollFlags::POLLIN)
+}
+
+fn event() -> Result<EventFd, HypervisorError> {
+    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
+        .map_err(|error| HypervisorError::Refused { call: "eventfd", reason: error.to_string() })
+}
