@@ -4,6 +4,7 @@
 //! if ours breaks a promise: it panics itself, touches memory that it was not given, works or allocates without bound,
 //! or hands out what it must not.
 
+#[path = "../../core/tests/counting/mod.rs"]
 pub mod allocations;
 mod device;
 mod driver;

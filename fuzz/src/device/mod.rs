@@ -29,7 +29,15 @@ pub(crate) fn run(data: &[u8], packed: bool) {
     allow(&ram, &config);
     allocations::restart();
     let Ok(queue) = Queue::new(ram.memory(), config) else { return };
-    let mut bench = Bench { ram, config, queue, driver: Driver::new(config), held: Vec::new(), taken: VecDeque::new(), saved: Some(Vec::new()) };
+    let mut bench = Bench {
+        ram,
+        config,
+        queue,
+        driver: Driver::new(config),
+        held: Vec::new(),
+        taken: VecDeque::new(),
+        saved: Some(Vec::new()),
+    };
     for _ in 0..STEPS {
         let Some(step) = input.step() else { break };
         bench.ram.accesses();
