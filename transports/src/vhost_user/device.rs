@@ -35,6 +35,9 @@ const OFFERED: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::INFLIGHT_SHMFD)
     .union(ProtocolFeatures::LOG_SHMFD);
 
+/// The areas of a queue: address, bytes, and what the device does there.
+type Areas = [(u64, u64, Access); 3];
+
 /// A device behind a socket. It serves one connection after another.
 pub struct Backend {
     state: VirtioDevice<Memory>,
@@ -457,7 +460,7 @@ impl Backend {
     }
 
     /// The areas of queue `index`: device address, bytes, what the device does there. None if they are not known yet.
-    fn areas(&self, index: usize) -> Result<Option<[(u64, u64, Access); 3]>, ServeError> {
+    fn areas(&self, index: usize) -> Result<Option<Areas>, ServeError> {
         let failed = |reason: String| ServeError::Queue { index, reason };
         let Ring { addresses, entries, .. } = &self.rings[index];
         let Some(VringAddr { descriptors, available, used, .. }) = *addresses else {
@@ -469,11 +472,9 @@ impl Backend {
         let event = if self.state.driver_features().contains(Features::EVENT_IDX) { 0 } else { 2 };
         let [first, second, third] = match self.packed() {
             true => [(DESCRIPTOR_LEN * u64::from(size), both), (EVENT_LEN, read), (EVENT_LEN, Access::WRITE)],
-            false => [
-                (descriptors_len(size), read),
-                (driver_len(size) - event, read),
-                (device_len(size) - event, both),
-            ],
+            false => {
+                [(descriptors_len(size), read), (driver_len(size) - event, read), (device_len(size) - event, both)]
+            }
         };
         if self.state.driver_features().contains(Features::ACCESS_PLATFORM) {
             let areas = [(descriptors, first.0, first.1), (available, second.0, second.1), (used, third.0, third.1)];
