@@ -170,6 +170,7 @@ const ACCESS_PLATFORM: u32 = 33;
 const RING_PACKED: u32 = 34;
 
 const SPLIT: Device = blk("split", "", &[VERSION_1]);
+const IOMMU: Device = blk("split", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
 const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
 /// User Mode Linux takes whatever is offered.
 const UML_DISK: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
@@ -234,7 +235,22 @@ const SERIAL: [&str; 2] = ["-serial", "chardev:console"];
 /// host, clocks that go by the host's do not agree, and it hangs.
 const OWN_TIME: [&str; 2] = ["-icount", "shift=2"];
 
-static GUESTS: [Guest; 7] = [
+const PSERIES: Qemu = Qemu {
+    package: "qemu-system-ppc",
+    program: "qemu-system-ppc64",
+    // x-vof: no firmware to run. The other options are mitigations that TCG does not have and warns about.
+    machine: "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+    cpu: "power9",
+    processors: 1,
+    memory: 1024,
+    arguments: &[],
+    console: ["-device", "spapr-vty,chardev=console"],
+    tty: "hvc0",
+    bus: Bus::Pci,
+    firmware: None,
+};
+
+static GUESTS: [Guest; 8] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
@@ -318,21 +334,16 @@ static GUESTS: [Guest; 7] = [
         about: "pseries",
         transport: "pci",
         kernel: &PPC64LE,
-        machine: Machine::Qemu(Qemu {
-            package: "qemu-system-ppc",
-            program: "qemu-system-ppc64",
-            // x-vof: no firmware to run. The other options are mitigations that TCG does not have and warns about.
-            machine: "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
-            cpu: "power9",
-            processors: 1,
-            memory: 1024,
-            arguments: &[],
-            console: ["-device", "spapr-vty,chardev=console"],
-            tty: "hvc0",
-            bus: Bus::Pci,
-            firmware: None,
-        }),
+        machine: Machine::Qemu(PSERIES),
         devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "ppc64le-iommu",
+        about: "pseries, with every access through the IOMMU",
+        transport: "pci",
+        kernel: &PPC64LE,
+        machine: Machine::Qemu(PSERIES),
+        devices: &[IOMMU],
     },
     Guest {
         name: "aarch64",
