@@ -12,7 +12,7 @@ use crate::device::{Device, Queues, SharedRegion};
 use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
 use crate::memory::GuestMemory;
-use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState};
+use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::status::Status;
 
 /// How the driver talks to the device.
@@ -65,14 +65,14 @@ pub struct VirtioDevice<M: GuestMemory> {
 }
 
 /// What the driver wrote about a queue.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct QueueSetup {
     max_size: u16,
     size: u32,
     areas: [u64; 3],
     enabled: bool,
     /// Where the device goes on, if not at the beginning.
-    state: Option<QueueState>,
+    saved: Option<SavedQueue>,
 }
 
 impl<M: GuestMemory> VirtioDevice<M> {
@@ -323,9 +323,9 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
     /// Queue `index` begins where another device side left it, for transports that hand queues over. Ignored while the
     /// queue is enabled.
-    pub fn set_queue_state(&mut self, index: u16, state: QueueState) {
+    pub fn set_saved_queue(&mut self, index: u16, saved: SavedQueue) {
         if let Some(setup) = self.disabled(index) {
-            setup.state = Some(state);
+            setup.saved = Some(saved);
         }
     }
 
@@ -471,16 +471,15 @@ impl<M: GuestMemory> VirtioDevice<M> {
     }
 
     fn start_queue(&mut self, index: u16) {
-        let Some(&QueueSetup { max_size, size, areas, state, .. }) = self.setup(index) else { return };
+        let Some(QueueSetup { max_size, size, areas, saved, .. }) = self.setup(index).cloned() else { return };
         let layout = match self.interface {
             Interface::Modern if self.accepted.contains(Features::RING_PACKED) => Layout::Packed,
             Interface::Modern => Layout::Modern,
             Interface::Legacy(order) => Layout::Legacy(order),
         };
         let queue = match u16::try_from(size) {
-            Ok(size) if size <= max_size => Queue::resume(
-                self.memory.clone(),
-                QueueConfig {
+            Ok(size) if size <= max_size => {
+                let config = QueueConfig {
                     size,
                     descriptors: areas[Area::Descriptors as usize],
                     driver: areas[Area::Driver as usize],
@@ -489,9 +488,12 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
                     in_order: self.accepted.contains(Features::IN_ORDER),
-                },
-                state.unwrap_or(QueueState::start(layout)),
-            ),
+                };
+                match saved {
+                    Some(saved) => Queue::restore(self.memory.clone(), config, &saved),
+                    None => Queue::new(self.memory.clone(), config),
+                }
+            }
             _ => Err(QueueError::Size { size, max: max_size }),
         };
         match queue {
@@ -569,7 +571,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, state: None }
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, saved: None }
     }
 }
 

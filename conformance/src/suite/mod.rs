@@ -202,6 +202,9 @@ impl Objection {
 
 impl From<TransportError> for Objection {
     fn from(error: TransportError) -> Self {
+        if let TransportError::Unsupported(_) = error {
+            return Self::Skipped(error.to_string());
+        }
         Self::failed("the transport does what it is asked", error)
     }
 }

@@ -8,15 +8,18 @@ use std::task::{Wake, Waker};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use polyvirt_core::device::Device;
-use polyvirt_core::memory::{Access, GuestMemory};
-use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, USED};
-use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState};
+use polyvirt_core::memory::{Access, GuestMemory, MemoryError, Pages};
+use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, USED};
+use polyvirt_core::queue::split::layout::{descriptors_len, device_len, driver_len};
+use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState, SavedQueue};
 use polyvirt_core::state::{Area, Interface, VirtioDevice};
 use polyvirt_core::{Features, Status};
 
 use super::calls::{Calls, never_block};
 use super::connection::{Connection, Message};
 use super::error::ServeError;
+use super::inflight::{self, Tracker};
+use super::map::{map, memory_file};
 use super::memory::Memory;
 use super::messages::*;
 
@@ -28,7 +31,9 @@ const OFFERED: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::RESET_DEVICE)
     .union(ProtocolFeatures::INBAND_NOTIFICATIONS)
     .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(ProtocolFeatures::STATUS);
+    .union(ProtocolFeatures::STATUS)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
+    .union(ProtocolFeatures::LOG_SHMFD);
 
 /// A device behind a socket. It serves one connection after another.
 pub struct Backend {
@@ -40,6 +45,8 @@ pub struct Backend {
     pub(super) rings: Vec<Ring>,
     /// What this session's front end accepted.
     protocol: ProtocolFeatures,
+    /// The memory that knows what is in flight, and how it is divided.
+    inflight: Option<(Pages, InflightArea)>,
 }
 
 /// A queue as the front end set it up.
@@ -86,16 +93,19 @@ impl Wake for News {
 }
 
 impl Backend {
-    /// Puts `device` behind a socket.
-    pub fn new(device: Box<dyn Device<Memory>>) -> Result<Self, ServeError> {
+    /// Puts `device` behind a socket. `translated`: whether the front end may translate device addresses
+    /// (VIRTIO_F_ACCESS_PLATFORM). That is offered only on demand: User Mode Linux accepts it and cannot do it.
+    pub fn new(device: Box<dyn Device<Memory>>, translated: bool) -> Result<Self, ServeError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let news = EventFd::from_flags(flags).map_err(|reason| ServeError::System { call: "eventfd", reason })?;
         let (news, memory, calls) = (Arc::new(news), Memory::new(), Arc::<Calls>::default());
+        let platform = if translated { Features::ACCESS_PLATFORM } else { Features::empty() };
         let mut state = VirtioDevice::new(device, memory.clone(), calls.clone(), Interface::Modern)
-            .with_features(Features::RING_RESET | Features::RING_PACKED)
+            .with_features(Features::RING_RESET | Features::RING_PACKED | platform)
             .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
-        let mut backend = Self { state, memory, calls, news, rings: Vec::new(), protocol: ProtocolFeatures::empty() };
+        let mut backend =
+            Self { state, memory, calls, news, rings: Vec::new(), protocol: ProtocolFeatures::empty(), inflight: None };
         backend.begin();
         Ok(backend)
     }
@@ -106,6 +116,7 @@ impl Backend {
         self.rings.resize_with(self.state.queue_count().into(), Ring::default);
         self.calls.reset(self.rings.len());
         self.protocol = ProtocolFeatures::empty();
+        self.inflight = None;
         self.memory.clear();
     }
 
@@ -171,7 +182,7 @@ impl Backend {
             R::SetVringNum => {
                 let VringState { num, .. } = self.idle(&body)?;
                 let (index, max) = self.index(&body)?;
-                let packed = self.state.driver_features().contains(Features::RING_PACKED);
+                let packed = self.packed();
                 if num == 0 || num > max.into() || !(packed || num.is_power_of_two()) {
                     return Err(body.refused(format!("{num} entries, expected a power of two up to {max}")));
                 }
@@ -281,15 +292,24 @@ impl Backend {
                 body.empty()?;
                 return Ok(Reply::new(&u64::from(self.state.status().bits())));
             }
-            R::SetLogBase | R::SetLogFd | R::IotlbMsg | R::GetInflightFd | R::SetInflightFd => {
-                return Err(ServeError::NotNegotiated { request: request.name() });
+            R::SetLogBase => {
+                let LogArea { size, offset } = body.fixed()?;
+                for fd in fds {
+                    self.memory.log().set(map(fd, offset, size).map_err(|error| body.refused(error))?);
+                }
+                // This is answered even if nobody asks for an acknowledgement.
+                return Ok(Reply::new(&0u64));
             }
+            R::SetLogFd => fds.into_iter().for_each(|fd| self.memory.log().set_event(fd)),
+            R::IotlbMsg => self.set_translation(&body)?,
+            R::GetInflightFd => return self.new_inflight(&body),
+            R::SetInflightFd => self.set_inflight(&body, fds)?,
         }
         Ok(None)
     }
 
     fn offered(&self) -> u64 {
-        self.state.device_features().bits() as u64 | PROTOCOL_FEATURES
+        self.state.device_features().bits() as u64 | PROTOCOL_FEATURES | LOG_ALL
     }
 
     fn set_features(&mut self, features: u64) -> Result<(), ServeError> {
@@ -298,6 +318,7 @@ impl Backend {
             return Err(refused(format!("{:#x} was not offered", features & !self.offered())));
         }
         let accepted = Features::from_bits_retain((features & !(LOG_ALL | PROTOCOL_FEATURES)).into());
+        self.memory.log().want(features & LOG_ALL != 0);
         if self.rings.iter().any(|ring| ring.running) {
             if accepted != self.state.driver_features() {
                 return Err(refused("other features than before while queues run".into()));
@@ -308,6 +329,7 @@ impl Backend {
             self.state.reset();
         }
         self.state.set_driver_features(accepted);
+        self.memory.translate(accepted.contains(Features::ACCESS_PLATFORM));
         if features & PROTOCOL_FEATURES == 0 {
             self.rings.iter_mut().for_each(|ring| ring.enabled = true);
         }
@@ -399,20 +421,32 @@ impl Backend {
             // The driver has to reset the device.
             return Ok(());
         }
-        let ring = &self.rings[index];
-        let Some(addresses) = ring.addresses else { return Err(failed("it has no addresses".into())) };
-        let guest =
-            |user| self.memory.guest_address(user).ok_or_else(|| failed(format!("{user:#x} is in no memory region")));
-        let areas = [guest(addresses.descriptors)?, guest(addresses.available)?, guest(addresses.used)?];
-        let state = self.resumed(ring.base, areas[0], areas[2]);
-        tracing::info!(index, entries = ring.entries, ?state, "a queue starts");
+        let entries = self.rings[index].entries;
+        let Some(areas) = self.areas(index)? else { return Ok(()) };
+        let [(descriptors, ..), (available, driver_len, _), (used, device_len, _)] = areas;
+        let mut saved =
+            SavedQueue { state: self.resumed(self.rings[index].base, descriptors, used), in_flight: vec![] };
+        if let Some((memory, InflightArea { queues, entries: most, .. })) = &self.inflight
+            && index < usize::from(*queues)
+            && !self.packed()
+        {
+            let rings = self.memory.pages(available, driver_len).zip(self.memory.pages(used, device_len));
+            let rings = rings.ok_or_else(|| failed("its rings are in several pieces".into()))?;
+            let size = entries.min(u16::MAX.into()) as u16;
+            let tracker = Tracker::new(memory, index as u16, *most, size, rings);
+            let tracker = Arc::new(tracker.map_err(|error| failed(error.to_string()))?);
+            saved = tracker.recover().unwrap_or(saved);
+            self.memory.watch(available, used, &tracker);
+        }
+        tracing::info!(index, entries, ?saved, "a queue starts");
         let queue = index as u16;
-        self.state.set_queue_size(queue, ring.entries);
-        for (area, address) in [Area::Descriptors, Area::Driver, Area::Device].into_iter().zip(areas) {
+        self.state.set_queue_size(queue, entries);
+        for (area, (address, ..)) in [Area::Descriptors, Area::Driver, Area::Device].into_iter().zip(areas) {
             self.state.set_queue_address(queue, area, address);
         }
-        self.state.set_queue_state(queue, state);
+        self.state.set_saved_queue(queue, saved);
         self.state.enable_queue(queue);
+        self.memory.unwatch();
         if self.state.queue_state(queue).is_none() {
             let reason = self.state.needs_reset().map_or_else(String::new, |reason| reason.to_string());
             return Err(failed(reason));
@@ -420,6 +454,110 @@ impl Backend {
         (self.rings[index].running, self.rings[index].broken) = (true, false);
         self.tell_broken();
         Ok(())
+    }
+
+    /// The areas of queue `index`: device address, bytes, what the device does there. None if they are not known yet.
+    fn areas(&self, index: usize) -> Result<Option<[(u64, u64, Access); 3]>, ServeError> {
+        let failed = |reason: String| ServeError::Queue { index, reason };
+        let Ring { addresses, entries, .. } = &self.rings[index];
+        let Some(VringAddr { descriptors, available, used, .. }) = *addresses else {
+            return Err(failed("it has no addresses".into()));
+        };
+        let size = u16::try_from(*entries).map_err(|_| failed(format!("{entries} entries")))?;
+        let (read, both) = (Access::READ, Access::READ | Access::WRITE);
+        // Without EVENT_IDX the event words are not part of split rings (2.7.6, 2.7.8).
+        let event = if self.state.driver_features().contains(Features::EVENT_IDX) { 0 } else { 2 };
+        let [first, second, third] = match self.packed() {
+            true => [(DESCRIPTOR_LEN * u64::from(size), both), (EVENT_LEN, read), (EVENT_LEN, Access::WRITE)],
+            false => [
+                (descriptors_len(size), read),
+                (driver_len(size) - event, read),
+                (device_len(size) - event, both),
+            ],
+        };
+        if self.state.driver_features().contains(Features::ACCESS_PLATFORM) {
+            let areas = [(descriptors, first.0, first.1), (available, second.0, second.1), (used, third.0, third.1)];
+            let missing = |&(address, len, access): &(u64, u64, Access)| {
+                matches!(self.memory.resolve(address, len, access, |_| {}), Err(MemoryError::NotYet { .. }))
+            };
+            // All of them are asked for at once.
+            return Ok((areas.iter().filter(|area| missing(area)).count() == 0).then_some(areas));
+        }
+        let guest =
+            |user| self.memory.guest_address(user).ok_or_else(|| failed(format!("{user:#x} is in no memory region")));
+        Ok(Some([
+            (guest(descriptors)?, first.0, first.1),
+            (guest(available)?, second.0, second.1),
+            (guest(used)?, third.0, third.1),
+        ]))
+    }
+
+    fn packed(&self) -> bool {
+        self.state.driver_features().contains(Features::RING_PACKED)
+    }
+
+    /// Learns or forgets a translation. Queues that waited for it go on, those whose areas it takes away wait.
+    fn set_translation(&mut self, body: &Body<'_>) -> Result<(), ServeError> {
+        let translation: Iotlb = body.fixed()?;
+        match translation.kind {
+            Iotlb::UPDATE => self.memory.learn(translation).map_err(|error| body.refused(error))?,
+            Iotlb::INVALIDATE => {
+                self.memory.forget(translation.iova, translation.size);
+                for index in 0..self.rings.len() {
+                    let areas = if self.rings[index].running { self.areas(index)? } else { continue };
+                    let knows = |&(address, len, access): &(u64, u64, Access)| self.memory.knows(address, len, access);
+                    if !areas.is_some_and(|areas| areas.iter().all(knows)) {
+                        self.stop(index);
+                    }
+                }
+            }
+            kind => return Err(body.refused(format!("type {kind}, expected an update or an invalidation"))),
+        }
+        for index in 0..self.rings.len() {
+            self.update(index)?;
+            if self.kick(index) {
+                // Served further once the message is answered.
+                let _ = self.news.write(1);
+            }
+        }
+        Ok(())
+    }
+
+    /// New memory for what is in flight. Packed rings have none: what a crash leaves of them cannot be told from what
+    /// was overwritten.
+    fn new_inflight(&mut self, body: &Body<'_>) -> Result<Option<Reply>, ServeError> {
+        let InflightArea { queues, entries, .. } = self.inflight_area(body)?;
+        if self.packed() {
+            return Ok(Reply::new(&InflightArea { size: 0, offset: 0, queues, entries }));
+        }
+        let size = inflight::size(queues, entries) as u64;
+        let (file, memory) = memory_file("inflight", size).map_err(|error| body.refused(error))?;
+        let area = InflightArea { size, offset: 0, queues, entries };
+        self.inflight = Some((memory, area));
+        Ok(Some(Reply { payload: area.to_bytes(), fds: vec![file] }))
+    }
+
+    fn set_inflight(&mut self, body: &Body<'_>, fds: Vec<OwnedFd>) -> Result<(), ServeError> {
+        let area = self.inflight_area(body)?;
+        let needed = inflight::size(area.queues, area.entries) as u64;
+        if area.size < needed || !area.offset.is_multiple_of(8) {
+            return Err(body.refused(format!("{} bytes at {}, expected {needed}", area.size, area.offset)));
+        }
+        for fd in fds {
+            self.inflight = Some((map(fd, area.offset, area.size).map_err(|error| body.refused(error))?, area));
+        }
+        Ok(())
+    }
+
+    /// The payload, which is about no more queues and entries than there can be.
+    fn inflight_area(&self, body: &Body<'_>) -> Result<InflightArea, ServeError> {
+        let area: InflightArea = body.fixed()?;
+        let InflightArea { queues, entries, .. } = area;
+        if queues == 0 || usize::from(queues) > self.rings.len() || entries == 0 || entries > MAX_QUEUE_SIZE {
+            let most = self.rings.len();
+            return Err(body.refused(format!("{queues} queues of {entries}, expected 1 to {most} queues")));
+        }
+        Ok(area)
     }
 
     /// Where the device goes on in a queue with this base, whose descriptors and used ring are there.
@@ -450,8 +588,7 @@ impl Backend {
 
     /// Where queues begin, as the protocol tells it.
     fn first_base(&self) -> u32 {
-        let packed = self.state.driver_features().contains(Features::RING_PACKED);
-        if packed { 0x8000_8000 } else { 0 }
+        if self.packed() { 0x8000_8000 } else { 0 }
     }
 
     /// Takes queue `index` from the device, once what is in flight is finished.
@@ -467,7 +604,7 @@ impl Backend {
             }
         }
         if let Some(QueueState { available, used }) = self.state.queue_state(queue) {
-            let packed = self.state.driver_features().contains(Features::RING_PACKED);
+            let packed = self.packed();
             let base = u32::from(available) | if packed { u32::from(used) << 16 } else { 0 };
             self.rings[index].base = Some(base);
             tracing::info!(index, base, "a queue stops");
@@ -496,6 +633,7 @@ impl Backend {
 
     /// What waits for room on the back end's socket; the socket, if something is left.
     pub(super) fn flush(&self) -> Option<OwnedFd> {
+        self.calls.ask(self.memory.misses());
         self.calls.flush()
     }
 

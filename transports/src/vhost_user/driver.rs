@@ -22,6 +22,8 @@ use crate::areas::Areas;
 
 /// Entries of a queue at most. The protocol has no way to ask; this is what every back end takes.
 const QUEUE_SIZE: u16 = 256;
+/// How often a back end that keeps no status is asked whether it is still there.
+const PROBE: Duration = Duration::from_millis(100);
 /// What is accepted if it is offered, unless told otherwise.
 const WANTED: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::REPLY_ACK)
@@ -122,7 +124,7 @@ impl Driver {
     }
 
     fn acceptable(&self) -> bool {
-        let offered = Features::from_bits_retain(self.session.offered.into());
+        let offered = self.session.features();
         offered.contains(self.accepted) && self.accepted.contains(Features::VERSION_1)
     }
 
@@ -156,10 +158,16 @@ impl Driver {
         link.tell(Request::SetVringErr, &which, &[queue.error.as_fd()])?;
         if !in_band {
             link.tell(Request::SetVringCall, &which, &[queue.call.as_fd()])?;
+            // Some call as soon as they can, in case a call of the session before was lost. It is about nothing here.
+            let _ = queue.call.read();
             link.tell(Request::SetVringKick, &which, &[queue.kick.as_fd()])?;
         }
         if self.session.offered & PROTOCOL_FEATURES != 0 {
             link.tell(Request::SetVringEnable, &state(1), &[])?;
+        }
+        if !self.has(ProtocolFeatures::REPLY_ACK) {
+            // Whatever is answered now, the queue runs: a kick comes after that.
+            link.ask_for::<u64>(Request::GetFeatures, &[])?;
         }
         if let Some(queue) = self.queues.get_mut(&index) {
             queue.started = true;
@@ -189,6 +197,14 @@ impl Driver {
         Ok(())
     }
 
+    /// Asks the back end something, no matter what: some that gave up on a queue close the connection only then.
+    fn probe(&self) {
+        if !self.has(ProtocolFeatures::STATUS) {
+            // What comes of it shows by the connection's state.
+            let _ = self.session.link.ask_for::<u64>(Request::GetFeatures, &[]);
+        }
+    }
+
     /// Whether the back end said that a queue is broken.
     fn broken(&self) -> bool {
         // The events stay: the queues stay broken.
@@ -198,6 +214,11 @@ impl Driver {
 }
 
 impl Session {
+    /// The features that the device offers, without those of the protocol.
+    fn features(&self) -> Features {
+        Features::from_bits_retain((self.offered & !(LOG_ALL | PROTOCOL_FEATURES)).into())
+    }
+
     fn open(dial: &Dial, guest: &Guest, options: Options) -> Result<Self, TransportError> {
         let system = |call| move |reason: String| HypervisorError::Refused { call, reason };
         let socket = dial().map_err(|error| system("connect")(error.to_string()))?;
@@ -276,7 +297,7 @@ impl Transport for Driver {
     }
 
     fn device_features(&mut self) -> Result<Features, TransportError> {
-        let offered = Features::from_bits_retain((self.session.offered & !(LOG_ALL | PROTOCOL_FEATURES)).into());
+        let offered = self.session.features();
         // Without the status there is no way to suspend.
         Ok(if self.has(ProtocolFeatures::STATUS) { offered } else { offered - Features::SUSPEND })
     }
@@ -289,17 +310,21 @@ impl Transport for Driver {
     }
 
     fn status(&mut self) -> Result<Status, TransportError> {
-        let needs_reset = self.session.link.is_closed() || self.broken();
+        if self.status.is_empty() {
+            return Ok(self.status);
+        }
+        let link = &self.session.link;
         let mut status = self.status;
-        if self.has(ProtocolFeatures::STATUS) && !self.session.link.is_closed() && !self.status.is_empty() {
-            match self.session.link.ask_for::<u64>(Request::GetStatus, &[]) {
+        if self.has(ProtocolFeatures::STATUS) {
+            match link.ask_for::<u64>(Request::GetStatus, &[]) {
                 Ok(theirs) => status = Status::from_bits_retain(theirs as u8),
                 Err(TransportError::Closed) => {}
                 Err(error) => return Err(error),
             }
+        } else {
+            self.probe();
         }
-        let closed = self.session.link.is_closed();
-        let needs_reset = (needs_reset || closed) && !self.status.is_empty();
+        let needs_reset = link.is_closed() || self.broken();
         Ok(status | if needs_reset { Status::DEVICE_NEEDS_RESET } else { Status::empty() })
     }
 
@@ -355,18 +380,19 @@ impl Transport for Driver {
         if !self.has(ProtocolFeatures::CONFIG) {
             return Err(TransportError::Unsupported("device configuration (CONFIG was not negotiated)"));
         }
-        let mut at = offset;
-        for part in data.chunks_mut(CONFIG_MAX) {
-            let area = ConfigArea { offset: at, size: part.len() as u32, flags: 0 };
-            let payload = [area.to_bytes(), vec![0; part.len()]].concat();
-            let answer = self.session.link.ask(Request::GetConfig, &payload, &[])?.payload;
-            if answer.len() != payload.len() {
-                let reason = format!("{} bytes, expected {}", answer.len(), payload.len());
-                return Err(refused(Request::GetConfig, reason));
-            }
-            part.copy_from_slice(&answer[ConfigArea::LEN..]);
-            at += part.len() as u32;
+        // From the beginning on, as all front ends do: not every back end heeds the offset.
+        let (from, to) = (offset as usize, offset as usize + data.len());
+        if to > CONFIG_MAX {
+            return Err(refused(Request::GetConfig, format!("{offset}+{}, at most {CONFIG_MAX} bytes", data.len())));
         }
+        let area = ConfigArea { offset: 0, size: to as u32, flags: 0 };
+        let payload = [area.to_bytes(), vec![0; to]].concat();
+        let answer = self.session.link.ask(Request::GetConfig, &payload, &[])?.payload;
+        if answer.len() != payload.len() {
+            let reason = format!("{} bytes, expected {}", answer.len(), payload.len());
+            return Err(refused(Request::GetConfig, reason));
+        }
+        data.copy_from_slice(&answer[ConfigArea::LEN + from..]);
         Ok(())
     }
 
@@ -422,10 +448,10 @@ impl Transport for Driver {
             let calls = fds.len();
             if !self.status.contains(Status::DEVICE_NEEDS_RESET) {
                 fds.extend(self.queues.values().map(|queue| input(&queue.error)));
+                fds.push(self.session.link.hang_up());
             }
-            fds.extend((!self.session.link.is_closed()).then(|| self.session.link.hang_up()));
             let left = watchdog.saturating_sub(begun.elapsed());
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let timeout = PollTimeout::try_from(left.min(PROBE)).unwrap_or(PollTimeout::MAX);
             let _ = poll(&mut fds, timeout);
             let broken = fds[calls..].iter().any(|fd| fd.any().unwrap_or(false));
             // Not what the poll said, but what is taken: an event may come in between.
@@ -446,6 +472,7 @@ impl Transport for Driver {
             if begun.elapsed() >= watchdog {
                 return Err(TransportError::Watchdog(watchdog, "an interrupt"));
             }
+            self.probe();
         }
     }
 

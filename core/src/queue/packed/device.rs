@@ -135,6 +135,11 @@ impl<M: GuestMemory> Ring<M> {
         self.walk(first).ok()
     }
 
+    /// Whether the chain that failed last was only put off; then it is still available.
+    pub(in crate::queue) fn take_put_off(&mut self) -> Option<Option<u16>> {
+        self.chains.take_put_off().then_some(None)
+    }
+
     /// The chain that begins with `descriptor`. As long as it is what chains mostly are (direct, short, of whole pieces, without
     /// fault) it is walked here, with nothing to call; as soon as it is not, [`Ring::walk_on`] goes on.
     #[inline(always)]

@@ -29,6 +29,8 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     /// `completed` when the driver was last considered for an interrupt.
     signalled: u32,
     chains: Chains<M::Lease>,
+    /// The head of the last chain that could not be taken.
+    walked: u16,
     table: Vec<Segment<M::Lease>>,
     order: PhantomData<O>,
 }
@@ -58,6 +60,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             completed: 0,
             signalled: 0,
             chains: Chains::new(size.into()),
+            walked: 0,
             table: Vec::new(),
             order: PhantomData,
         })
@@ -90,6 +93,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
 
     /// The chain at `head`, which is marked as in flight.
     pub(in crate::queue) fn take_again(&mut self, head: u16) -> Result<Chain<M::Lease>, Latched> {
+        self.walked = head;
         self.walk(head)
     }
 
@@ -116,7 +120,18 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         }
         self.chains.mark(head);
         self.next_available = self.next_available.wrapping_add(1);
-        self.walk(head).ok()
+        match self.walk(head) {
+            Ok(chain) => Some(chain),
+            Err(Latched) => {
+                self.walked = head;
+                None
+            }
+        }
+    }
+
+    /// Whether the chain that failed last was only put off; then it is in flight, and this is its head.
+    pub(in crate::queue) fn take_put_off(&mut self) -> Option<Option<u16>> {
+        self.chains.take_put_off().then_some(Some(self.walked))
     }
 
     /// How many chains are available, as of now.
