@@ -150,9 +150,14 @@ impl Device {
         if self.features.contains(&RING_PACKED) { "packed" } else { "split" }
     }
 
+    /// Whether an IOMMU is between it and the guest's memory.
+    pub(super) fn behind_iommu(&self) -> bool {
+        self.features.contains(&ACCESS_PLATFORM)
+    }
+
     /// How its driver reaches it, with an IOMMU in between or not.
     pub(super) fn transport(&self, guest: &Guest) -> String {
-        let iommu = if self.features.contains(&ACCESS_PLATFORM) { "-iommu" } else { "" };
+        let iommu = if self.behind_iommu() { "-iommu" } else { "" };
         format!("{}{iommu}", guest.transport)
     }
 }
@@ -171,6 +176,7 @@ const RING_PACKED: u32 = 34;
 
 const SPLIT: Device = blk("split", "", &[VERSION_1]);
 const IOMMU: Device = blk("split", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
+const IOMMU_PACKED: Device = blk("packed", ",iommu_platform=on,packed=on", &[VERSION_1, ACCESS_PLATFORM, RING_PACKED]);
 const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
 /// User Mode Linux takes whatever is offered.
 const UML_DISK: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
@@ -343,7 +349,7 @@ static GUESTS: [Guest; 8] = [
         transport: "pci",
         kernel: &PPC64LE,
         machine: Machine::Qemu(PSERIES),
-        devices: &[IOMMU],
+        devices: &[IOMMU, IOMMU_PACKED],
     },
     Guest {
         name: "aarch64",
