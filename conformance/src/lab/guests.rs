@@ -150,9 +150,14 @@ impl Device {
         if self.features.contains(&RING_PACKED) { "packed" } else { "split" }
     }
 
+    /// Whether an IOMMU is between it and the guest's memory.
+    pub(super) fn behind_iommu(&self) -> bool {
+        self.features.contains(&ACCESS_PLATFORM)
+    }
+
     /// How its driver reaches it, with an IOMMU in between or not.
     pub(super) fn transport(&self, guest: &Guest) -> String {
-        let iommu = if self.features.contains(&ACCESS_PLATFORM) { "-iommu" } else { "" };
+        let iommu = if self.behind_iommu() { "-iommu" } else { "" };
         format!("{}{iommu}", guest.transport)
     }
 }
@@ -170,6 +175,8 @@ const ACCESS_PLATFORM: u32 = 33;
 const RING_PACKED: u32 = 34;
 
 const SPLIT: Device = blk("split", "", &[VERSION_1]);
+const IOMMU: Device = blk("split", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
+const IOMMU_PACKED: Device = blk("packed", ",iommu_platform=on,packed=on", &[VERSION_1, ACCESS_PLATFORM, RING_PACKED]);
 const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
 /// User Mode Linux takes whatever is offered.
 const UML_DISK: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
@@ -234,7 +241,22 @@ const SERIAL: [&str; 2] = ["-serial", "chardev:console"];
 /// host, clocks that go by the host's do not agree, and it hangs.
 const OWN_TIME: [&str; 2] = ["-icount", "shift=2"];
 
-static GUESTS: [Guest; 7] = [
+const PSERIES: Qemu = Qemu {
+    package: "qemu-system-ppc",
+    program: "qemu-system-ppc64",
+    // x-vof: no firmware to run. The other options are mitigations that TCG does not have and warns about.
+    machine: "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+    cpu: "power9",
+    processors: 1,
+    memory: 1024,
+    arguments: &[],
+    console: ["-device", "spapr-vty,chardev=console"],
+    tty: "hvc0",
+    bus: Bus::Pci,
+    firmware: None,
+};
+
+static GUESTS: [Guest; 8] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
@@ -318,21 +340,16 @@ static GUESTS: [Guest; 7] = [
         about: "pseries",
         transport: "pci",
         kernel: &PPC64LE,
-        machine: Machine::Qemu(Qemu {
-            package: "qemu-system-ppc",
-            program: "qemu-system-ppc64",
-            // x-vof: no firmware to run. The other options are mitigations that TCG does not have and warns about.
-            machine: "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
-            cpu: "power9",
-            processors: 1,
-            memory: 1024,
-            arguments: &[],
-            console: ["-device", "spapr-vty,chardev=console"],
-            tty: "hvc0",
-            bus: Bus::Pci,
-            firmware: None,
-        }),
+        machine: Machine::Qemu(PSERIES),
         devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "ppc64le-iommu",
+        about: "pseries, with every access through the IOMMU",
+        transport: "pci",
+        kernel: &PPC64LE,
+        machine: Machine::Qemu(PSERIES),
+        devices: &[IOMMU, IOMMU_PACKED],
     },
     Guest {
         name: "aarch64",

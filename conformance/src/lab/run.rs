@@ -60,7 +60,7 @@ impl Served {
             Kind::Rng => None,
         };
         let socket = folder.join(format!("{device}.sock"));
-        let server = Server::start(device.kind, image.as_ref().map(|image| &*image.path), queues, &socket)?;
+        let server = Server::start(device, image.as_ref().map(|image| &*image.path), queues, &socket)?;
         Ok(Self { device, image, socket, server })
     }
 
