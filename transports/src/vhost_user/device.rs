@@ -268,8 +268,7 @@ impl Backend {
                 body.fixed::<VringState>()?;
                 let index = self.index(&body)?.0;
                 self.rings[index].started = true;
-                self.update(index)?;
-                if self.state.kick(index as u16) {
+                if self.kick(index)? {
                     let _ = self.news.write(1);
                 }
             }
@@ -464,17 +463,7 @@ impl Backend {
             return Err(failed("it has no addresses".into()));
         };
         let size = u16::try_from(*entries).map_err(|_| failed(format!("{entries} entries")))?;
-        let (read, both) = (Access::READ, Access::READ | Access::WRITE);
-        // Without EVENT_IDX the event words are not part of split rings (2.7.6, 2.7.8).
-        let event = if self.state.driver_features().contains(Features::EVENT_IDX) { 0 } else { 2 };
-        let [first, second, third] = match self.packed() {
-            true => [(DESCRIPTOR_LEN * u64::from(size), both), (EVENT_LEN, read), (EVENT_LEN, Access::WRITE)],
-            false => [
-                (descriptors_len(size), read),
-                (driver_len(size) - event, read),
-                (device_len(size) - event, both),
-            ],
-        };
+        let [first, second, third] = self.lens(size);
         if self.state.driver_features().contains(Features::ACCESS_PLATFORM) {
             let areas = [(descriptors, first.0, first.1), (available, second.0, second.1), (used, third.0, third.1)];
             let missing = |&(address, len, access): &(u64, u64, Access)| {
@@ -492,33 +481,48 @@ impl Backend {
         ]))
     }
 
+    /// Bytes of the areas of a queue of `size` entries, and what the device does there.
+    fn lens(&self, size: u16) -> [(u64, Access); 3] {
+        let (read, both, entries) = (Access::READ, Access::READ | Access::WRITE, u64::from(size));
+        if self.packed() {
+            return [(DESCRIPTOR_LEN * entries, both), (EVENT_LEN, read), (EVENT_LEN, Access::WRITE)];
+        }
+        // Without EVENT_IDX the event words are not part of split rings (2.7.6, 2.7.8).
+        let event = if self.state.driver_features().contains(Features::EVENT_IDX) { 0 } else { 2 };
+        [(descriptors_len(size), read), (driver_len(size) - event, read), (device_len(size) - event, both)]
+    }
+
     fn packed(&self) -> bool {
         self.state.driver_features().contains(Features::RING_PACKED)
     }
 
-    /// Learns or forgets a translation. Queues that waited for it go on, those whose areas it takes away wait.
+    /// Learns or forgets a translation. Queues that waited for it go on. Those whose areas it takes away stop until they
+    /// are kicked: most likely their driver is about to leave.
     fn set_translation(&mut self, body: &Body<'_>) -> Result<(), ServeError> {
         let translation: Iotlb = body.fixed()?;
         match translation.kind {
-            Iotlb::UPDATE => self.memory.learn(translation).map_err(|error| body.refused(error))?,
+            Iotlb::UPDATE => {
+                self.memory.learn(translation).map_err(|error| body.refused(error))?;
+                for index in 0..self.rings.len() {
+                    if self.kick(index)? {
+                        // Served further once the message is answered.
+                        let _ = self.news.write(1);
+                    }
+                }
+            }
             Iotlb::INVALIDATE => {
                 self.memory.forget(translation.iova, translation.size);
                 for index in 0..self.rings.len() {
-                    let areas = if self.rings[index].running { self.areas(index)? } else { continue };
-                    let knows = |&(address, len, access): &(u64, u64, Access)| self.memory.knows(address, len, access);
-                    if !areas.is_some_and(|areas| areas.iter().all(knows)) {
+                    let Ring { running, addresses: Some(addresses), .. } = self.rings[index] else { continue };
+                    let lens = self.lens(self.rings[index].entries as u16);
+                    let places = [addresses.descriptors, addresses.available, addresses.used];
+                    let mut areas = places.into_iter().zip(lens);
+                    if running && !areas.all(|(address, (len, access))| self.memory.knows(address, len, access)) {
                         self.stop(index);
                     }
                 }
             }
             kind => return Err(body.refused(format!("type {kind}, expected an update or an invalidation"))),
-        }
-        for index in 0..self.rings.len() {
-            self.update(index)?;
-            if self.kick(index) {
-                // Served further once the message is answered.
-                let _ = self.news.write(1);
-            }
         }
         Ok(())
     }
@@ -618,10 +622,12 @@ impl Backend {
     }
 
     /// The driver kicked queue `index`. True if there is more to do.
-    pub(super) fn kick(&mut self, index: usize) -> bool {
+    pub(super) fn kick(&mut self, index: usize) -> Result<bool, ServeError> {
+        // It may wait for translations.
+        self.update(index)?;
         let more = self.state.kick(index as u16);
         self.tell_broken();
-        more
+        Ok(more)
     }
 
     /// The device has news. True if there is more to do.

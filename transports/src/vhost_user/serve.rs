@@ -110,7 +110,7 @@ impl Backend {
                 news = self.poll();
             }
             for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
-                *due = self.kick(index);
+                *due = self.kick(index)?;
             }
             if ready.message
                 && let Some(message) = connection.receive()?
