@@ -92,6 +92,7 @@ impl Backend {
         // Which queues have more to do, and whether the device has.
         let (mut due, mut news) = (vec![false; self.rings.len()], false);
         loop {
+            self.check_memory()?;
             let room = self.flush();
             let ready = self.ready(&connection, stop, room.as_ref(), news || due.contains(&true))?;
             if ready.stop {
