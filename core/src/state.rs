@@ -197,8 +197,10 @@ impl<M: GuestMemory> VirtioDevice<M> {
         if self.status.contains(Status::FAILED) {
             return;
         }
+        let before = self.status;
         self.write_suspend(status);
-        let mut new = status & !self.status & WRITTEN_BY_DRIVER;
+        // DRIVER_OK is not new when the device is suspended, nor when it is resumed.
+        let mut new = status & !(before | self.status) & WRITTEN_BY_DRIVER;
         match self.interface {
             Interface::Modern => {
                 if !self.features_acceptable() {

@@ -1,7 +1,7 @@
 //! Suspending a device and letting it run again (VIRTIO_F_SUSPEND).
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use polyvirt_core::transport::{self, Transport};
 use polyvirt_core::{Features, Status};
@@ -49,6 +49,9 @@ pub const CASES: &[Case] = &[
     .once(),
 ];
 
+/// How long to wait before the status is read again.
+const PAUSE: Duration = Duration::from_millis(5);
+
 const fn case(name: &'static str, about: &'static str, run: fn(&mut Session) -> Verdict) -> Case {
     Case::new(name, about, run).on(Applies::MODERN)
 }
@@ -81,7 +84,8 @@ fn settle(session: &mut Session, suspended: bool) -> Result<(), Objection> {
         let expected = if suspended { "SUSPEND shows" } else { "SUSPEND is gone" };
         let observed = format_args!("status {:#04x} for {:?}", status.bits(), session.watchdog);
         ensure(begun.elapsed() < session.watchdog, expected, observed)?;
-        std::thread::yield_now();
+        // Nothing tells of it. Not at every turn, so that the reproduction shows more than this.
+        std::thread::sleep(PAUSE);
     }
 }
 

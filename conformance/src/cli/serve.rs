@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use polyvirt_core::device::Device;
 use polyvirt_devices::{blk, console, rng};
-use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen};
+use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen, outlive_truncation};
 
 use super::output::Output;
 use super::{CliError, SUCCESS};
@@ -88,6 +88,7 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
     let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", socket.display()));
     let listener = bind(socket).map_err(|error| mistake(&error))?;
     let stop = Stop::new().map_err(|error| mistake(&error))?;
+    outlive_truncation().map_err(|error| mistake(&error))?;
     let mut backend = Backend::new(device, *iommu).map_err(|error| mistake(&error))?;
     output.text(&format!("{told}: ready at {}\n", socket.display()))?;
     output.flush()?;

@@ -5,21 +5,18 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::task::{Wake, Waker};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use polyvirt_core::device::Device;
-use polyvirt_core::memory::{Access, GuestMemory, MemoryError, Pages};
-use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, USED};
-use polyvirt_core::queue::split::layout::{descriptors_len, device_len, driver_len};
-use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState, SavedQueue};
-use polyvirt_core::state::{Area, Interface, VirtioDevice};
+use polyvirt_core::memory::Pages;
+use polyvirt_core::queue::MAX_QUEUE_SIZE;
+use polyvirt_core::state::{Interface, VirtioDevice};
 use polyvirt_core::{Features, Status};
 
+use super::body::{Body, needs};
 use super::calls::{Calls, never_block};
 use super::connection::{Connection, Message};
 use super::error::ServeError;
-use super::inflight::{self, Tracker};
-use super::map::{map, memory_file};
+use super::map::{is_lost, map};
 use super::memory::Memory;
 use super::messages::*;
 
@@ -35,48 +32,45 @@ const OFFERED: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::INFLIGHT_SHMFD)
     .union(ProtocolFeatures::LOG_SHMFD);
 
-/// The areas of a queue: address, bytes, and what the device does there.
-type Areas = [(u64, u64, Access); 3];
-
 /// A device behind a socket. It serves one connection after another.
 pub struct Backend {
-    state: VirtioDevice<Memory>,
-    memory: Memory,
-    calls: Arc<Calls>,
+    pub(super) state: VirtioDevice<Memory>,
+    pub(super) memory: Memory,
+    pub(super) calls: Arc<Calls>,
     /// Where the device's waker rings.
     pub(super) news: Arc<EventFd>,
     pub(super) rings: Vec<Ring>,
     /// What this session's front end accepted.
-    protocol: ProtocolFeatures,
+    pub(super) protocol: ProtocolFeatures,
     /// The memory that knows what is in flight, and how it is divided.
-    inflight: Option<(Pages, InflightArea)>,
+    pub(super) inflight: Option<(Pages, InflightArea)>,
 }
 
 /// A queue as the front end set it up.
 #[derive(Default)]
 pub(super) struct Ring {
-    entries: u32,
-    addresses: Option<VringAddr>,
-    base: Option<u32>,
+    pub(super) entries: u32,
+    pub(super) addresses: Option<VringAddr>,
+    pub(super) base: Option<u32>,
     /// What is readable when the driver kicked.
     pub(super) kick: Option<OwnedFd>,
     /// Whether kicks may come.
-    started: bool,
-    enabled: bool,
+    pub(super) started: bool,
+    pub(super) enabled: bool,
     /// Whether the device has the queue.
-    running: bool,
+    pub(super) running: bool,
     /// Whether its being broken was told.
-    broken: bool,
+    pub(super) broken: bool,
 }
 
 /// What a message is answered with.
-struct Reply {
-    payload: Vec<u8>,
-    fds: Vec<OwnedFd>,
+pub(super) struct Reply {
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
 }
 
 impl Reply {
-    fn new(payload: &impl Payload) -> Option<Self> {
+    pub(super) fn new(payload: &impl Payload) -> Option<Self> {
         Some(Self { payload: payload.to_bytes(), fds: Vec::new() })
     }
 }
@@ -128,6 +122,19 @@ impl Backend {
         self.stop_all();
         self.state.reset();
         self.begin();
+    }
+
+    /// Fails if memory of the front end went away.
+    pub(super) fn check_memory(&self) -> Result<(), ServeError> {
+        if let Some((guest, size)) = self.memory.lost() {
+            return Err(ServeError::Lost { what: format!("region {guest:#x}+{size:#x}") });
+        }
+        let others = [self.inflight.as_ref().is_some_and(|(memory, _)| is_lost(memory)), self.memory.log().is_lost()];
+        match others {
+            [true, _] => Err(ServeError::Lost { what: "what is in flight".into() }),
+            [_, true] => Err(ServeError::Lost { what: "the log".into() }),
+            _ => Ok(()),
+        }
     }
 
     /// Carries out `message`, and answers it on `connection`.
@@ -271,8 +278,7 @@ impl Backend {
                 body.fixed::<VringState>()?;
                 let index = self.index(&body)?.0;
                 self.rings[index].started = true;
-                self.update(index)?;
-                if self.state.kick(index as u16) {
+                if self.kick(index)? {
                     let _ = self.news.write(1);
                 }
             }
@@ -394,235 +400,13 @@ impl Backend {
         }
     }
 
-    /// Begins or ends to serve queue `index`, as what is known about it by now demands.
-    fn update(&mut self, index: usize) -> Result<(), ServeError> {
-        let Ring { started, enabled, running, .. } = self.rings[index];
-        match (started && enabled, running) {
-            (true, false) => self.start(index),
-            (false, true) => {
-                self.stop(index);
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn start(&mut self, index: usize) -> Result<(), ServeError> {
-        let failed = |reason: String| ServeError::Queue { index, reason };
-        // A queue that was started and enabled says that the driver is ready. It may be all that does: QEMU's
-        // vhost-user-rng takes VHOST_USER_PROTOCOL_F_STATUS and never sends DRIVER_OK.
-        if !self.state.status().contains(Status::DRIVER_OK) {
-            let ready = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
-            self.state.set_status(ready);
-            if !self.state.status().contains(Status::FEATURES_OK) {
-                let accepted = self.state.driver_features();
-                return Err(failed(format!("it is to run with unacceptable features: {accepted:?}")));
-            }
-            self.state.set_status(ready | Status::DRIVER_OK);
-        }
-        if !self.state.is_running() {
-            // The driver has to reset the device.
-            return Ok(());
-        }
-        let entries = self.rings[index].entries;
-        let Some(areas) = self.areas(index)? else { return Ok(()) };
-        let [(descriptors, ..), (available, driver_len, _), (used, device_len, _)] = areas;
-        let mut saved =
-            SavedQueue { state: self.resumed(self.rings[index].base, descriptors, used), in_flight: vec![] };
-        if let Some((memory, InflightArea { queues, entries: most, .. })) = &self.inflight
-            && index < usize::from(*queues)
-            && !self.packed()
-        {
-            let rings = self.memory.pages(available, driver_len).zip(self.memory.pages(used, device_len));
-            let rings = rings.ok_or_else(|| failed("its rings are in several pieces".into()))?;
-            let size = entries.min(u16::MAX.into()) as u16;
-            let tracker = Tracker::new(memory, index as u16, *most, size, rings);
-            let tracker = Arc::new(tracker.map_err(|error| failed(error.to_string()))?);
-            saved = tracker.recover().unwrap_or(saved);
-            self.memory.watch(available, used, &tracker);
-        }
-        tracing::info!(index, entries, ?saved, "a queue starts");
-        let queue = index as u16;
-        self.state.set_queue_size(queue, entries);
-        for (area, (address, ..)) in [Area::Descriptors, Area::Driver, Area::Device].into_iter().zip(areas) {
-            self.state.set_queue_address(queue, area, address);
-        }
-        self.state.set_saved_queue(queue, saved);
-        self.state.enable_queue(queue);
-        self.memory.unwatch();
-        if self.state.queue_state(queue).is_none() {
-            let reason = self.state.needs_reset().map_or_else(String::new, |reason| reason.to_string());
-            return Err(failed(reason));
-        }
-        (self.rings[index].running, self.rings[index].broken) = (true, false);
-        self.tell_broken();
-        Ok(())
-    }
-
-    /// The areas of queue `index`: device address, bytes, what the device does there. None if they are not known yet.
-    fn areas(&self, index: usize) -> Result<Option<Areas>, ServeError> {
-        let failed = |reason: String| ServeError::Queue { index, reason };
-        let Ring { addresses, entries, .. } = &self.rings[index];
-        let Some(VringAddr { descriptors, available, used, .. }) = *addresses else {
-            return Err(failed("it has no addresses".into()));
-        };
-        let size = u16::try_from(*entries).map_err(|_| failed(format!("{entries} entries")))?;
-        let (read, both) = (Access::READ, Access::READ | Access::WRITE);
-        // Without EVENT_IDX the event words are not part of split rings (2.7.6, 2.7.8).
-        let event = if self.state.driver_features().contains(Features::EVENT_IDX) { 0 } else { 2 };
-        let [first, second, third] = match self.packed() {
-            true => [(DESCRIPTOR_LEN * u64::from(size), both), (EVENT_LEN, read), (EVENT_LEN, Access::WRITE)],
-            false => {
-                [(descriptors_len(size), read), (driver_len(size) - event, read), (device_len(size) - event, both)]
-            }
-        };
-        if self.state.driver_features().contains(Features::ACCESS_PLATFORM) {
-            let areas = [(descriptors, first.0, first.1), (available, second.0, second.1), (used, third.0, third.1)];
-            let missing = |&(address, len, access): &(u64, u64, Access)| {
-                matches!(self.memory.resolve(address, len, access, |_| {}), Err(MemoryError::NotYet { .. }))
-            };
-            // All of them are asked for at once.
-            return Ok((areas.iter().filter(|area| missing(area)).count() == 0).then_some(areas));
-        }
-        let guest =
-            |user| self.memory.guest_address(user).ok_or_else(|| failed(format!("{user:#x} is in no memory region")));
-        Ok(Some([
-            (guest(descriptors)?, first.0, first.1),
-            (guest(available)?, second.0, second.1),
-            (guest(used)?, third.0, third.1),
-        ]))
-    }
-
-    fn packed(&self) -> bool {
-        self.state.driver_features().contains(Features::RING_PACKED)
-    }
-
-    /// Learns or forgets a translation. Queues that waited for it go on, those whose areas it takes away wait.
-    fn set_translation(&mut self, body: &Body<'_>) -> Result<(), ServeError> {
-        let translation: Iotlb = body.fixed()?;
-        match translation.kind {
-            Iotlb::UPDATE => self.memory.learn(translation).map_err(|error| body.refused(error))?,
-            Iotlb::INVALIDATE => {
-                self.memory.forget(translation.iova, translation.size);
-                for index in 0..self.rings.len() {
-                    let areas = if self.rings[index].running { self.areas(index)? } else { continue };
-                    let knows = |&(address, len, access): &(u64, u64, Access)| self.memory.knows(address, len, access);
-                    if !areas.is_some_and(|areas| areas.iter().all(knows)) {
-                        self.stop(index);
-                    }
-                }
-            }
-            kind => return Err(body.refused(format!("type {kind}, expected an update or an invalidation"))),
-        }
-        for index in 0..self.rings.len() {
-            self.update(index)?;
-            if self.kick(index) {
-                // Served further once the message is answered.
-                let _ = self.news.write(1);
-            }
-        }
-        Ok(())
-    }
-
-    /// New memory for what is in flight. Packed rings have none: what a crash leaves of them cannot be told from what
-    /// was overwritten.
-    fn new_inflight(&mut self, body: &Body<'_>) -> Result<Option<Reply>, ServeError> {
-        let InflightArea { queues, entries, .. } = self.inflight_area(body)?;
-        if self.packed() {
-            return Ok(Reply::new(&InflightArea { size: 0, offset: 0, queues, entries }));
-        }
-        let size = inflight::size(queues, entries) as u64;
-        let (file, memory) = memory_file("inflight", size).map_err(|error| body.refused(error))?;
-        let area = InflightArea { size, offset: 0, queues, entries };
-        self.inflight = Some((memory, area));
-        Ok(Some(Reply { payload: area.to_bytes(), fds: vec![file] }))
-    }
-
-    fn set_inflight(&mut self, body: &Body<'_>, fds: Vec<OwnedFd>) -> Result<(), ServeError> {
-        let area = self.inflight_area(body)?;
-        let needed = inflight::size(area.queues, area.entries) as u64;
-        if area.size < needed || !area.offset.is_multiple_of(8) {
-            return Err(body.refused(format!("{} bytes at {}, expected {needed}", area.size, area.offset)));
-        }
-        for fd in fds {
-            self.inflight = Some((map(fd, area.offset, area.size).map_err(|error| body.refused(error))?, area));
-        }
-        Ok(())
-    }
-
-    /// The payload, which is about no more queues and entries than there can be.
-    fn inflight_area(&self, body: &Body<'_>) -> Result<InflightArea, ServeError> {
-        let area: InflightArea = body.fixed()?;
-        let InflightArea { queues, entries, .. } = area;
-        if queues == 0 || usize::from(queues) > self.rings.len() || entries == 0 || entries > MAX_QUEUE_SIZE {
-            let most = self.rings.len();
-            return Err(body.refused(format!("{queues} queues of {entries}, expected 1 to {most} queues")));
-        }
-        Ok(area)
-    }
-
-    /// Where the device goes on in a queue with this base, whose descriptors and used ring are there.
-    fn resumed(&self, base: Option<u32>, descriptors: u64, used: u64) -> QueueState {
-        let base = base.unwrap_or_else(|| self.first_base());
-        if !self.state.driver_features().contains(Features::RING_PACKED) {
-            // The used index is where it always is: in the ring.
-            return QueueState { available: base as u16, used: self.peek(used.wrapping_add(2)) };
-        }
-        // User Mode Linux begins packed rings with a base of 0, which says "in a later round". Only in a later round
-        // does the first descriptor have the flag that a device sets.
-        let flags = self.peek(descriptors.wrapping_add(DESCRIPTOR_LEN - 2));
-        if base == 0 && flags & USED == 0 {
-            return QueueState::start(Layout::Packed);
-        }
-        QueueState { available: base as u16, used: (base >> 16) as u16 }
-    }
-
-    /// A number in guest memory; 0 if there is none, but then the queue does not start.
-    fn peek(&self, address: u64) -> u16 {
-        let mut value = [0; 2];
-        let _ = self.memory.resolve(address, 2, Access::READ, |segment| {
-            let len = segment.len().min(value.len());
-            let _ = segment.read(0, &mut value[..len]);
-        });
-        u16::from_le_bytes(value)
-    }
-
-    /// Where queues begin, as the protocol tells it.
-    fn first_base(&self) -> u32 {
-        if self.packed() { 0x8000_8000 } else { 0 }
-    }
-
-    /// Takes queue `index` from the device, once what is in flight is finished.
-    fn stop(&mut self, index: usize) {
-        let queue = index as u16;
-        if !self.rings[index].running {
-            return;
-        }
-        self.state.hold_queue(queue);
-        while self.state.is_running() && self.state.queue_in_flight(queue) > 0 {
-            if !self.state.poll() && self.state.queue_in_flight(queue) > 0 {
-                wait_for(&self.news);
-            }
-        }
-        if let Some(QueueState { available, used }) = self.state.queue_state(queue) {
-            let packed = self.packed();
-            let base = u32::from(available) | if packed { u32::from(used) << 16 } else { 0 };
-            self.rings[index].base = Some(base);
-            tracing::info!(index, base, "a queue stops");
-        }
-        self.state.reset_queue(queue);
-        self.rings[index].running = false;
-    }
-
-    fn stop_all(&mut self) {
-        (0..self.rings.len()).for_each(|index| self.stop(index));
-    }
-
     /// The driver kicked queue `index`. True if there is more to do.
-    pub(super) fn kick(&mut self, index: usize) -> bool {
+    pub(super) fn kick(&mut self, index: usize) -> Result<bool, ServeError> {
+        // It may wait for translations.
+        self.update(index)?;
         let more = self.state.kick(index as u16);
         self.tell_broken();
-        more
+        Ok(more)
     }
 
     /// The device has news. True if there is more to do.
@@ -636,16 +420,6 @@ impl Backend {
     pub(super) fn flush(&self) -> Option<OwnedFd> {
         self.calls.ask(self.memory.misses());
         self.calls.flush()
-    }
-
-    fn tell_broken(&mut self) {
-        for (index, ring) in self.rings.iter_mut().enumerate().filter(|(_, ring)| ring.running && !ring.broken) {
-            if let Some(reason) = self.state.queue_broken(index as u16) {
-                tracing::warn!(index, %reason, "the driver broke a queue");
-                ring.broken = true;
-                self.calls.broken(index);
-            }
-        }
     }
 
     /// The queue that the payload begins with, and its most entries.
@@ -680,88 +454,4 @@ impl Backend {
         }
         Ok((index, fds.pop()))
     }
-}
-
-/// The protocol feature that a message belongs to.
-fn needs(request: Request) -> Option<ProtocolFeatures> {
-    use ProtocolFeatures as P;
-    Some(match request {
-        Request::GetQueueNum => P::MQ,
-        Request::SetLogBase | Request::SetLogFd => P::LOG_SHMFD,
-        Request::SetBackendReqFd => P::BACKEND_REQ,
-        Request::GetConfig | Request::SetConfig => P::CONFIG,
-        Request::GetInflightFd | Request::SetInflightFd => P::INFLIGHT_SHMFD,
-        Request::ResetDevice => P::RESET_DEVICE,
-        Request::VringKick => P::INBAND_NOTIFICATIONS,
-        Request::GetMaxMemSlots | Request::AddMemReg | Request::RemMemReg => P::CONFIGURE_MEM_SLOTS,
-        Request::SetStatus | Request::GetStatus => P::STATUS,
-        _ => return None,
-    })
-}
-
-/// The payload of a message, and what to say about it.
-struct Body<'a> {
-    request: Request,
-    payload: &'a [u8],
-}
-
-impl Body<'_> {
-    fn refused(&self, reason: impl ToString) -> ServeError {
-        ServeError::Refused { request: self.request.name(), reason: reason.to_string() }
-    }
-
-    fn size(&self, expected: usize) -> ServeError {
-        ServeError::Size { request: self.request.name(), expected, got: self.payload.len() }
-    }
-
-    fn descriptors(&self, fds: &[OwnedFd], expected: usize) -> Result<(), ServeError> {
-        if fds.len() == expected {
-            return Ok(());
-        }
-        Err(ServeError::Descriptors { request: self.request.name(), expected, got: fds.len() })
-    }
-
-    fn exactly(&self, len: usize) -> Result<(), ServeError> {
-        if self.payload.len() == len { Ok(()) } else { Err(self.size(len)) }
-    }
-
-    fn empty(&self) -> Result<(), ServeError> {
-        self.exactly(0)
-    }
-
-    fn fixed<T: Payload>(&self) -> Result<T, ServeError> {
-        self.exactly(T::LEN)?;
-        Ok(T::from_bytes(self.payload))
-    }
-
-    fn number(&self) -> Result<u64, ServeError> {
-        self.fixed()
-    }
-
-    /// A region, behind eight bytes of padding.
-    fn region(&self) -> Result<Region, ServeError> {
-        self.exactly(8 + Region::LEN)?;
-        Ok(Region::from_bytes(&self.payload[8..]))
-    }
-
-    /// A piece of the configuration: where, and bytes.
-    fn config(&self) -> Result<(ConfigArea, Vec<u8>), ServeError> {
-        if self.payload.len() < ConfigArea::LEN {
-            return Err(self.size(ConfigArea::LEN));
-        }
-        let area = ConfigArea::from_bytes(self.payload);
-        let ConfigArea { offset, size, .. } = area;
-        if u64::from(offset) + u64::from(size) > CONFIG_MAX as u64 {
-            return Err(self.refused(format!("{offset}+{size}, expected at most {CONFIG_MAX} bytes")));
-        }
-        self.exactly(ConfigArea::LEN + size as usize)?;
-        Ok((area, self.payload[ConfigArea::LEN..].to_vec()))
-    }
-}
-
-/// Waits for an event and takes it.
-fn wait_for(event: &EventFd) {
-    // An error other than an interruption cannot be; either way the caller looks again.
-    let _ = poll(&mut [PollFd::new(event.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
-    let _ = event.read();
 }

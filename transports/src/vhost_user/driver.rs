@@ -15,6 +15,7 @@ use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Vi
 use polyvirt_core::{Features, Status};
 
 use super::connection::Connection;
+use super::iommu::Iommu;
 use super::link::{Link, refused};
 use super::listener::{Listener, News};
 use super::messages::*;
@@ -48,11 +49,13 @@ pub struct Options {
     pub protocol: ProtocolFeatures,
     /// How many queues there are, if the back end cannot be asked.
     pub queues: u16,
+    /// Whether device addresses are translated: only for drivers that accept VIRTIO_F_ACCESS_PLATFORM.
+    pub iommu: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { protocol: WANTED, queues: 1 }
+        Self { protocol: WANTED, queues: 1, iommu: false }
     }
 }
 
@@ -69,6 +72,7 @@ pub struct Driver {
     device_type: u32,
     guest: Guest,
     options: Options,
+    iommu: Option<Arc<Iommu>>,
     session: Session,
     accepted: Features,
     status: Status,
@@ -96,13 +100,18 @@ struct Queue {
 
 impl Driver {
     /// Connects to the back end behind `dial`, which is of `device_type`: the protocol does not tell.
-    pub fn connect(dial: Dial, device_type: u32, guest: Guest, options: Options) -> Result<Self, TransportError> {
-        let session = Session::open(&dial, &guest, options)?;
+    pub fn connect(dial: Dial, device_type: u32, mut guest: Guest, options: Options) -> Result<Self, TransportError> {
+        let iommu = options.iommu.then(|| Arc::new(Iommu::new(guest.share.clone())));
+        if let Some(iommu) = &iommu {
+            guest.share = iommu.clone();
+        }
+        let session = Session::open(&dial, &guest, options, iommu.clone())?;
         Ok(Self {
             dial,
             device_type,
             guest,
             options,
+            iommu,
             session,
             accepted: Features::empty(),
             status: Status::empty(),
@@ -219,12 +228,15 @@ impl Session {
         Features::from_bits_retain((self.offered & !(LOG_ALL | PROTOCOL_FEATURES)).into())
     }
 
-    fn open(dial: &Dial, guest: &Guest, options: Options) -> Result<Self, TransportError> {
+    fn open(dial: &Dial, guest: &Guest, options: Options, iommu: Option<Arc<Iommu>>) -> Result<Self, TransportError> {
         let system = |call| move |reason: String| HypervisorError::Refused { call, reason };
         let socket = dial().map_err(|error| system("connect")(error.to_string()))?;
         let connection = Connection::new(socket).map_err(|error| system("connect")(error.to_string()))?;
         let link = Arc::new(Link::new(connection).map_err(|error| system("dup")(error.to_string()))?);
-        let news = Arc::new(News::new(event()?));
+        if let Some(iommu) = &iommu {
+            iommu.connect(&link);
+        }
+        let news = Arc::new(News::new(event()?, iommu));
         link.tell(Request::SetOwner, &[], &[])?;
         let offered: u64 = link.ask_for(Request::GetFeatures, &[])?;
         let mut protocol = ProtocolFeatures::empty();
@@ -304,7 +316,9 @@ impl Transport for Driver {
 
     fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {
         if !self.status.contains(Status::FEATURES_OK) {
-            self.accepted = features;
+            // Where the guest is is not the driver's choice.
+            let platform = self.session.features() & Features::ACCESS_PLATFORM;
+            self.accepted = features | if self.iommu.is_some() { platform } else { Features::empty() };
         }
         Ok(())
     }
@@ -361,7 +375,9 @@ impl Transport for Driver {
     fn reset(&mut self) -> Result<(), TransportError> {
         let done = if self.session.link.is_closed() { Err(TransportError::Closed) } else { self.give_up() };
         match done {
-            Err(TransportError::Closed) => self.session = Session::open(&self.dial, &self.guest, self.options)?,
+            Err(TransportError::Closed) => {
+                self.session = Session::open(&self.dial, &self.guest, self.options, self.iommu.clone())?
+            }
             done => done?,
         }
         let news = &self.session.news;

@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use polyvirt_core::memory::Pages;
 
 use super::calls::{never_block, signal};
+use super::map::is_lost;
 
 /// Bytes of guest memory that a bit stands for.
 pub(super) const LOGGED: u64 = 4096;
@@ -33,6 +34,11 @@ impl DirtyLog {
     /// Forgets everything.
     pub(super) fn reset(&self) {
         self.change(|parts| *parts = Parts::default());
+    }
+
+    /// Whether the log's file became shorter.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lock().bits.as_ref().is_some_and(is_lost)
     }
 
     /// Writes are logged from now on, or not.

@@ -11,7 +11,7 @@ use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Lease, MemoryError,
 
 use super::inflight::Tracker;
 use super::log::DirtyLog;
-use super::map::{MapError, map};
+use super::map::{MapError, is_lost, map};
 use super::messages::{Iotlb, MEM_SLOTS, Region};
 
 /// The most runs of pages that translations are kept of: then all are forgotten, and asked for again.
@@ -184,6 +184,13 @@ impl Memory {
         self.shared.log.reset();
         lock(&self.shared.misses).clear();
         self.install(Table::new(Vec::new(), None, self.shared.log.clone()));
+    }
+
+    /// A region whose file became shorter than it was: guest-physical start, bytes.
+    pub(super) fn lost(&self) -> Option<(u64, u64)> {
+        let table = self.table();
+        let lost = table.slots.iter().find(|slot| is_lost(&slot.pages))?;
+        Some((lost.region.guest, lost.region.size))
     }
 
     /// The log of writes.
