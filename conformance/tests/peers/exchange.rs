@@ -15,7 +15,10 @@ use crate::ring::{BUFFERS, Ring, SEAM, TABLES};
 #[derive(Clone, Debug)]
 enum Step {
     /// The driver adds a buffer: bytes to be read, in pieces of these lengths; room to be written to, likewise.
-    Add { readable: Vec<u32>, writable: Vec<u32> },
+    Add {
+        readable: Vec<u32>,
+        writable: Vec<u32>,
+    },
     Kick,
     /// The device takes what there is, answers some of what it has, in this order, and asks whether to interrupt.
     Serve(Vec<u16>),

@@ -92,7 +92,8 @@ const ANYWHERE: &[Defect] = &[
     Defect {
         name: "a next field beyond the table",
         make: |ring, chain, which| {
-            chain.change(ring, which, |descriptor| (descriptor.flags, descriptor.next) = (descriptor.flags | NEXT, 400));
+            chain
+                .change(ring, which, |descriptor| (descriptor.flags, descriptor.next) = (descriptor.flags | NEXT, 400));
         },
         ours: QueueError::Index { index: 0, size: 0 },
         theirs: Seen::CutShort,
