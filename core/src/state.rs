@@ -188,7 +188,8 @@ impl<M: GuestMemory> VirtioDevice<M> {
     /// (a cleared bit stays set until reset); several bits may come in one write; FEATURES_OK stays away if the
     /// features are not acceptable, and DRIVER_OK without it; DEVICE_NEEDS_RESET is not the driver's to write, nor is a
     /// bit that there is no feature for; after FAILED only a reset counts. SUSPEND suspends a running device if that was
-    /// negotiated, and shows once it is; DRIVER_OK without it resumes (3.4 Device Suspend).
+    /// negotiated, and shows in place of DRIVER_OK once it is; DRIVER_OK resumes (3.4 Device Suspend), which before that
+    /// takes a write without SUSPEND.
     pub fn set_status(&mut self, status: Status) {
         if status.is_empty() {
             self.reset();
@@ -222,17 +223,18 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
     /// What `status` says about SUSPEND; nothing if it is not negotiated, or the device does not run.
     fn write_suspend(&mut self, status: Status) {
-        let suspended = self.suspending || self.status.contains(Status::SUSPEND);
-        if status.contains(Status::SUSPEND) {
-            if !suspended && self.is_running() && self.accepted.contains(Features::SUSPEND) {
+        let suspended = self.status.contains(Status::SUSPEND);
+        if !suspended && status.contains(Status::SUSPEND) {
+            if !self.suspending && self.is_running() && self.accepted.contains(Features::SUSPEND) {
                 self.suspending = true;
                 self.queues.iter_mut().flatten().for_each(Queue::hold);
                 // What the backend has finished meanwhile goes back now.
                 self.work(None);
             }
-        } else if suspended && status.contains(Status::DRIVER_OK) {
+        } else if (suspended || self.suspending) && status.contains(Status::DRIVER_OK) {
+            // Of a suspended device SUSPEND may be written back: drivers do not clear bits.
             self.suspending = false;
-            self.status &= !Status::SUSPEND;
+            self.status = (self.status - Status::SUSPEND) | Status::DRIVER_OK;
             self.queues.iter_mut().flatten().for_each(Queue::release);
             for index in 0..self.queue_count() {
                 if self.queue_enabled(index) && self.queue(index).is_none() {
@@ -577,7 +579,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
         if self.suspending && self.queues.iter().flatten().all(|queue| queue.in_flight() == 0) {
             self.suspending = false;
-            self.status |= Status::SUSPEND;
+            self.status = (self.status - Status::DRIVER_OK) | Status::SUSPEND;
         }
     }
 

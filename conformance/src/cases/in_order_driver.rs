@@ -114,6 +114,9 @@ fn batch(session: &mut Session) -> Verdict {
             let got = stage.driver.get()?;
             let expected = format_args!("{len} bytes in buffer {number} of {count}");
             ensure(got == Some((token + number, len)), expected, format_args!("{got:?}"))?;
+            if number + 1 < count {
+                ensure(!stage.driver.enable(), "interrupts wanted again tell that more is used", "they do not")?;
+            }
         }
         let got = stage.driver.get()?;
         ensure(got.is_none(), "nothing more", format_args!("{got:?}"))?;

@@ -11,16 +11,22 @@ use crate::cells::Kind;
 const SUSPEND: u32 = Status::SUSPEND.bits() as u32;
 const DRIVER_OK: u32 = Status::DRIVER_OK.bits() as u32;
 
+/// The status of a suspended device.
+fn suspended(status: u32) -> u32 {
+    status & !DRIVER_OK | SUSPEND
+}
+
 /// Shows SUSPEND as it was asked to, but keeps it from the device.
 const IN_NAME_ONLY: Plan = Plan {
     write: Some(|meddler, register, value| {
         if register == STATUS {
-            meddler.flag = meddler.has(Features::SUSPEND) && value & SUSPEND != 0;
+            let resumed = meddler.flag && value & DRIVER_OK != 0;
+            meddler.flag = meddler.has(Features::SUSPEND) && value & SUSPEND != 0 && !resumed;
         }
         Some(if register == STATUS { value & !SUSPEND } else { value })
     }),
     read: Some(|meddler, register, value| match register {
-        STATUS if meddler.flag => value | SUSPEND,
+        STATUS if meddler.flag => suspended(value),
         _ => value,
     }),
     ..Plan::NOTHING
@@ -37,7 +43,7 @@ const BUSY: Plan = Plan {
         if meddler.count.is_multiple_of(2) {
             (0..2).for_each(|queue| meddler.tell(QUEUE_NOTIFY, queue));
         }
-        value | SUSPEND
+        suspended(value)
     }),
     ..IN_NAME_ONLY
 };
@@ -56,6 +62,20 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         breaks: &["suspend/shows"],
         make: || {
             writing(|_, register, value| Some(if register == STATUS { value & !SUSPEND } else { value })).sabotage()
+        },
+    },
+    Saboteur {
+        name: "keeps DRIVER_OK while it is suspended",
+        violates: &["N0278"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["suspend/shows"],
+        make: || {
+            let read = |_: &mut Meddler, register, value| match register {
+                STATUS if value & SUSPEND != 0 => value | DRIVER_OK,
+                _ => value,
+            };
+            Plan { read: Some(read), ..Plan::NOTHING }.sabotage()
         },
     },
     Saboteur {
@@ -162,7 +182,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
                 }
                 // Whatever is new is found before the driver looks again.
                 meddler.poll();
-                value | SUSPEND
+                suspended(value)
             };
             Plan { read: Some(read), ..IN_NAME_ONLY }.sabotage()
         },

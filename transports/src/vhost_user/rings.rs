@@ -40,7 +40,7 @@ impl Backend {
         let failed = |reason: String| ServeError::Queue { index, reason };
         // A queue that was started and enabled says that the driver is ready. It may be all that does: QEMU's
         // vhost-user-rng takes VHOST_USER_PROTOCOL_F_STATUS and never sends DRIVER_OK.
-        if !self.state.status().contains(Status::DRIVER_OK) {
+        if !self.state.status().intersects(Status::DRIVER_OK | Status::SUSPEND) {
             let ready = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
             self.state.set_status(ready);
             if !self.state.status().contains(Status::FEATURES_OK) {
