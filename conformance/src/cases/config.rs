@@ -1,6 +1,6 @@
 //! The device configuration.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 
 use polyvirt_core::Features;
 use polyvirt_core::transport::{CONFIG_READ_ATTEMPTS, Transport, TransportError, read_config};
@@ -172,28 +172,27 @@ fn racing(session: &mut Session) -> Verdict {
     // A byte of the capacity each, or columns and rows.
     let half = if session.cell.device_type == BLK { 1 } else { 2 };
     let mut far_side = std::mem::replace(&mut session.far_side, Box::new(()));
-    let (device, stop) = (session.cell.device_type, AtomicBool::new(false));
+    let device = session.cell.device_type;
     let verdict = std::thread::scope(|scope| {
-        let stop = &stop;
+        let (wanted, changes) = mpsc::channel();
+        let (made, changed) = mpsc::channel();
         let changer = scope.spawn(move || {
-            let mut turn = 0;
-            while !stop.load(Ordering::SeqCst) {
-                turn ^= 1;
-                let to = values[turn];
-                let done = if device == BLK { far_side.set_capacity(to.into()) } else { far_side.resize(to, to) };
-                if done.is_err() {
+            for to in changes {
+                let done = if device == BLK { far_side.set_capacity(u64::from(to)) } else { far_side.resize(to, to) };
+                if done.is_err() || made.send(()).is_err() {
                     break;
-                }
-                // The reader gets its turns: a device that only ever changes is another case.
-                for _ in 0..50 {
-                    std::thread::yield_now();
                 }
             }
             far_side
         });
         let mut read = || -> Result<(), Objection> {
             let mut settled = 0;
-            for _ in 0..300 {
+            for turn in 0..300 {
+                // Every other time a change is under way. All the time would be another case: nothing settles then.
+                let raced = turn % 2 == 0;
+                let under_way =
+                    if raced { wanted.send(values[turn / 2 % 2 ^ 1]).is_ok() } else { changed.recv().is_ok() };
+                ensure(under_way, "the far side changes the configuration", "it does not")?;
                 // Two halves, one after the other: they are of one configuration if the generation says so.
                 let before = session.transport.config_generation()?;
                 let (mut low, mut high) = (vec![0; half], vec![0; half]);
@@ -208,7 +207,7 @@ fn racing(session: &mut Session) -> Verdict {
             ensure(settled > 0, "a configuration that settles now and then", "it never does")
         };
         let verdict = read();
-        stop.store(true, Ordering::SeqCst);
+        drop(wanted);
         changer.join().map(|far_side| (far_side, verdict))
     });
     let Ok((far_side, verdict)) = verdict else {
