@@ -453,7 +453,7 @@ static GUESTS: [Guest; 9] = [
             suite: STABLE,
             program: "qemu-system-x86_64",
             // Without these, domain 0 starts, and PVH domains run.
-            cpu: "max,-smap,-smep,-rdtscp",
+            cpu: "qemu64,+svm,+npt",
             domain: include_str!("scripts/pvh.cfg"),
         }),
         devices: &[OFFERED_PACKED],
