@@ -14,6 +14,7 @@
 
 mod abi;
 mod arena;
+pub mod dm;
 mod evtchn;
 mod gntalloc;
 mod gntdev;
