@@ -9,12 +9,13 @@ use serde::Deserialize;
 
 use super::boot::boot;
 use super::guests::{Guest, Qemu};
+use super::judge::Wrong;
 use super::kernel::Kept;
 use super::parts::Part;
-use super::run::{EVIDENCE, Step};
+use super::run::{Step, empty_cell, failure, told_case};
 use super::transcript::Transcript;
 use super::{Cache, LabError, machine, xen};
-use crate::report::{Case, Cell, Failure, Outcome, Skipped};
+use crate::report::{Cell, Outcome, Skipped};
 
 /// Domain 0's first process.
 const INIT: &str = include_str!("scripts/suite.sh");
@@ -51,7 +52,7 @@ pub(super) fn run(
     let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let busybox = Part::tools(guest).place(cache).join("busybox");
-    let archive = xen::domain0(cache, &kernel, &busybox, INIT, &TOOLS)?;
+    let archive = xen::first_files(cache, &kernel, &busybox, INIT, &TOOLS)?;
     let initramfs = xen::write(folder, "initramfs", &archive.finish())?;
     let kernel = xen::vmlinux(&kernel, folder)?;
     let emulator = machine::version(guest, cache);
@@ -116,14 +117,8 @@ fn cell(guest: &Guest, device: &str, ring: &str, told: &Transcript, emulator: Op
             let observed = format!("{} {} {complaints}", told.ending(), said.join("; "));
             let mut cell = empty(guest, device, ring, Outcome::Failed);
             cell.failed = 1;
-            cell.failures.push(Failure {
-                case: START.0.into(),
-                outcome: Outcome::Failed,
-                statements: Vec::new(),
-                expected: START.1.into(),
-                observed: observed.trim().into(),
-                reproduction: told.tail(),
-            });
+            let wrong = Wrong { expected: START.1.into(), observed: observed.trim().into() };
+            cell.failures.push(failure(START.0, wrong, told));
             cell
         }
     }
@@ -144,24 +139,9 @@ pub(super) fn without(guest: &Guest, error: &LabError) -> Vec<Cell> {
 
 /// A cell that has only the case [`START`], and its outcome.
 fn empty(guest: &Guest, device: &str, ring: &str, outcome: Outcome) -> Cell {
-    let (case, about) = START;
-    Cell {
-        hypervisor: guest.name.into(),
-        transport: guest.transport.into(),
-        device: device.into(),
-        ring: ring.into(),
-        evidence: EVIDENCE.into(),
-        versions: Vec::new(),
-        passed: 0,
-        failed: 0,
-        rejected: 0,
-        wedged: 0,
-        skipped: Vec::new(),
-        failures: Vec::new(),
-        seconds: 0.0,
-        cases: vec![Case { case: case.into(), about: about.into(), outcome, statements: Vec::new(), seconds: 0.0 }],
-        image: None,
-    }
+    let mut cell = empty_cell(guest, (device, ring));
+    cell.cases.push(told_case(START.0, START.1, outcome, 0.0));
+    cell
 }
 
 /// The bytes that `base64` stands for (RFC 4648, 4); none if it is none.

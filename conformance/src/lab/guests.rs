@@ -42,7 +42,7 @@ impl Guest {
     pub(super) fn queues(&self) -> u32 {
         match &self.machine {
             Machine::Qemu(machine) => machine.processors,
-            Machine::Xen(_) | Machine::Dom0(_) | Machine::UserMode => 1,
+            Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) | Machine::UserMode => 1,
         }
     }
 }
@@ -56,6 +56,8 @@ pub(super) enum Machine {
     Xen(Xen),
     /// A machine of QEMU's whose kernel is Xen: the suite runs in domain 0, cell by cell.
     Dom0(Qemu),
+    /// A machine of QEMU's whose kernel is Xen: domain 0 serves PV domains, which have our own drivers.
+    DomU(Qemu),
     /// The kernel is a process of the host: User Mode Linux.
     UserMode,
 }
@@ -314,8 +316,8 @@ const DOM0: Qemu = Qemu {
     package: "qemu-system-x86",
     program: "qemu-system-x86_64",
     machine: "pc",
-    // Every processor feature that has a state is saved and restored at each turn of a domain.
-    cpu: "qemu64",
+    // With random numbers of its own: domain 0 has no other source so early.
+    cpu: "max,-rdtscp",
     processors: 1,
     memory: 768,
     arguments: &[],
@@ -325,7 +327,7 @@ const DOM0: Qemu = Qemu {
     firmware: None,
 };
 
-static GUESTS: [Guest; 10] = [
+static GUESTS: [Guest; 11] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
@@ -467,6 +469,14 @@ static GUESTS: [Guest; 10] = [
         kernel: &XEN,
         machine: Machine::Dom0(DOM0),
         // Its cells are those of the suite.
+        devices: &[],
+    },
+    Guest {
+        name: "xen-domu",
+        about: "a PV domain of Xen's with our own driver, destroyed while it writes, and the next one",
+        transport: "xenbus",
+        kernel: &XEN,
+        machine: Machine::DomU(Qemu { memory: 2048, ..DOM0 }),
         devices: &[],
     },
     Guest {

@@ -11,11 +11,11 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::server::Server;
 use super::transcript::Transcript;
-use super::{Cache, LabError, dom0, initramfs, machine, xen};
+use super::{Cache, LabError, dom0, domu, initramfs, machine, xen};
 use crate::report::{Case, Cell, Failure, Outcome, Skipped};
 
 /// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
-pub(super) const EVIDENCE: &str = "emulated";
+const EVIDENCE: &str = "emulated";
 
 /// How far a run is.
 pub(crate) enum Step {
@@ -34,8 +34,10 @@ pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn F
             Ok(these) => cells.extend(these),
             Err(error) => {
                 let told = Transcript::without_a_start(&error);
-                if matches!(guest.machine, Machine::Dom0(_)) {
-                    cells.extend(dom0::without(guest, &error));
+                match guest.machine {
+                    Machine::Dom0(_) => cells.extend(dom0::without(guest, &error)),
+                    Machine::DomU(_) => cells.extend(domu::without(guest, &error)),
+                    _ => {}
                 }
                 cells.extend(guest.devices.iter().map(|device| match error.is_absence() {
                     true => skipped(guest, device, &error.to_string()),
@@ -65,7 +67,7 @@ impl Served {
         };
         let socket = folder.join(format!("{device}.sock"));
         let server = match &guest.machine {
-            Machine::Xen(_) | Machine::Dom0(_) => None,
+            Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) => None,
             Machine::Qemu(_) | Machine::UserMode => {
                 let image = image.as_ref().map(|image| &*image.path);
                 Some(Server::start(device, image, guest.queues(), &socket)?)
@@ -86,8 +88,10 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     if let Some(missing) = Part::all(guest).into_iter().find(|part| !part.is_there(cache)) {
         return Err(LabError::NotSetUp { what: missing.name(), guest: guest.name });
     }
-    if let Machine::Dom0(machine) = &guest.machine {
-        return dom0::run(cache, guest, machine, progress);
+    match &guest.machine {
+        Machine::Dom0(machine) => return dom0::run(cache, guest, machine, progress),
+        Machine::DomU(machine) => return domu::run(cache, guest, machine, progress),
+        _ => {}
     }
     let place = Part::Kernel(guest.kernel).place(cache);
     let not_there = || LabError::NotSetUp { what: place.display().to_string(), guest: guest.name };
@@ -116,7 +120,7 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     };
     let firmware = match &guest.machine {
         Machine::Qemu(machine) => machine.firmware,
-        Machine::Xen(_) | Machine::Dom0(_) | Machine::UserMode => None,
+        Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) | Machine::UserMode => None,
     };
     let told = boot(&command, firmware, &mut |event| {
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
@@ -165,7 +169,7 @@ fn cell(guest: &Guest, evidence: &Evidence<'_>, versions: &[String]) -> Cell {
     cell
 }
 
-fn failure(case: &str, Wrong { expected, observed }: Wrong, told: &Transcript) -> Failure {
+pub(super) fn failure(case: &str, Wrong { expected, observed }: Wrong, told: &Transcript) -> Failure {
     // What else there was on the console is where a failed boot begins to be understood.
     Failure {
         case: case.into(),
@@ -198,17 +202,22 @@ fn broken(guest: &Guest, device: &Device, told: &Transcript) -> Cell {
     cell
 }
 
-fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
+pub(super) fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
     Case { case: name.into(), about: about.into(), outcome, statements: Vec::new(), seconds }
 }
 
 /// A cell in which nothing has happened yet.
 fn empty(guest: &Guest, device: &Device) -> Cell {
+    Cell { transport: device.transport(guest), ..empty_cell(guest, (device.kind.name(), device.ring())) }
+}
+
+/// As [`empty`], for a device with a format of rings.
+pub(super) fn empty_cell(guest: &Guest, (device, ring): (&str, &str)) -> Cell {
     Cell {
         hypervisor: guest.name.into(),
-        transport: device.transport(guest),
-        device: device.kind.name().into(),
-        ring: device.ring().into(),
+        transport: guest.transport.into(),
+        device: device.into(),
+        ring: ring.into(),
         evidence: EVIDENCE.into(),
         versions: Vec::new(),
         passed: 0,

@@ -101,7 +101,7 @@ mod tests {
         let emulator =
             parts.iter().filter(|(part, _)| *part == Part::Emulator("qemu-system-x86", EMULATORS)).collect::<Vec<_>>();
         assert_eq!(emulator.len(), 1);
-        assert_eq!(emulator[0].1, ["x86-pc", "x86-microvm", "xen-dom0"]);
+        assert_eq!(emulator[0].1, ["x86-pc", "x86-microvm", "xen-dom0", "xen-domu"]);
         let mut names: Vec<_> = parts.iter().map(|(part, _)| part.name()).collect();
         names.sort();
         names.dedup();
