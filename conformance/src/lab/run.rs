@@ -91,10 +91,8 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let (driven, lacking): (Vec<_>, Vec<_>) = guest.devices.iter().partition(|device| kernel.drives(device.kind));
-    let mut served = driven
-        .iter()
-        .map(|device| Served::start(folder, device, guest))
-        .collect::<Result<Vec<_>, LabError>>()?;
+    let mut served =
+        driven.iter().map(|device| Served::start(folder, device, guest)).collect::<Result<Vec<_>, LabError>>()?;
     let lines: String = served.iter().map(Served::line).collect();
     let busybox = Part::tools(guest).place(cache).join("busybox");
     let archive = initramfs::build(&kernel, &busybox, &lines, &disk::pattern())?;

@@ -100,7 +100,9 @@ pub(super) fn command(xen: &Xen, cache: &Cache, boot: &Boot<'_>) -> Result<Comma
 fn archive(xen: &Xen, cache: &Cache, boot: &Boot<'_>, kernel: &Path) -> Result<Vec<u8>, LabError> {
     let unpacked = Part::Xen.place(cache);
     let mut archive = Archive::default();
-    for folder in ["bin", "etc", "etc/xen", "guest", "lib", "lib64", "modules", "var", "var/lib", "var/log", "var/log/xen"] {
+    for folder in
+        ["bin", "etc", "etc/xen", "guest", "lib", "lib64", "modules", "var", "var/lib", "var/log", "var/log/xen"]
+    {
         archive.folder(folder);
     }
     for (end, _) in TOOLS.match_indices('/').chain([(TOOLS.len(), "")]) {

@@ -13,8 +13,7 @@
 pub mod abi;
 mod domain;
 mod host;
-#[cfg(test)]
-mod tests;
+pub mod model;
 
 use std::sync::Arc;
 
