@@ -183,8 +183,8 @@ impl Guest {
         let mut selected = self.processor.lock().unwrap_or_else(PoisonError::into_inner);
         let (mut kind, mut at) = (kind, address);
         if kind == Kind::Port && (CONFIG_DATA..CONFIG_DATA + 4).contains(&address) && *selected >> 31 == 1 {
-            let (function, register) = (*selected >> 8 & 0xffff, *selected & 0xfc);
-            (kind, at) = (Kind::Config, u64::from(function) << 32 | u64::from(register) + (address - CONFIG_DATA));
+            let (function, register) = (u64::from(*selected >> 8 & 0xffff), u64::from(*selected & 0xfc));
+            (kind, at) = (Kind::Config, (function << 32) + register + (address - CONFIG_DATA));
         }
         let mut bytes = [0; 8];
         let size = data.len().min(bytes.len());
