@@ -1,4 +1,4 @@
-//! Xen, for guests that know nothing of grants: full virtualisation (PVH, HVM), as a device model does it.
+//! Xen, for guests that know nothing of grants: PVH domains, whose device model this is.
 //!
 //! | mechanism | here |
 //! |---|---|
