@@ -204,3 +204,37 @@ pub(super) fn unpack(unpacked: &Path) -> Result<(), LabError> {
     let (plain, place) = (packed.with_extension(""), unpacked.join("xen"));
     fs::rename(&plain, &place).map_err(LabError::file(&plain))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_found_inside_its_image_and_nothing_is_found_in_a_short_one() {
+        const XZ: &[u8] = b"\xfd7zXZ\0kernel";
+        let mut image = vec![0; 5 * 512 + 64];
+        image[0x1f1] = 3;
+        image[0x248..0x24c].copy_from_slice(&16u32.to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&(XZ.len() as u32).to_le_bytes());
+        let start = 4 * 512 + 16;
+        assert_eq!(payload(&image), None, "not compressed with xz");
+        image[start..start + XZ.len()].copy_from_slice(XZ);
+        assert_eq!(payload(&image), Some(XZ));
+        for len in [0, 0x1f2, 0x24e, start + XZ.len() - 1] {
+            assert_eq!(payload(&image[..len]), None, "{len}");
+        }
+    }
+
+    #[test]
+    fn libraries_are_those_that_are_files() {
+        let this = std::env::current_exe().unwrap();
+        let (this, name) = (this.display(), "libany.so.1");
+        assert_eq!(library(&format!("\t{name} => {this} (0x7f00)")), Some(Path::new(&this.to_string())));
+        assert_eq!(library(&format!("\t{this} (0x7f00)")), Some(Path::new(&this.to_string())));
+        for line in
+            ["\tlinux-vdso.so.1 (0x7ffc)", "\tlibno.so => not found", "/bin/program:", "\tnot a dynamic executable", ""]
+        {
+            assert_eq!(library(line), None, "{line}");
+        }
+    }
+}
