@@ -33,6 +33,14 @@ const CELLS: [(&str, &str); 6] = [
 /// The one case of a cell that was not run.
 const START: (&str, &str) = ("lab/start", "domain 0 started, and the suite told its result");
 
+/// What Xen itself refuses: tried on each machine before the suite.
+const REFUSALS: [(&str, &str, &str); 4] = [
+    ("dom0/read-only-grant", "read-only-grant", "Xen does not map a read-only grant for writing"),
+    ("dom0/bad-reference", "bad-reference", "Xen does not map a reference under which nothing is granted"),
+    ("dom0/foreign-domain", "foreign-domain", "Xen does not map what is granted to another domain"),
+    ("dom0/revocation-in-use", "revocation-in-use", "a grant that is mapped cannot be taken back, and then it can"),
+];
+
 /// What the suite tells.
 #[derive(Deserialize)]
 struct Report {
@@ -110,6 +118,7 @@ fn cell(guest: &Guest, device: &str, ring: &str, told: &Transcript, emulator: Op
         Some(mut cell) if told.ended() && complaints.is_empty() => {
             cell.hypervisor = guest.name.into();
             cell.versions.extend(emulator.map(str::to_owned));
+            refusals(&mut cell, told);
             cell
         }
         _ => {
@@ -121,6 +130,23 @@ fn cell(guest: &Guest, device: &str, ring: &str, told: &Transcript, emulator: Op
             cell.failures.push(failure(START.0, wrong, told));
             cell
         }
+    }
+}
+
+/// Adds what Xen refused to the cell.
+fn refusals(cell: &mut Cell, told: &Transcript) {
+    for (case, word, about) in REFUSALS {
+        let observed = told.event("refusal", word).map_or("nothing was told", |event| &event.details);
+        let outcome = if observed.starts_with("refused ") {
+            cell.passed += 1;
+            Outcome::Passed
+        } else {
+            cell.failed += 1;
+            let wrong = Wrong { expected: about.to_owned(), observed: observed.to_owned() };
+            cell.failures.push(failure(case, wrong, told));
+            Outcome::Failed
+        };
+        cell.cases.push(told_case(case, about, outcome, 0.0));
     }
 }
 
@@ -192,15 +218,21 @@ mod tests {
 
     #[test]
     fn what_the_suite_told_is_the_cell_under_the_guests_name() {
-        // {"cells":[{"hypervisor":"xen","transport":"xenbus","device":"rng","ring":"split","evidence":"emulated",
-        // "versions":["Xen 4.17.7"],"passed":1,"failed":0,"rejected":0,"wedged":0,"skipped":[],"failures":[],
-        // "seconds":1.0,"cases":[]}]}
         let json = r#"{"cells":[{"hypervisor":"xen","transport":"xenbus","device":"rng","ring":"split","evidence":"emulated","versions":["Xen 4.17.7"],"passed":1,"failed":0,"rejected":0,"wedged":0,"skipped":[],"failures":[],"seconds":1.0,"cases":[]}]}"#;
         let encoded = encode(json.as_bytes());
         let (one, two) = encoded.split_at(100);
-        let told = transcript(&[&format!("LAB report part {one}"), &format!("LAB report part {two}"), "LAB guest end"]);
+        let told = transcript(&[
+            "LAB refusal read-only-grant refused Err",
+            "LAB refusal bad-reference refused Err",
+            "LAB refusal foreign-domain allowed Ok",
+            &format!("LAB report part {one}"),
+            &format!("LAB report part {two}"),
+            "LAB guest end",
+        ]);
         let cell = cell(guest(), "rng", "split", &told, Some("QEMU 1"));
-        assert_eq!((&*cell.hypervisor, &*cell.evidence, cell.passed), ("xen-dom0", "emulated", 1));
+        assert_eq!((&*cell.hypervisor, &*cell.evidence, cell.passed), ("xen-dom0", "emulated", 3));
+        let failures: Vec<_> = cell.failures.iter().map(|failure| &*failure.case).collect();
+        assert_eq!(failures, ["dom0/foreign-domain", "dom0/revocation-in-use"]);
         assert_eq!(cell.versions, ["Xen 4.17.7", "QEMU 1"]);
     }
 

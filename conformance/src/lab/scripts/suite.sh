@@ -31,6 +31,7 @@ tell suite begins "$device" "$ring"
 
 # Memory that was used stays mapped: the page tables of a domain are Xen's to check, and to make and free them is slow.
 export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=8000000
+polyvirt xen-refusals 2>&1 | while read -r line; do tell refusal "$line"; done
 polyvirt check --hypervisor xen --device "$device" --ring "$ring" --quiet --format json >/report 2>/said &
 while [ -e /proc/$! ] && ! grep -q 'State:.*Z' /proc/$!/status 2>/dev/null; do
     sleep 1
