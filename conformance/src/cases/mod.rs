@@ -15,6 +15,10 @@ pub mod mmio_driver;
 pub mod notify;
 pub mod packed;
 pub mod packed_driver;
+pub mod pci;
+pub mod pci_driver;
+pub mod pci_interrupts;
+pub mod pci_legacy;
 pub mod played;
 pub mod ring;
 pub mod rng;
@@ -40,6 +44,10 @@ pub fn all() -> Vec<Case> {
         packed_driver::CASES,
         mmio::CASES,
         mmio_driver::CASES,
+        pci::CASES,
+        pci_interrupts::CASES,
+        pci_driver::CASES,
+        pci_legacy::CASES,
         blk::CASES,
         blk_commands::CASES,
         rng::CASES,

@@ -134,6 +134,13 @@ impl Applies {
     /// Over MMIO.
     pub const MMIO: Self = Self { transport: Some("mmio"), ..Self::ANY };
 
+    /// Over PCI, through the modern interface.
+    pub const PCI: Self = Self { transport: Some("pci"), ..Self::ANY };
+    /// Over PCI, through the legacy interface.
+    pub const PCI_LEGACY: Self = Self { transport: Some("pci-legacy"), ..Self::ANY };
+    /// Over MMIO, through the legacy interface.
+    pub const MMIO_LEGACY: Self = Self { transport: Some("mmio-legacy"), ..Self::ANY };
+
     /// With one device type.
     pub const fn to(device: u32) -> Self {
         Self { device: Some(device), ..Self::ANY }
