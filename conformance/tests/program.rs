@@ -8,7 +8,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Cells that every host can run, and that are quick.
-const QUICK: [&str; 4] = ["--hypervisor", "loopback", "--device", "rng"];
+const QUICK: [&str; 6] = ["--hypervisor", "loopback", "--transport", "mmio", "--device", "rng"];
 /// Block cells that every host can run.
 const BLOCK: [&str; 6] = ["--hypervisor", "loopback", "--transport", "mmio", "--device", "blk"];
 /// The formats of their rings, in order.

@@ -7,7 +7,7 @@
 #![deny(missing_docs)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, loom))]
 extern crate std;
 
 pub mod device;
@@ -18,6 +18,10 @@ pub mod queue;
 pub mod shared;
 pub mod state;
 pub mod status;
+#[cfg(not(loom))]
+mod sync;
+#[cfg(loom)]
+pub mod sync;
 pub mod transport;
 
 pub use features::Features;

@@ -12,7 +12,7 @@ use crate::device::{Device, Queues, SharedRegion};
 use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
 use crate::memory::GuestMemory;
-use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState};
+use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::status::Status;
 
 /// How the driver talks to the device.
@@ -67,14 +67,14 @@ pub struct VirtioDevice<M: GuestMemory> {
 }
 
 /// What the driver wrote about a queue.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct QueueSetup {
     max_size: u16,
     size: u32,
     areas: [u64; 3],
     enabled: bool,
     /// Where the device goes on, if not at the beginning.
-    state: Option<QueueState>,
+    saved: Option<SavedQueue>,
 }
 
 impl<M: GuestMemory> VirtioDevice<M> {
@@ -188,7 +188,8 @@ impl<M: GuestMemory> VirtioDevice<M> {
     /// (a cleared bit stays set until reset); several bits may come in one write; FEATURES_OK stays away if the
     /// features are not acceptable, and DRIVER_OK without it; DEVICE_NEEDS_RESET is not the driver's to write, nor is a
     /// bit that there is no feature for; after FAILED only a reset counts. SUSPEND suspends a running device if that was
-    /// negotiated, and shows once it is; DRIVER_OK without it resumes (3.4 Device Suspend).
+    /// negotiated, and shows in place of DRIVER_OK once it is; DRIVER_OK resumes (3.4 Device Suspend), which before that
+    /// takes a write without SUSPEND.
     pub fn set_status(&mut self, status: Status) {
         if status.is_empty() {
             self.reset();
@@ -197,8 +198,10 @@ impl<M: GuestMemory> VirtioDevice<M> {
         if self.status.contains(Status::FAILED) {
             return;
         }
+        let before = self.status;
         self.write_suspend(status);
-        let mut new = status & !self.status & WRITTEN_BY_DRIVER;
+        // DRIVER_OK is not new when the device is suspended, nor when it is resumed.
+        let mut new = status & !(before | self.status) & WRITTEN_BY_DRIVER;
         match self.interface {
             Interface::Modern => {
                 if !self.features_acceptable() {
@@ -220,17 +223,18 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
     /// What `status` says about SUSPEND; nothing if it is not negotiated, or the device does not run.
     fn write_suspend(&mut self, status: Status) {
-        let suspended = self.suspending || self.status.contains(Status::SUSPEND);
-        if status.contains(Status::SUSPEND) {
-            if !suspended && self.is_running() && self.accepted.contains(Features::SUSPEND) {
+        let suspended = self.status.contains(Status::SUSPEND);
+        if !suspended && status.contains(Status::SUSPEND) {
+            if !self.suspending && self.is_running() && self.accepted.contains(Features::SUSPEND) {
                 self.suspending = true;
                 self.queues.iter_mut().flatten().for_each(Queue::hold);
                 // What the backend has finished meanwhile goes back now.
                 self.work(None);
             }
-        } else if suspended && status.contains(Status::DRIVER_OK) {
+        } else if (suspended || self.suspending) && status.contains(Status::DRIVER_OK) {
+            // Of a suspended device SUSPEND may be written back: drivers do not clear bits.
             self.suspending = false;
-            self.status &= !Status::SUSPEND;
+            self.status = (self.status - Status::SUSPEND) | Status::DRIVER_OK;
             self.queues.iter_mut().flatten().for_each(Queue::release);
             for index in 0..self.queue_count() {
                 if self.queue_enabled(index) && self.queue(index).is_none() {
@@ -326,9 +330,9 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
     /// Queue `index` begins where another device side left it, for transports that hand queues over. Ignored while the
     /// queue is enabled.
-    pub fn set_queue_state(&mut self, index: u16, state: QueueState) {
+    pub fn set_saved_queue(&mut self, index: u16, saved: SavedQueue) {
         if let Some(setup) = self.disabled(index) {
-            setup.state = Some(state);
+            setup.saved = Some(saved);
         }
     }
 
@@ -489,16 +493,15 @@ impl<M: GuestMemory> VirtioDevice<M> {
     }
 
     fn start_queue(&mut self, index: u16) {
-        let Some(&QueueSetup { max_size, size, areas, state, .. }) = self.setup(index) else { return };
+        let Some(QueueSetup { max_size, size, areas, saved, .. }) = self.setup(index).cloned() else { return };
         let layout = match self.interface {
             Interface::Modern if self.accepted.contains(Features::RING_PACKED) => Layout::Packed,
             Interface::Modern => Layout::Modern,
             Interface::Legacy(order) => Layout::Legacy(order),
         };
         let queue = match u16::try_from(size) {
-            Ok(size) if size <= max_size => Queue::resume(
-                self.memory.clone(),
-                QueueConfig {
+            Ok(size) if size <= max_size => {
+                let config = QueueConfig {
                     size,
                     descriptors: areas[Area::Descriptors as usize],
                     driver: areas[Area::Driver as usize],
@@ -507,9 +510,12 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
                     in_order: self.accepted.contains(Features::IN_ORDER),
-                },
-                state.unwrap_or(QueueState::start(layout)),
-            ),
+                };
+                match saved {
+                    Some(saved) => Queue::restore(self.memory.clone(), config, &saved),
+                    None => Queue::new(self.memory.clone(), config),
+                }
+            }
             _ => Err(QueueError::Size { size, max: max_size }),
         };
         match queue {
@@ -573,7 +579,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
         if self.suspending && self.queues.iter().flatten().all(|queue| queue.in_flight() == 0) {
             self.suspending = false;
-            self.status |= Status::SUSPEND;
+            self.status = (self.status - Status::DRIVER_OK) | Status::SUSPEND;
         }
     }
 
@@ -588,7 +594,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, state: None }
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, saved: None }
     }
 }
 

@@ -198,10 +198,10 @@ pub fn suspend(transport: &mut (impl Transport + ?Sized)) -> Result<(), Transpor
     transport.set_status(status | Status::SUSPEND)
 }
 
-/// Wants a suspended device to run again; it does when SUSPEND does not show any more.
+/// Wants a suspended device to run again; it does when DRIVER_OK shows again and SUSPEND does not.
 pub fn resume(transport: &mut (impl Transport + ?Sized)) -> Result<(), TransportError> {
     let status = transport.status()?;
-    transport.set_status(status & !Status::SUSPEND | Status::DRIVER_OK)
+    transport.set_status(status | Status::DRIVER_OK)
 }
 
 /// Reads configuration that the device may change meanwhile (2.5.1): reads again until the generation stays the same,

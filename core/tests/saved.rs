@@ -2,7 +2,12 @@
 
 mod common;
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
+
 use common::{BUFFERS, Memory, Rig, Shape, every_shape};
+use polyvirt_core::memory::{Faulty, MemoryError};
 use polyvirt_core::queue::{Buffer, Layout, Queue, QueueError, QueueState, SavedQueue};
 
 const SIZE: u16 = 8;
@@ -127,4 +132,41 @@ fn what_a_restored_head_leads_to_is_checked_like_any_other() {
     let reason = QueueError::TooManyDescriptors { head: 2, limit: 8 };
     assert_eq!(device.pop().map(|_| ()), Err(reason));
     assert_eq!(device.broken(), Some(reason));
+}
+
+#[test]
+fn a_chain_whose_memory_is_not_known_yet_is_taken_once_it_is() {
+    for shape in every_shape(SIZE) {
+        let mut rig = Rig::new(shape);
+        add(&mut rig, 3);
+        let known = Arc::new(AtomicBool::new(false));
+        let judge = {
+            let known = known.clone();
+            move |address, len, _| match address == BUFFERS + 16 && !known.load(Relaxed) {
+                true => Err(MemoryError::NotYet { address, len }),
+                false => Ok(()),
+            }
+        };
+        let memory = Faulty::new(rig.memory.map.clone(), Arc::new(judge));
+        let mut device = Queue::new(memory, rig.memory.shape.config()).unwrap();
+        for _ in 0..3 {
+            device.begin_burst();
+            while let Some(chain) = device.pop().unwrap() {
+                device.complete(chain).unwrap();
+            }
+            assert!(!device.end_burst(), "there is nothing to do until it is known");
+            assert_eq!((device.broken(), device.in_flight()), (None, 0));
+        }
+        assert_eq!(device.state().available, device.state().used, "what was put off was not taken");
+        known.store(true, Relaxed);
+        device.begin_burst();
+        while let Some(chain) = device.pop().unwrap() {
+            device.complete(chain).unwrap();
+        }
+        let mut back = Vec::new();
+        while let Some((token, _)) = rig.driver.get_buf().unwrap() {
+            back.push(token);
+        }
+        assert_eq!(back, [0, 1, 2]);
+    }
 }

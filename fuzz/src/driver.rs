@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use polyvirt_core::memory::Pages;
-use polyvirt_core::queue::{AddError, Buffer, DriverQueue, Layout, QueueConfig, packed};
+use polyvirt_core::queue::{AddError, Buffer, ByteOrder, DriverQueue, Layout, QueueConfig, QueueError, packed};
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 
 use crate::allocations;
@@ -53,20 +53,37 @@ impl Shared {
         }
     }
 
+    fn device_area(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.areas[2].len()];
+        self.areas[2].read(0, &mut bytes).expect("inside");
+        bytes
+    }
+
     fn virtqueue(&self, config: QueueConfig) -> Virtqueue<Doorbell> {
         let [descriptors, driver, device, _] = self.areas.clone();
         Virtqueue { config, descriptors, driver, device, notify: Doorbell }
     }
 }
 
-pub(crate) fn run(data: &[u8], layout: Layout) {
+pub(crate) fn run(data: &[u8], packed: bool) {
     let mut input = Input::new(data);
     let flags = input.byte();
-    let packed = layout == Layout::Packed;
+    let layout = match flags >> 3 & 3 {
+        _ if packed => Layout::Packed,
+        0 | 1 => Layout::Modern,
+        2 => Layout::Legacy(ByteOrder::Little),
+        _ => Layout::Legacy(ByteOrder::Big),
+    };
     let size = if packed { 1 + u16::from(input.byte() % 32) } else { 1 << (input.byte() % 6) };
     let entries = usize::from(size);
-    let config =
-        QueueConfig { size, layout, event_idx: flags & 1 != 0, indirect: flags & 2 != 0, in_order: flags & 64 != 0, ..QueueConfig::default() };
+    let mut config = QueueConfig {
+        size,
+        layout,
+        event_idx: flags & 1 != 0,
+        indirect: flags & 2 != 0,
+        in_order: flags & 64 != 0,
+        ..QueueConfig::default()
+    };
     let (driver, device) = if packed { (4, 4) } else { (6 + 2 * entries, (6 + 8 * entries).next_multiple_of(4)) };
     let shared = Shared::new([16 * entries, driver, device, 64 * entries]);
     allocations::restart();
@@ -79,6 +96,9 @@ pub(crate) fn run(data: &[u8], layout: Layout) {
     let (mut next, mut out) = (0u32, BTreeMap::new());
     for _ in 0..STEPS {
         let Some(step) = input.step() else { break };
+        let device_area = shared.device_area();
+        // Whoever else may write there: the device, and a driver that starts over and clears its rings.
+        let mut free = step % 12 == 11;
         match step % 12 {
             0..3 => {
                 let counts = input.byte();
@@ -104,11 +124,17 @@ pub(crate) fn run(data: &[u8], layout: Layout) {
                 assert_eq!(allocations::count().calls, calls, "getting allocates");
                 match got {
                     Ok(Some((token, len))) => {
+                        if config.in_order {
+                            assert_eq!(out.keys().next(), Some(&token), "in order");
+                        }
                         let writable = out.remove(&token).expect("a token comes back once");
                         assert!(len <= writable, "more was written than there is room for");
                     }
                     Ok(None) => {}
-                    Err(reason) => assert_eq!(queue.get_buf(), Err(reason), "the first reason stays"),
+                    Err(reason) => {
+                        assert_eq!(queue.get_buf(), Err(reason), "the first reason stays");
+                        assert!(!queue.enable_cb() && !queue.kick().expect("nothing is rung"), "it is latched");
+                    }
                 }
             }
             6 => queue.disable_cb(),
@@ -116,9 +142,13 @@ pub(crate) fn run(data: &[u8], layout: Layout) {
             8 => {
                 let area = &shared.areas[usize::from(input.byte() % 4)];
                 let (offset, bytes) = (usize::from(input.u16()) % area.len(), input.slice());
+                free = true;
                 area.write(offset, &bytes[..bytes.len().min(area.len() - offset)]).expect("inside");
             }
-            9 | 10 => device.complete(&shared, &mut input),
+            9 | 10 => {
+                free = true;
+                device.complete(&shared, &mut input);
+            }
             _ => match input.byte() % 8 {
                 0 => {
                     let drained = queue.drain();
@@ -132,14 +162,29 @@ pub(crate) fn run(data: &[u8], layout: Layout) {
                     queue.restart(shared.virtqueue(config)).expect("what fitted fits again");
                     device = Device::new(config);
                 }
+                2 => {
+                    let other = QueueConfig { indirect: !config.indirect, ..config };
+                    match queue.restart(shared.virtqueue(other)) {
+                        Ok(()) => (config, device) = (other, Device::new(other)),
+                        Err(reason) => assert!(matches!(reason, QueueError::IndirectNotNegotiated { .. }), "{reason}"),
+                    }
+                }
+                3 => {
+                    let other = QueueConfig { size: size * 2, ..config };
+                    let refused = queue.restart(shared.virtqueue(other));
+                    assert!(matches!(refused, Err(QueueError::Size { .. })), "{refused:?}");
+                }
                 _ => {}
             },
         }
+        // On a split ring the driver only reads there; on a packed one the device's wishes are there.
+        assert!(free || device_area == shared.device_area(), "the driver wrote the device area");
         assert_eq!(queue.in_flight(), out.len());
         assert!(usize::from(queue.free()) + queue.in_flight() <= entries, "an entry is free or in flight, not both");
     }
     shared.check();
-    let most = 0x1_0000 + 256 * entries * 8;
+    // The queue, another that replaces it, and the script's book.
+    let most = 0x2_0000 + 256 * entries * 8;
     let peak = allocations::count().peak;
     assert!(peak <= most as isize, "{peak} bytes allocated, more than {most}");
 }
@@ -166,11 +211,13 @@ impl Device {
             write(0, 16 * usize::from(self.position.index) + 8, &tail.to_word().to_ne_bytes());
             self.position = self.position.advanced((1 + u16::from(entries % 4)).min(size), size);
         } else {
+            let big = self.config.layout == Layout::Legacy(ByteOrder::Big);
+            let put = |value: u32| if big { value.to_be_bytes() } else { value.to_le_bytes() };
             let at = 4 + 8 * usize::from(self.next % size);
-            write(2, at, &u32::from(id).to_le_bytes());
-            write(2, at + 4, &u32::from(len).to_le_bytes());
+            write(2, at, &put(id.into()));
+            write(2, at + 4, &put(len.into()));
             self.next = self.next.wrapping_add(1);
-            write(2, 2, &self.next.to_le_bytes());
+            write(2, 2, &if big { self.next.to_be_bytes() } else { self.next.to_le_bytes() });
         }
     }
 }

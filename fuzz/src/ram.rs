@@ -42,21 +42,34 @@ pub(crate) struct Ram {
     watch: Arc<Watch>,
 }
 
-#[derive(Default)]
-struct Watch(Mutex<Book>);
+struct Watch {
+    map: Arc<FlatMemory>,
+    book: Mutex<Book>,
+}
 
 #[derive(Default)]
 struct Book {
     accesses: usize,
-    /// The ring areas that the device may write.
-    areas: Vec<Range<u128>>,
-    /// Whether it may write buffers, which are anywhere.
+    /// The ring areas that the device may read, and those that it may write as well.
+    read: Vec<Range<u128>>,
+    written: Vec<Range<u128>>,
+    /// Whether it may read anything, because tables are anywhere.
+    tables: bool,
+    /// Whether it may read and write buffers, which are anywhere.
     buffers: bool,
+    /// What the other side writes in the middle of something: just before so many more reads are over.
+    race: Option<Race>,
+}
+
+struct Race {
+    reads: u8,
+    address: u64,
+    bytes: Vec<u8>,
 }
 
 impl Log for Watch {
     fn accessed(&self, access: Accessed) {
-        let mut book = self.0.lock().expect("one thread");
+        let mut book = self.book.lock().expect("one thread");
         book.accesses += 1;
         let start = u128::from(access.address);
         let end = start + u128::from(access.len);
@@ -69,17 +82,42 @@ impl Log for Watch {
             }
         }
         assert!(end <= reach, "an access outside memory: {access:x?}");
-        if access.direction.contains(Access::WRITE) && !book.buffers {
-            let inside = |area: &Range<u128>| area.start <= start && end <= area.end;
-            assert!(book.areas.iter().any(inside), "a write outside the device's areas: {access:x?}");
+        let mut inside = book.written.iter();
+        let inside = inside.any(|area| area.start <= start && end <= area.end);
+        if access.direction.contains(Access::WRITE) {
+            assert!(inside || book.buffers, "a write outside the device's areas: {access:x?}");
+            return;
+        }
+        let inside = inside || book.read.iter().any(|area| area.start <= start && end <= area.end);
+        assert!(inside || book.tables || book.buffers, "a read outside the device's areas: {access:x?}");
+        match &mut book.race {
+            Some(Race { reads: reads @ 1.., .. }) => *reads -= 1,
+            race => {
+                if let Some(Race { address, bytes, .. }) = race.take() {
+                    poke(&self.map, address, &bytes);
+                }
+            }
         }
     }
+}
+
+/// Writes where there is memory.
+fn poke(map: &FlatMemory, address: u64, bytes: &[u8]) {
+    if let Some(pages) = map.pages(address, bytes.len()) {
+        pages.write(0, bytes).expect("inside");
+    }
+}
+
+fn range(address: u64, len: u64) -> Range<u128> {
+    let start = u128::from(address);
+    start..start + u128::from(len)
 }
 
 impl Ram {
     pub(crate) fn new() -> Self {
         let regions = REGIONS.map(|(base, len)| (base, Pages::allocate(len)));
-        Self { map: Arc::new(FlatMemory::new(regions)), watch: Arc::default() }
+        let map = Arc::new(FlatMemory::new(regions));
+        Self { map: map.clone(), watch: Arc::new(Watch { map, book: Mutex::default() }) }
     }
 
     /// The device's view.
@@ -88,16 +126,25 @@ impl Ram {
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
-        self.watch.0.lock().expect("one thread")
+        self.watch.book.lock().expect("one thread")
     }
 
-    /// Lets the device write `len` bytes at `address` at any time.
-    pub(crate) fn allow_area(&self, address: u64, len: u64) {
-        let start = u128::from(address);
-        self.book().areas.push(start..start + u128::from(len));
+    /// Lets the device read `len` bytes at `address` at any time.
+    pub(crate) fn allow_reading(&self, address: u64, len: u64) {
+        self.book().read.push(range(address, len));
     }
 
-    /// Lets the device write all memory, or its areas only.
+    /// Lets the device read and write `len` bytes at `address` at any time.
+    pub(crate) fn allow_writing(&self, address: u64, len: u64) {
+        self.book().written.push(range(address, len));
+    }
+
+    /// Lets the device read all memory, or its areas only.
+    pub(crate) fn allow_tables(&self, allowed: bool) {
+        self.book().tables = allowed;
+    }
+
+    /// Lets the device read and write all memory, or its areas only.
     pub(crate) fn allow_buffers(&self, allowed: bool) {
         self.book().buffers = allowed;
     }
@@ -107,11 +154,14 @@ impl Ram {
         std::mem::take(&mut self.book().accesses)
     }
 
+    /// The other side writes `bytes` just before the device reads once more after `reads` times.
+    pub(crate) fn race(&self, reads: u8, address: u64, bytes: &[u8]) {
+        self.book().race = Some(Race { reads, address, bytes: bytes.to_vec() });
+    }
+
     /// Writes as the other side, where there is memory.
     pub(crate) fn poke(&self, address: u64, bytes: &[u8]) {
-        if let Some(pages) = self.map.pages(address, bytes.len()) {
-            pages.write(0, bytes).expect("inside");
-        }
+        poke(&self.map, address, bytes);
     }
 
     /// Reads as the other side; 0 where there is no memory.

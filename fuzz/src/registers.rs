@@ -1,6 +1,7 @@
 //! A device behind virtio-mmio whose registers and memory are written by a hostile guest.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Waker;
 
 use polyvirt_core::device::{Device, Queues};
@@ -21,6 +22,15 @@ const STEPS: usize = 1000;
 const SIZES: [u16; 3] = [8, 64, 5];
 /// The most bytes that the device copies for a chain.
 const COPIED: usize = 32;
+
+/// The bits that a status may have.
+const STATUSES: Status = Status::ACKNOWLEDGE
+    .union(Status::DRIVER)
+    .union(Status::DRIVER_OK)
+    .union(Status::FEATURES_OK)
+    .union(Status::SUSPEND)
+    .union(Status::DEVICE_NEEDS_RESET)
+    .union(Status::FAILED);
 
 /// The registers that are worth writing.
 const REGISTERS: [u64; 18] = [
@@ -44,10 +54,14 @@ const REGISTERS: [u64; 18] = [
     CONFIG,
 ];
 
-struct Line;
+/// Counts.
+#[derive(Default)]
+struct Line(AtomicUsize);
 
 impl Interrupt for Line {
-    fn raise(&self, _cause: Cause) {}
+    fn raise(&self, _cause: Cause) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 /// Copies what it can read to where it can write; keeps some chains until it is polled.
@@ -97,6 +111,8 @@ where
 
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
         while let Some(Ok(Some(chain))) = queues.get(index).map(|queue| queue.pop()) {
+            let known = self.held.iter().any(|(queue, other)| (*queue, other.head()) == (index, chain.head()));
+            assert!(!known, "a head twice in flight");
             if chain.head() % 3 == 0 {
                 self.held.push((index, chain));
             } else {
@@ -126,7 +142,8 @@ pub(crate) fn run(data: &[u8]) {
     ram.allow_buffers(true);
     allocations::restart();
     let echo = Echo::<Memory> { config: [0; 6], held: Vec::new() };
-    let mut device = mmio::Device::new(Box::new(echo), ram.memory(), Arc::new(Line));
+    let line = Arc::new(Line::default());
+    let mut device = mmio::Device::new(Box::new(echo), ram.memory(), line.clone());
     let mut queue = 0u8;
     for _ in 0..STEPS {
         let Some(step) = input.step() else { break };
@@ -165,11 +182,22 @@ pub(crate) fn run(data: &[u8]) {
             }
             13 => ram.poke(ram::address(&mut input), input.slice()),
             14 => write(&mut device, QUEUE_NOTIFY, queue.into()),
-            _ => write(&mut device, STATUS, u32::from(input.byte()) & 0xcf),
+            _ => write(&mut device, STATUS, u32::from(input.byte()) & 0xdf),
         }
         let accesses = ram.accesses();
-        let ran = before | status(&mut device);
-        assert!(ran.contains(Status::DRIVER_OK) || accesses == 0, "memory was touched before DRIVER_OK");
+        let after = status(&mut device);
+        assert!((before | after).contains(Status::DRIVER_OK) || accesses == 0, "memory was touched before DRIVER_OK");
+        for stopped in [Status::FAILED, Status::DEVICE_NEEDS_RESET, Status::SUSPEND] {
+            // A negotiation resets and starts anew.
+            let all_along = (before & after).contains(stopped) && step % 16 != 10;
+            assert!(!all_along || accesses == 0, "memory was touched while the status said {stopped:?}");
+        }
+        assert!(!after.contains(Status::DRIVER_OK) || after.contains(Status::FEATURES_OK), "{after:?}");
+        assert!(STATUSES.contains(after), "{after:?}");
+        // Each queue, the configuration, and what an acknowledgement left; twice, because a write may start queues and
+        // then find one broken.
+        let raised = line.0.swap(0, Ordering::Relaxed);
+        assert!(raised <= 2 * (SIZES.len() + 2), "{raised} interrupts for one access to a register");
         let most = 2 * SIZES.map(burst).iter().sum::<usize>();
         assert!(accesses <= most, "one access to a register touched memory {accesses} times, more than {most}");
     }
@@ -178,6 +206,46 @@ pub(crate) fn run(data: &[u8]) {
     let most = 0x1_0000 + 160 * segments;
     let peak = allocations::count().peak;
     assert!(peak <= most as isize, "{peak} bytes allocated, more than {most}");
+    serves(&mut device, &ram);
+}
+
+/// Whatever came before: after a reset a driver that does everything right is served.
+fn serves(device: &mut mmio::Device<Memory>, ram: &Ram) {
+    write(device, STATUS, 0);
+    assert_eq!(status(device), Status::empty());
+    ram.accesses();
+    let [descriptors, driver, used] = areas(0);
+    for area in [driver, used] {
+        ram.poke(area, &[0; 0x100]);
+    }
+    let (from, to) = (0x1000, 0x2000);
+    ram.poke(from, b"still");
+    ram.poke(to, &[0; 5]);
+    // Head 0, which the device keeps until it is polled, and head 2, which it does not.
+    for head in [0, 2] {
+        for (index, address, flags) in [(head, from, 1), (head + 1, to, 2)] {
+            let rest = 5 | flags << 32 | (head + 1) << 48;
+            ram.poke(descriptors + 16 * index, &u64::to_le_bytes(address));
+            ram.poke(descriptors + 16 * index + 8, &u64::to_le_bytes(rest));
+        }
+    }
+    ram.poke(driver, &[0, 0, 2, 0, 0, 0, 2, 0]);
+    negotiate(device, &mut Input::new(&[]));
+    set_up(device, 0, &mut Input::new(&[]));
+    write(device, STATUS, 15);
+    assert_eq!(status(device).bits(), 15);
+    write(device, QUEUE_NOTIFY, 0);
+    device.poll();
+    assert_eq!(ram.peek(used + 2), [2, 0], "a used index");
+    let mut heads = [ram.peek::<8>(used + 4), ram.peek::<8>(used + 12)];
+    heads.sort_unstable();
+    assert_eq!(heads, [[0, 0, 0, 0, 5, 0, 0, 0], [2, 0, 0, 0, 5, 0, 0, 0]]);
+    assert_eq!(&ram.peek(to), b"still");
+    write(device, STATUS, 0);
+    ram.accesses();
+    device.kick(0);
+    device.poll();
+    assert_eq!(ram.accesses(), 0, "memory was touched after a reset");
 }
 
 /// The most accesses that one burst of a queue makes: it pops as many chains as it is long, copies, completes.
@@ -221,11 +289,16 @@ fn set_up(device: &mut mmio::Device<Memory>, queue: u8, input: &mut Input<'_>) {
 fn negotiate(device: &mut mmio::Device<Memory>, input: &mut Input<'_>) {
     let how = input.byte();
     let mut features = Features::VERSION_1;
-    for (bit, feature) in [Features::EVENT_IDX, Features::INDIRECT_DESC, Features::RING_PACKED, Features::RING_RESET]
-        .into_iter()
-        .enumerate()
-    {
-        if how & 1 << bit != 0 {
+    for (bit, feature) in [
+        (1, Features::EVENT_IDX),
+        (2, Features::INDIRECT_DESC),
+        (4, Features::RING_PACKED),
+        (8, Features::RING_RESET),
+        (8, Features::IN_ORDER),
+        (64, Features::SUSPEND),
+        (128, Features::NOTIFICATION_DATA),
+    ] {
+        if how & bit != 0 {
             features |= feature;
         }
     }

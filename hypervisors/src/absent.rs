@@ -153,6 +153,19 @@ macro_rules! absent {
                 Err(unavailable())
             }
 
+            /// Nothing is.
+            pub fn is_real() -> bool {
+                false
+            }
+
+            /// The argument with which nothing is run.
+            pub const HANDS: &str = concat!(stringify!($module), "-hands");
+
+            /// Fails as [`available`] does.
+            pub fn hands() -> Result<(), HypervisorError> {
+                Err(unavailable())
+            }
+
             fn unavailable() -> HypervisorError {
                 HypervisorError::Unavailable(concat!("the port to ", $name, " needs Linux on x86-64").into())
             }
@@ -172,7 +185,7 @@ macro_rules! absent {
 pub(crate) use absent;
 
 #[cfg(test)]
-#[allow(unreachable_pub)]
+#[allow(unreachable_pub, dead_code, reason = "not every port has a use for all of it")]
 mod tests {
     use polyvirt_transports::mmio;
 

@@ -277,8 +277,8 @@ fn an_access_where_nothing_is_stops_the_guest_and_says_where() {
     for (address, why) in [
         (RAM as u64, "after RAM"),
         (0xcfff_fffc, "before the devices"),
-        (0xd000_1000, "after the device"),
-        (0xd000_0ffe, "half in the device"),
+        (0xd010_0000, "after the device"),
+        (0xd00f_fffe, "half in the device"),
         (0x1_0000_0000, "beyond the page tables"),
         (u64::MAX - 3, "at the end of the address space"),
     ] {

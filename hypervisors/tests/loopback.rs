@@ -14,6 +14,7 @@ use polyvirt_core::memory::{Access, GuestMemory, Pages};
 use polyvirt_core::queue::{AddError, Buffer, Chain, DriverQueue};
 use polyvirt_core::transport::{Transport, TransportError, driver_ok, initialize};
 use polyvirt_hypervisors::loopback::{self, DEVICES, Guest, RAM};
+use polyvirt_transports::mmio::registers::PLACE_SIZE;
 use polyvirt_transports::mmio::{self, Registers};
 
 const WATCHDOG: Duration = Duration::from_secs(20);
@@ -273,7 +274,7 @@ fn several_devices_have_their_own_places_and_lines() {
 #[test]
 fn where_there_is_no_device_an_access_fails() {
     let (_host, guest, _death) = machine();
-    for address in [0, RAM, DEVICES - 4, DEVICES + 0x1000, u64::MAX - 3] {
+    for address in [0, RAM, DEVICES - 4, DEVICES + PLACE_SIZE, u64::MAX - 3] {
         assert!(guest.load(address, &mut [0; 4]).is_err(), "{address:#x}");
         assert!(guest.store(address, &[0; 4]).is_err(), "{address:#x}");
     }

@@ -5,14 +5,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Waker;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::hypervisor::{Guest as _, Host as _, HypervisorError, Share};
 use polyvirt_core::memory::{Access, GuestMemory, Lease, MemoryError};
 use polyvirt_core::queue::{Buffer, Chain, DriverQueue};
 use polyvirt_core::shared::Shared;
-use polyvirt_core::transport::{Interrupts, Transport, TransportError, driver_ok, initialize};
+use polyvirt_core::transport::{Interrupts, Transport, TransportError, driver_ok, initialize, resume, suspend};
 use polyvirt_core::{Features, Status};
 use polyvirt_hypervisors::xen::{self, Guest, Host};
 use polyvirt_transports::xenbus::{self, Backend, Domain, Driver};
@@ -278,6 +278,35 @@ fn the_configuration_is_read_written_and_its_change_is_an_interrupt() {
     driver.write_config(2, b"too long").unwrap();
     driver.read_config(0, &mut config[..4]).unwrap();
     assert_eq!(&config[..4], b"rung");
+}
+
+#[test]
+fn a_device_with_requests_in_flight_is_suspended_when_they_are_finished() {
+    let machine = machine();
+    let mut driver = connect(&machine.guest);
+    let mut requests = Requests::new(&machine.guest);
+    let mut queue = setup(&mut driver, Features::SUSPEND, 0);
+    machine.hold.store(true, Ordering::SeqCst);
+    requests.send(&mut queue, 1);
+    queue.kick().unwrap();
+    // One turn of the device may have begun before the kick. The next one serves kicks first: when it has answered, the
+    // device has the request.
+    driver.write_config(0, b"efgh").unwrap();
+    driver.write_config(0, b"ijkl").unwrap();
+    suspend(&mut driver).unwrap();
+    assert!(!driver.status().unwrap().contains(Status::SUSPEND), "it is held back");
+    machine.hold.store(false, Ordering::SeqCst);
+    let place = machine.guest.enumerate().unwrap().pop().unwrap();
+    machine.guest.store().write(&format!("{}/nudge", place.frontend), "1").unwrap();
+    requests.receive_all(&mut driver, &mut queue);
+    let begun = Instant::now();
+    while !driver.status().unwrap().contains(Status::SUSPEND) {
+        assert!(begun.elapsed() < WATCHDOG, "SUSPEND never shows");
+        std::thread::yield_now();
+    }
+    resume(&mut driver).unwrap();
+    assert!(!driver.status().unwrap().contains(Status::SUSPEND));
+    requests.exchange(&mut driver, &mut queue, 20);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The device configuration.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 
 use polyvirt_core::Features;
 use polyvirt_core::transport::{CONFIG_READ_ATTEMPTS, Transport, TransportError, read_config};
@@ -52,7 +52,7 @@ fn whole(session: &mut Session) -> Result<Vec<u8>, Objection> {
 }
 
 /// Makes the configuration change from far away. Whether the device has one that can.
-fn change(session: &mut Session, to: u16) -> Result<bool, Objection> {
+pub(super) fn change(session: &mut Session, to: u16) -> Result<bool, Objection> {
     session.trace.note(format!("(the far side changes the configuration to {to})"));
     match session.cell.device_type {
         BLK => session.far_side.set_capacity(to.into())?,
@@ -63,7 +63,7 @@ fn change(session: &mut Session, to: u16) -> Result<bool, Objection> {
 }
 
 /// The field that [`change`] changes.
-fn changing(session: &mut Session) -> Result<u64, Objection> {
+pub(super) fn changing(session: &mut Session) -> Result<u64, Objection> {
     let mut bytes = [0; 8];
     let len = if session.cell.device_type == BLK { 8 } else { 4 };
     read_config(&mut session.transport, 0, &mut bytes[..len])?;
@@ -71,12 +71,12 @@ fn changing(session: &mut Session) -> Result<u64, Objection> {
 }
 
 /// What [`changing`] reads after `change(to)`.
-fn changed(session: &Session, to: u16) -> u64 {
+pub(super) fn changed(session: &Session, to: u16) -> u64 {
     if session.cell.device_type == BLK { to.into() } else { u64::from(to) << 16 | u64::from(to) }
 }
 
 /// For cases about a change: features with which it shows.
-fn wanted() -> Features {
+pub(super) fn shown_by() -> Features {
     // VIRTIO_CONSOLE_F_SIZE.
     Features::bit(0)
 }
@@ -114,7 +114,7 @@ fn widths(session: &mut Session) -> Verdict {
 }
 
 fn read_only(session: &mut Session) -> Verdict {
-    let mut rings = session.bring_up(wanted())?;
+    let mut rings = session.bring_up(shown_by())?;
     let before = whole(session)?;
     for offset in 0..before.len() as u32 {
         session.transport.write_config(offset, &[0xff])?;
@@ -131,7 +131,7 @@ fn read_only(session: &mut Session) -> Verdict {
 }
 
 fn change_told(session: &mut Session) -> Verdict {
-    let rings = session.bring_up(wanted())?;
+    let rings = session.bring_up(shown_by())?;
     while session.interrupted()? {}
     for to in [300, 17] {
         if !change(session, to)? {
@@ -146,7 +146,7 @@ fn change_told(session: &mut Session) -> Verdict {
 }
 
 pub(super) fn generation(session: &mut Session) -> Verdict {
-    let rings = session.bring_up(wanted())?;
+    let rings = session.bring_up(shown_by())?;
     let mut before = session.transport.config_generation()?;
     for to in [300, 17, 300] {
         if !change(session, to)? {
@@ -162,7 +162,7 @@ pub(super) fn generation(session: &mut Session) -> Verdict {
 }
 
 fn racing(session: &mut Session) -> Verdict {
-    let rings = session.bring_up(wanted())?;
+    let rings = session.bring_up(shown_by())?;
     // Both halves of either value are alike, so that a mixture shows.
     let values = [0x0101, 0x0202];
     if !change(session, values[0])? {
@@ -172,28 +172,27 @@ fn racing(session: &mut Session) -> Verdict {
     // A byte of the capacity each, or columns and rows.
     let half = if session.cell.device_type == BLK { 1 } else { 2 };
     let mut far_side = std::mem::replace(&mut session.far_side, Box::new(()));
-    let (device, stop) = (session.cell.device_type, AtomicBool::new(false));
+    let device = session.cell.device_type;
     let verdict = std::thread::scope(|scope| {
-        let stop = &stop;
+        let (wanted, changes) = mpsc::channel();
+        let (made, changed) = mpsc::channel();
         let changer = scope.spawn(move || {
-            let mut turn = 0;
-            while !stop.load(Ordering::SeqCst) {
-                turn ^= 1;
-                let to = values[turn];
-                let done = if device == BLK { far_side.set_capacity(to.into()) } else { far_side.resize(to, to) };
-                if done.is_err() {
+            for to in changes {
+                let done = if device == BLK { far_side.set_capacity(u64::from(to)) } else { far_side.resize(to, to) };
+                if done.is_err() || made.send(()).is_err() {
                     break;
-                }
-                // The reader gets its turns: a device that only ever changes is another case.
-                for _ in 0..50 {
-                    std::thread::yield_now();
                 }
             }
             far_side
         });
         let mut read = || -> Result<(), Objection> {
             let mut settled = 0;
-            for _ in 0..300 {
+            for turn in 0..300 {
+                // Every other time a change is under way. All the time would be another case: nothing settles then.
+                let raced = turn % 2 == 0;
+                let under_way =
+                    if raced { wanted.send(values[turn / 2 % 2 ^ 1]).is_ok() } else { changed.recv().is_ok() };
+                ensure(under_way, "the far side changes the configuration", "it does not")?;
                 // Two halves, one after the other: they are of one configuration if the generation says so.
                 let before = session.transport.config_generation()?;
                 let (mut low, mut high) = (vec![0; half], vec![0; half]);
@@ -208,7 +207,7 @@ fn racing(session: &mut Session) -> Verdict {
             ensure(settled > 0, "a configuration that settles now and then", "it never does")
         };
         let verdict = read();
-        stop.store(true, Ordering::SeqCst);
+        drop(wanted);
         changer.join().map(|far_side| (far_side, verdict))
     });
     let Ok((far_side, verdict)) = verdict else {
@@ -221,7 +220,7 @@ fn racing(session: &mut Session) -> Verdict {
 }
 
 fn early_change(session: &mut Session) -> Verdict {
-    session.negotiate(wanted())?;
+    session.negotiate(shown_by())?;
     if !change(session, 300)? {
         return Ok(Finding::Passed);
     }
@@ -230,7 +229,7 @@ fn early_change(session: &mut Session) -> Verdict {
     serve(session, &mut rings)?;
     revive(session, rings)?;
     let expected = changed(session, 300);
-    let mut rings = session.bring_up(wanted())?;
+    let mut rings = session.bring_up(shown_by())?;
     serve(session, &mut rings)?;
     ensure_eq("the changed field", changing(session)?, expected)?;
     Ok(Finding::Passed)

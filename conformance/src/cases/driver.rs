@@ -347,7 +347,7 @@ fn spurious(session: &mut Session) -> Verdict {
 }
 
 /// The driver refuses what the device says, every time it is asked, and keeps its buffers.
-fn refuses(session: &mut Session, mut stage: Stage, expected: impl Fn(QueueError) -> bool) -> Verdict {
+pub(super) fn refuses(session: &mut Session, mut stage: Stage, expected: impl Fn(QueueError) -> bool) -> Verdict {
     let in_flight = stage.driver.in_flight();
     for _ in 0..2 {
         match stage.driver.get() {

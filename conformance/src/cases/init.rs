@@ -25,12 +25,6 @@ pub const CASES: &[Case] = &[
         .judges(&["N0005"])
         .class(&[26])
         .on(Applies::MODERN),
-    Case::new(
-        "init/legacy-before-driver-ok",
-        "a legacy driver may use the device before DRIVER_OK",
-        legacy_before_driver_ok,
-    )
-    .on(Applies { legacy: Some(true), ..Applies::ANY }),
     Case::new("init/served-without-another-kick", "what was available at DRIVER_OK is served then", without_kick),
     Case::new("init/driver-ok-twice", "DRIVER_OK written again changes nothing", driver_ok_twice).class(&[34]),
     Case::new("init/driver-ok-alone", "DRIVER_OK without FEATURES_OK does not start the device", driver_ok_alone)
@@ -147,18 +141,6 @@ fn untouched(
         ensure(!touched, format_args!("no access to rings and buffers {when}"), shown(access))?;
     }
     Ok(())
-}
-
-/// 3.1.2 Legacy Interface: Device Initialization.
-fn legacy_before_driver_ok(session: &mut Session) -> Verdict {
-    session.negotiate(Features::empty())?;
-    let mut rings = session.rings()?;
-    let sample = offer(session, &mut rings)?;
-    let (_, len) = session.wait_used(&mut rings[usize::from(sample.queue)])?;
-    sample.check(session, len)?;
-    session.go()?;
-    serve_next(session, &mut rings)?;
-    Ok(Finding::Passed)
 }
 
 fn before_driver_ok(session: &mut Session) -> Verdict {

@@ -8,10 +8,13 @@ pub mod console;
 pub mod driver;
 pub mod drivers;
 pub mod features;
+pub mod in_order;
+pub mod in_order_driver;
 pub mod indirect;
 pub mod init;
 pub mod mmio;
 pub mod mmio_driver;
+pub mod mmio_notification;
 pub mod notify;
 pub mod packed;
 pub mod packed_driver;
@@ -25,6 +28,7 @@ pub mod rng;
 pub mod rogue;
 pub mod sample;
 pub mod scripted;
+pub mod suspend;
 
 use crate::suite::Case;
 
@@ -37,13 +41,17 @@ pub fn all() -> Vec<Case> {
         ring::CASES,
         rogue::CASES,
         notify::CASES,
+        suspend::CASES,
         packed::CASES,
         chains::CASES,
         indirect::CASES,
+        in_order::CASES,
         driver::CASES,
         packed_driver::CASES,
+        in_order_driver::CASES,
         mmio::CASES,
         mmio_driver::CASES,
+        mmio_notification::CASES,
         pci::CASES,
         pci_interrupts::CASES,
         pci_driver::CASES,

@@ -22,7 +22,6 @@ use polyvirt_core::transport::{Transport, TransportError};
 
 pub use devices::Kind;
 use guard::Guarded;
-pub(crate) use pci::{MEMORY, PORTS};
 pub use pci::{OnPci, Pci, PciLegacy};
 pub use ports::{Kvm, Lguest, Loopback, Xen};
 pub use wires::{LguestPage, Mmio, MmioLegacy, Xenbus};
@@ -77,15 +76,16 @@ where
 pub trait Port: 'static {
     /// Its name.
     const NAME: &'static str;
-    /// What its results are worth.
-    const EVIDENCE: Evidence;
     /// Its host half.
     type Host: Host + Send + 'static;
     /// Its guest half.
     type Guest: Guest + 'static;
 
-    /// Whether it runs on this host; if not, one sentence that says why.
-    fn available() -> Result<(), String>;
+    /// What its results are worth.
+    fn evidence() -> Evidence;
+
+    /// What it runs on, on this host; if it does not run, one sentence that says why.
+    fn available() -> Result<String, String>;
 
     /// Starts a machine with `ram` bytes of memory.
     fn start(ram: usize) -> Result<(Self::Host, Arc<Self::Guest>), HypervisorError>;
@@ -229,17 +229,30 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Target for Local<P, W> {
             device_type: self.kind.device_type(),
             legacy: W::LEGACY,
             ring: self.ring,
-            evidence: P::EVIDENCE,
+            evidence: P::evidence(),
         }
     }
 
     fn available(&self) -> Result<(), String> {
-        P::available()
+        P::available().map(drop)
+    }
+
+    fn versions(&self) -> Vec<String> {
+        match P::evidence() {
+            Evidence::Emulated => P::available().into_iter().chain(kernel()).collect(),
+            Evidence::Real | Evidence::Model => Vec::new(),
+        }
     }
 
     fn session(&self, variant: Variant<'_>) -> Result<Session, String> {
         self.open(variant)
     }
+}
+
+/// The kernel that this is a process of.
+fn kernel() -> Option<String> {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
+    Some(format!("Linux {}", release.trim()))
 }
 
 /// Where the flat memory that drivers allocate from ends; none if every page stands for itself.

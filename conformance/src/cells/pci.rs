@@ -28,11 +28,14 @@ where
     P::Guest: Machine,
 {
     const NAME: &'static str = P::NAME;
-    const EVIDENCE: Evidence = P::EVIDENCE;
     type Host = pci::Host<P::Host>;
     type Guest = Bus<P::Guest>;
 
-    fn available() -> Result<(), String> {
+    fn evidence() -> Evidence {
+        P::evidence()
+    }
+
+    fn available() -> Result<String, String> {
         P::available()
     }
 
@@ -85,9 +88,9 @@ impl<H: Host<Place = HostPlace>, G: Functions + 'static> Wire<H, G> for PciLegac
 
 /// Offsets of a [`RegisterFile`] from here on are addresses of memory, wherever that is. Below are those of the function's
 /// [`region`]s.
-pub(crate) const MEMORY: u64 = 0xf << 60;
+const MEMORY: u64 = 0xf << 60;
 /// Offsets from here on are ports.
-pub(crate) const PORTS: u64 = 0xe << 60;
+const PORTS: u64 = 0xe << 60;
 
 fn observed<G: Functions + 'static>(
     guest: &Arc<G>,

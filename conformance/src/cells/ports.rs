@@ -3,23 +3,27 @@
 use std::sync::Arc;
 
 use polyvirt_core::hypervisor::{Hypervisor, HypervisorError};
+use polyvirt_hypervisors::xen;
 
 use super::Port;
 use crate::suite::Evidence;
 
 macro_rules! ports {
-    ($($(#[$doc:meta])* $port:ident: $module:ident, $evidence:ident;)*) => {$(
+    ($($(#[$doc:meta])* $port:ident: $module:ident, $evidence:expr;)*) => {$(
         $(#[$doc])*
         pub struct $port;
 
         impl Port for $port {
             const NAME: &'static str = stringify!($module);
-            const EVIDENCE: Evidence = Evidence::$evidence;
             type Host = <polyvirt_hypervisors::$module::$port as Hypervisor>::Host;
             type Guest = <polyvirt_hypervisors::$module::$port as Hypervisor>::Guest;
 
-            fn available() -> Result<(), String> {
-                polyvirt_hypervisors::$module::available().map(drop).map_err(|error| error.to_string())
+            fn evidence() -> Evidence {
+                $evidence
+            }
+
+            fn available() -> Result<String, String> {
+                polyvirt_hypervisors::$module::available().map_err(|error| error.to_string())
             }
 
             fn start(ram: usize) -> Result<(Self::Host, Arc<Self::Guest>), HypervisorError> {
@@ -31,11 +35,11 @@ macro_rules! ports {
 
 ports! {
     /// KVM.
-    Kvm: kvm, Real;
-    /// Xen.
-    Xen: xen, Model;
+    Kvm: kvm, Evidence::of_this_host();
+    /// Xen: a real one where the program runs in its domain 0.
+    Xen: xen, if xen::is_real() { Evidence::of_this_host() } else { Evidence::Model };
     /// lguest.
-    Lguest: lguest, Real;
+    Lguest: lguest, Evidence::of_this_host();
     /// No hypervisor: both halves in one process.
-    Loopback: loopback, Model;
+    Loopback: loopback, Evidence::Model;
 }

@@ -15,12 +15,11 @@ use super::{CheckArgs, CliError};
 /// What stands in the place of a hypervisor's name.
 pub(super) const HYPERVISOR: &str = "daemon";
 
+/// The cells of a daemon, and what is known of it.
+pub(super) type Known = (Vec<Arc<dyn Target>>, Option<Expectations>);
+
 /// The cells of the daemon that `target` names, and what is known of it.
-pub(super) fn select(
-    args: &CheckArgs,
-    target: &str,
-    expect: Option<&str>,
-) -> Result<(Vec<Arc<dyn Target>>, Option<Expectations>), CliError> {
+pub(super) fn select(args: &CheckArgs, target: &str, expect: Option<&str>) -> Result<Known, CliError> {
     let mistake = |sentence: String| CliError::Mistake(sentence);
     let Some(("vhost-user", path)) = target.split_once(':') else {
         return Err(mistake(format!("'{target}' is no target: expected vhost-user:PATH")));

@@ -19,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use polyvirt_hypervisors::xen;
 
 use output::Output;
 
@@ -63,6 +64,9 @@ enum Command {
     /// Real guests: unmodified Linux kernels whose own drivers use our devices
     #[command(subcommand)]
     Lab(lab::LabCommand),
+    /// Do what the one says who holds the other end of standard input: the guest's half of a cell on a real Xen
+    #[command(name = xen::HANDS, hide = true)]
+    XenHands,
     /// The statements of VIRTIO 1.4 that cases judge
     Ledger {
         /// How to tell it
@@ -179,6 +183,7 @@ fn run_command() -> ExitCode {
         Some(Command::Serve(args)) => serve::run(&args, &mut output),
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
         Some(Command::Lab(command)) => lab::run(&command, &mut output),
+        Some(Command::XenHands) => xen::hands().map(|()| SUCCESS).map_err(|error| CliError::Mistake(error.to_string())),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
     let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use polyvirt_core::device::Device;
 use polyvirt_devices::{blk, console, rng};
-use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen};
+use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen, outlive_truncation};
 
 use super::output::Output;
 use super::{CliError, SUCCESS};
@@ -59,12 +59,15 @@ struct At {
     /// The socket that front ends connect to, one after another; one that nobody listens on is replaced
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
+    /// Offer to have device addresses translated by the front end (VIRTIO_F_ACCESS_PLATFORM): for guests behind an IOMMU
+    #[arg(long)]
+    iommu: bool,
 }
 
 /// Serves what `args` say until the process is ended.
 pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
     let mut terminal = None;
-    let (device, told, At { socket }): (Box<dyn Device<Memory>>, _, _) = match &args.device {
+    let (device, told, At { socket, iommu }): (Box<dyn Device<Memory>>, _, _) = match &args.device {
         Served::Blk { image, read_only, queues, at } => {
             let (backend, told) = disk(image, *read_only)?;
             let options = blk::Options {
@@ -85,7 +88,8 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
     let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", socket.display()));
     let listener = bind(socket).map_err(|error| mistake(&error))?;
     let stop = Stop::new().map_err(|error| mistake(&error))?;
-    let mut backend = Backend::new(device).map_err(|error| mistake(&error))?;
+    outlive_truncation().map_err(|error| mistake(&error))?;
+    let mut backend = Backend::new(device, *iommu).map_err(|error| mistake(&error))?;
     output.text(&format!("{told}: ready at {}\n", socket.display()))?;
     output.flush()?;
     if let Some(handle) = terminal {

@@ -49,7 +49,7 @@ macro_rules! known {
         const KNOWN: &[(&str, &str)] = &[$(($name, include_str!(concat!("../../expectations/", $name)))),*];
     };
 }
-known!("polyvirt-serve-blk");
+known!("qemu-storage-daemon-blk");
 
 impl Expectations {
     /// The names of those that come with the program.

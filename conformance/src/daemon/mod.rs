@@ -2,9 +2,12 @@
 
 mod expectations;
 
+use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory};
@@ -22,6 +25,10 @@ const RAM: u64 = 8 << 20;
 /// Guest-physical address of it.
 const RAM_AT: u64 = 0x4000_0000;
 
+/// How long a daemon may take until it listens again, and how often it is tried.
+const DIAL_WATCHDOG: Duration = Duration::from_secs(5);
+const DIAL_PAUSE: Duration = Duration::from_millis(5);
+
 /// A daemon as the suite sees it. Every session is a connection of its own; what the device keeps, a disk's bytes say,
 /// stays from one to the next.
 pub struct Daemon {
@@ -38,6 +45,8 @@ impl Daemon {
 
     /// The formats of rings that the daemon offers.
     pub fn formats(socket: PathBuf, kind: Kind) -> Result<Vec<RingFormat>, String> {
+        // At once: if it is not there now, that is a mistake.
+        drop(UnixStream::connect(&socket).map_err(|error| format!("{}: {error}", socket.display()))?);
         let daemon = Self::new(socket, kind, RingFormat::Split);
         let mut driver = daemon.connect().map_err(|error| format!("{}: {error}", daemon.socket.display()))?.0;
         let offered = driver.device_features().map_err(|error| error.to_string())?;
@@ -56,8 +65,24 @@ impl Daemon {
         let guest = Guest { share, regions: vec![(RAM_AT, file, pages)] };
         let socket = self.socket.clone();
         let options = Options { queues: if self.kind == Kind::Console { 2 } else { 1 }, ..Options::default() };
-        let dial = Box::new(move || UnixStream::connect(&socket));
+        let dial = Box::new(move || dial(&socket));
         Ok((Driver::connect(dial, self.kind.device_type(), guest, options)?, memory))
+    }
+}
+
+/// Connects to `socket`. Some daemons take it away between two sessions, and put it there again.
+fn dial(socket: &Path) -> io::Result<UnixStream> {
+    let begun = Instant::now();
+    loop {
+        match UnixStream::connect(socket) {
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
+                    && begun.elapsed() < DIAL_WATCHDOG =>
+            {
+                thread::sleep(DIAL_PAUSE);
+            }
+            done => return done,
+        }
     }
 }
 

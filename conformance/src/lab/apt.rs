@@ -39,6 +39,8 @@ impl Apt {
         };
         write("sources.list", sources_list(sources))?;
         write("none", String::new())?;
+        // A copy: apt takes its locks beside it.
+        fs::copy(INSTALLED, folder.join("installed")).map_err(LabError::file(Path::new(INSTALLED)))?;
         // The system's proxies and the like.
         let system = tool::run(Command::new("apt-config").args(["dump", "Acquire"]))?;
         let configuration = write("apt.conf", system + &configuration(folder, host, sources))?;
@@ -115,7 +117,7 @@ fn configuration(folder: &Path, host: &str, sources: &[(&str, &str)]) -> String 
          Dir::Etc::preferencesparts \"/dev/null\";\n\
          Dir::State \"{folder}\";\n\
          Dir::State::lists \"{folder}/lists\";\n\
-         Dir::State::status \"{INSTALLED}\";\n\
+         Dir::State::status \"{folder}/installed\";\n\
          Dir::State::extended_states \"{folder}/none\";\n\
          Dir::Cache \"{folder}\";\n\
          Dir::Cache::archives \"{folder}/archives\";\n\

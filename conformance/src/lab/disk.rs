@@ -123,12 +123,14 @@ fn sha256(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::OnceLock;
+
     use super::*;
 
-    fn image() -> (tempfile::TempDir, Image) {
-        let folder = tempfile::tempdir().unwrap();
-        let image = Image::create(folder.path(), "split").unwrap();
-        (folder, image)
+    /// One image for all tests, whose file is gone: it takes a while to make.
+    fn image() -> &'static Image {
+        static IMAGE: OnceLock<Image> = OnceLock::new();
+        IMAGE.get_or_init(|| Image::create(tempfile::tempdir().unwrap().path(), "split").unwrap())
     }
 
     /// What a good guest leaves behind.
@@ -144,7 +146,8 @@ mod tests {
 
     #[test]
     fn a_disk_begins_with_its_name_and_nothing_is_found_on_a_fresh_one() {
-        let (_folder, image) = image();
+        let folder = tempfile::tempdir().unwrap();
+        let image = Image::create(folder.path(), "split").unwrap();
         assert!(image.content.starts_with(b"polyvirt lab disk split\n"));
         let after = image.after().unwrap();
         assert_eq!(after.sha256, image.sha256);
@@ -155,28 +158,27 @@ mod tests {
 
     #[test]
     fn what_a_guest_wrote_is_found() {
-        let (_folder, image) = image();
-        fs::write(&image.path, written(&image)).unwrap();
-        let after = image.after().unwrap();
+        let image = image();
+        let after = image.compare(&written(image));
         assert_eq!((after.missing, after.file, after.stray), (vec![], true, None));
         assert_ne!(after.sha256, image.sha256);
     }
 
     #[test]
     fn a_single_wrong_byte_is_found() {
-        let (_folder, image) = image();
-        let mut content = written(&image);
+        let image = image();
+        let mut content = written(image);
         content[DIRECT.bytes().start + 5000] ^= 1;
         assert_eq!(image.compare(&content).missing, [DIRECT.first]);
-        let mut content = written(&image);
+        let mut content = written(image);
         content[(9 << 20) + 700] ^= 1;
         assert_eq!(image.compare(&content).stray, Some((9 << 11) + 1));
     }
 
     #[test]
     fn an_image_of_another_size_is_stray() {
-        let (_folder, image) = image();
-        let mut content = written(&image);
+        let image = image();
+        let mut content = written(image);
         content.truncate(14 << 20);
         let after = image.compare(&content);
         assert_eq!((after.missing, after.stray), (vec![LAST.first], Some(14 << 11)));

@@ -149,6 +149,17 @@ impl Device {
     pub(super) fn ring(&self) -> &'static str {
         if self.features.contains(&RING_PACKED) { "packed" } else { "split" }
     }
+
+    /// Whether an IOMMU is between it and the guest's memory.
+    pub(super) fn behind_iommu(&self) -> bool {
+        self.features.contains(&ACCESS_PLATFORM)
+    }
+
+    /// How its driver reaches it, with an IOMMU in between or not.
+    pub(super) fn transport(&self, guest: &Guest) -> String {
+        let iommu = if self.behind_iommu() { "-iommu" } else { "" };
+        format!("{}{iommu}", guest.transport)
+    }
 }
 
 impl Display for Device {
@@ -164,9 +175,13 @@ const ACCESS_PLATFORM: u32 = 33;
 const RING_PACKED: u32 = 34;
 
 const SPLIT: Device = blk("split", "", &[VERSION_1]);
+const IOMMU: Device = blk("split", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
+const IOMMU_PACKED: Device = blk("packed", ",iommu_platform=on,packed=on", &[VERSION_1, ACCESS_PLATFORM, RING_PACKED]);
 const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
-const IOMMU: Device = blk("iommu", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
-const RNG: Device = Device { kind: Kind::Rng, variant: "split", options: "", features: &[VERSION_1] };
+/// User Mode Linux takes whatever is offered.
+const UML_DISK: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
+/// And so does QEMU for this one.
+const RNG: Device = Device { kind: Kind::Rng, variant: "packed", options: "", features: &[VERSION_1, RING_PACKED] };
 
 const fn blk(variant: &'static str, options: &'static str, features: &'static [u32]) -> Device {
     Device { kind: Kind::Blk, variant, options, features }
@@ -226,14 +241,29 @@ const SERIAL: [&str; 2] = ["-serial", "chardev:console"];
 /// host, clocks that go by the host's do not agree, and it hangs.
 const OWN_TIME: [&str; 2] = ["-icount", "shift=2"];
 
-static GUESTS: [Guest; 7] = [
+const PSERIES: Qemu = Qemu {
+    package: "qemu-system-ppc",
+    program: "qemu-system-ppc64",
+    // x-vof: no firmware to run. The other options are mitigations that TCG does not have and warns about.
+    machine: "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+    cpu: "power9",
+    processors: 1,
+    memory: 1024,
+    arguments: &[],
+    console: ["-device", "spapr-vty,chardev=console"],
+    tty: "hvc0",
+    bus: Bus::Pci,
+    firmware: None,
+};
+
+static GUESTS: [Guest; 8] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
         transport: "vhost-user",
         kernel: &UML,
         machine: Machine::UserMode,
-        devices: &[SPLIT, RNG],
+        devices: &[UML_DISK, RNG],
     },
     Guest {
         name: "x86-pc",
@@ -307,24 +337,19 @@ static GUESTS: [Guest; 7] = [
     },
     Guest {
         name: "ppc64le",
-        about: "pseries; once with every access through the IOMMU",
+        about: "pseries",
         transport: "pci",
         kernel: &PPC64LE,
-        machine: Machine::Qemu(Qemu {
-            package: "qemu-system-ppc",
-            program: "qemu-system-ppc64",
-            // x-vof: no firmware to run. The other options are mitigations that TCG does not have and warns about.
-            machine: "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
-            cpu: "power9",
-            processors: 1,
-            memory: 1024,
-            arguments: &[],
-            console: ["-device", "spapr-vty,chardev=console"],
-            tty: "hvc0",
-            bus: Bus::Pci,
-            firmware: None,
-        }),
+        machine: Machine::Qemu(PSERIES),
         devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "ppc64le-iommu",
+        about: "pseries, with every access through the IOMMU",
+        transport: "pci",
+        kernel: &PPC64LE,
+        machine: Machine::Qemu(PSERIES),
+        devices: &[IOMMU, IOMMU_PACKED],
     },
     Guest {
         name: "aarch64",

@@ -136,8 +136,8 @@ mod tests {
     #[test]
     fn every_device_has_a_socket_and_its_options() {
         let command = told("ppc64le");
-        assert!(command.contains("-chardev socket,id=socket3,path=/run/blk-iommu"), "{command}");
-        let device = "vhost-user-blk-pci-non-transitional,id=device3,chardev=socket3,iommu_platform=on";
+        assert!(command.contains("-chardev socket,id=socket2,path=/run/blk-packed"), "{command}");
+        let device = "vhost-user-blk-pci-non-transitional,id=device2,chardev=socket2,packed=on";
         assert!(command.contains(device), "{command}");
     }
 
@@ -154,7 +154,7 @@ mod tests {
         }
         let command = told("uml");
         assert!(
-            command.contains("virtio_uml.device=/run/blk-split:2") && command.contains("uml_dir=/run/"),
+            command.contains("virtio_uml.device=/run/blk-packed:2") && command.contains("uml_dir=/run/"),
             "{command}"
         );
     }

@@ -1,6 +1,6 @@
 //! Real guests: unmodified Debian kernels whose own drivers meet our devices.
 //!
-//! A guest is data ([`guests`]): a kernel package with the modules it needs, the machine that runs it, the disks it
+//! A guest is data ([`guests()`]): a kernel package with the modules it needs, the machine that runs it, the disks it
 //! finds there. [`setup`](setup::setup) fetches what that takes, [`run`](run::run) boots it and makes a cell of what the
 //! guest tells and of what its disks hold afterwards.
 

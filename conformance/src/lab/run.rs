@@ -60,7 +60,7 @@ impl Served {
             Kind::Rng => None,
         };
         let socket = folder.join(format!("{device}.sock"));
-        let server = Server::start(device.kind, image.as_ref().map(|image| &*image.path), queues, &socket)?;
+        let server = Server::start(device, image.as_ref().map(|image| &*image.path), queues, &socket)?;
         Ok(Self { device, image, socket, server })
     }
 
@@ -101,7 +101,7 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
         Machine::Qemu(machine) => machine.firmware,
         Machine::UserMode => None,
     };
-    let told = boot(command, firmware, &mut |event| {
+    let told = boot(&command, firmware, &mut |event| {
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
     })?;
 
@@ -186,7 +186,7 @@ fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
 fn empty(guest: &Guest, device: &Device) -> Cell {
     Cell {
         hypervisor: guest.name.into(),
-        transport: format!("{}-{}", guest.transport, device.variant),
+        transport: device.transport(guest),
         device: device.kind.name().into(),
         ring: device.ring().into(),
         evidence: EVIDENCE.into(),

@@ -8,7 +8,7 @@ use std::thread;
 
 use super::LabError;
 use super::boot::Process;
-use super::guests::Kind;
+use super::guests::Device;
 
 /// How much of a line is read.
 const LINE: u64 = 4096;
@@ -17,15 +17,18 @@ const LINE: u64 = 4096;
 pub(super) struct Server(Process);
 
 impl Server {
-    /// Serves a device at the new socket `socket`, a disk with its `image` and with `queues`; returns when it is ready.
-    pub(super) fn start(kind: Kind, image: Option<&Path>, queues: u32, socket: &Path) -> Result<Self, LabError> {
+    /// Serves `device` at the new socket `socket`, a disk with its `image` and with `queues`; returns when it is ready.
+    pub(super) fn start(device: &Device, image: Option<&Path>, queues: u32, socket: &Path) -> Result<Self, LabError> {
         let this = env::current_exe().map_err(LabError::file(Path::new("/proc/self/exe")))?;
         let mut command = Command::new(this);
-        command.args(["serve", kind.name(), "--socket"]).arg(socket);
+        command.args(["serve", device.kind.name(), "--socket"]).arg(socket);
         if let Some(image) = image {
             command.args(["--queues", &queues.to_string(), "--image"]).arg(image);
         }
-        let mut process = Process::start(&mut command)?;
+        if device.behind_iommu() {
+            command.arg("--iommu");
+        }
+        let mut process = Process::start(&command)?;
         let [out, error] = process.streams();
         // It says one line when it is ready; it says none, and why, if it cannot be.
         let mut ready = String::new();

@@ -65,8 +65,8 @@ impl Packed {
     fn behind(&self, at: Position, count: u32) -> Position {
         let size = u32::from(self.size());
         let (laps, rest) = (count / size, (count % size) as u16);
-        let last = at.advanced(rest, self.size());
-        Position::new(last.index, last.wrap() ^ (laps % 2 == 1))
+        let at = at.advanced(rest, self.size());
+        Position::new(at.index, at.wrap() ^ (laps % 2 == 1))
     }
 
     /// The words of an entry of an indirect table: WRITE is the only flag that an honest driver sets there (2.8.8), but
@@ -119,7 +119,7 @@ impl Packed {
 
     /// The chain at `head` of the case's table. It ends where a link leads out of the table, and when it is as long as
     /// the ring; NEXT stays in its last descriptor then.
-    fn chain(&self, head: u16) -> Vec<Descriptor> {
+    pub fn staged(&self, head: u16) -> Vec<Descriptor> {
         let mut chain = Vec::new();
         let mut at = Some(head);
         while let Some(&descriptor) = at.and_then(|at| self.table.get(usize::from(at))) {
@@ -169,7 +169,7 @@ impl Packed {
     }
 
     pub(super) fn offer_all(&mut self, heads: &[u16]) {
-        let late = heads.iter().flat_map(|&head| self.place(head, &self.chain(head))).collect();
+        let late = heads.iter().flat_map(|&head| self.place(head, &self.staged(head))).collect();
         self.publish(late);
     }
 

@@ -185,13 +185,16 @@ pub(crate) fn failures(report: &Report, style: Style) -> String {
     let mut out = String::new();
     for cell in &report.cells {
         for failure in &cell.failures {
+            let judges = match failure.statements.join(", ") {
+                none if none.is_empty() => none,
+                statements => format!(" (judges {statements})"),
+            };
             _ = writeln!(
                 out,
-                "{} {} on {} (judges {})\n  expected: {}\n  observed: {}",
+                "{} {} on {}{judges}\n  expected: {}\n  observed: {}",
                 style.paint(failure.outcome, &failure.outcome.word().to_uppercase(), 0),
                 failure.case,
                 cell.name(),
-                failure.statements.join(", "),
                 failure.expected.replace('\n', "\n    "),
                 failure.observed.replace('\n', "\n    "),
             );

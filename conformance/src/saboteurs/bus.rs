@@ -6,7 +6,8 @@ use std::task::Waker;
 
 use polyvirt_core::hypervisor::{BusDevice, Cause, Interrupt};
 use polyvirt_core::memory::{Access, GuestMemory};
-use polyvirt_core::queue::split::layout;
+use polyvirt_core::queue::packed::layout::{Position, Tail};
+use polyvirt_core::queue::split::layout::{self, NEXT};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers::*;
 
@@ -91,6 +92,20 @@ pub(super) struct QueueSeen {
     /// The available index at the last kick.
     pub(super) available: u16,
     pub(super) ready: bool,
+    /// How many chains were made available for the last kick.
+    pub(super) fresh: usize,
+    /// (Packed) where the next chain begins, less `Position::START`.
+    turned: u32,
+    /// (Packed) the slot in which the newest chain begins: where it is used.
+    slot: u16,
+}
+
+/// A chain that was made available.
+pub(super) struct Offered {
+    /// Its head or buffer id.
+    pub(super) id: u16,
+    /// Its entries of the descriptor table, or its slots.
+    pub(super) slots: Vec<u16>,
 }
 
 /// An honest device, and someone who is not.
@@ -145,26 +160,131 @@ impl Meddler {
         self.get(address).map_or(0, u16::from_le_bytes)
     }
 
-    /// The fields of an entry of a descriptor table: address, length, flags, next.
+    /// Whether rings are packed.
+    pub(super) fn packed(&self) -> bool {
+        self.has(Features::RING_PACKED)
+    }
+
+    /// The fields of an entry of a descriptor table, or of a packed ring: address, length, flags, next.
     pub(super) fn descriptor(&self, table: u64, slot: u16) -> (u64, u32, u16, u16) {
         let at = table + u64::from(slot) * layout::DESCRIPTOR_LEN;
         let [address, rest] = [at, at + 8].map(|at| self.get(at).map_or(0, u64::from_le_bytes));
-        (address, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16)
+        match self.packed() {
+            true => (address, rest as u32, (rest >> 48) as u16, slot.wrapping_add(1)),
+            false => (address, rest as u32, (rest >> 32) as u16, (rest >> 48) as u16),
+        }
     }
 
     pub(super) fn set_descriptor(&self, table: u64, slot: u16, (address, len, flags, next): (u64, u32, u16, u16)) {
         let at = table + u64::from(slot) * layout::DESCRIPTOR_LEN;
         self.put(at, &address.to_le_bytes());
-        let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(next) << 48;
-        self.put(at + 8, &rest.to_le_bytes());
+        self.put(at + 8, &len.to_le_bytes());
+        // A packed ring has the id in front of the flags.
+        match self.packed() {
+            true => self.put(at + 14, &flags.to_le_bytes()),
+            false => self.put(at + 12, &(u32::from(flags) | u32::from(next) << 16).to_le_bytes()),
+        }
+    }
+
+    /// (Packed) what a slot holds beside an address.
+    pub(super) fn tail(&self, queue: usize, slot: u16) -> Tail {
+        let at = self.queues[queue].areas[0] + u64::from(slot) * layout::DESCRIPTOR_LEN;
+        Tail::from_word(self.get(at + 8).map_or(0, u64::from_ne_bytes))
+    }
+
+    pub(super) fn set_tail(&self, queue: usize, slot: u16, tail: Tail) {
+        let at = self.queues[queue].areas[0] + u64::from(slot) * layout::DESCRIPTOR_LEN;
+        self.put(at + 8, &tail.to_word().to_ne_bytes());
+    }
+
+    /// (Packed) where the next chain begins.
+    pub(super) fn place(&self, queue: usize) -> Position {
+        let QueueSeen { size, turned, .. } = self.queues[queue];
+        let size = u32::from(size.max(1));
+        Position::new((turned % size) as u16, turned / size % 2 == 0)
+    }
+
+    /// The chains that were made available since the last kick. On a packed ring they end where nothing is available.
+    pub(super) fn offered(&self, queue: usize) -> Vec<Offered> {
+        let (ring, size) = (self.ring(queue), self.queues[queue].size);
+        let mut all = Vec::new();
+        if self.packed() {
+            let mut at = self.place(queue);
+            let mut slots = Vec::new();
+            for _ in 0..size {
+                let Tail { id, flags, .. } = self.tail(queue, at.index);
+                if slots.is_empty() && !at.is_available(flags) {
+                    break;
+                }
+                slots.push(at.index);
+                at = at.advanced(1, size);
+                if flags & NEXT == 0 {
+                    all.push(Offered { id, slots: std::mem::take(&mut slots) });
+                }
+            }
+            // One that does not end.
+            all.extend((!slots.is_empty()).then_some(Offered { id: 0, slots }));
+            return all;
+        }
+        let last = self.queues[queue].available;
+        for number in 0..self.u16(ring.available).wrapping_sub(last).min(size) {
+            let id = self.u16(ring.entries + 2 * u64::from(last.wrapping_add(number) % size));
+            let (mut slots, mut at) = (Vec::new(), id);
+            while slots.len() < size.into() && at < size {
+                slots.push(at);
+                let (_, _, flags, next) = self.descriptor(ring.table, at);
+                if flags & NEXT == 0 {
+                    break;
+                }
+                at = next;
+            }
+            all.push(Offered { id, slots });
+        }
+        all
+    }
+
+    /// Where what was used last says so: its id and its length, of so many bytes each.
+    pub(super) fn used(&self, queue: usize) -> [(u64, usize); 2] {
+        let ring = self.ring(queue);
+        if self.packed() {
+            let slot = ring.table + u64::from(self.queues[queue].slot) * layout::DESCRIPTOR_LEN;
+            return [(slot + 12, 2), (slot + 8, 4)];
+        }
+        let last = self.u16(ring.used).wrapping_sub(1) % ring.size.max(1);
+        let element = ring.elements + 8 * u64::from(last);
+        [(element, 4), (element + 4, 4)]
+    }
+
+    /// Puts a buffer into the ring as used, in the device's place, with nothing done.
+    pub(super) fn discard(&self, queue: usize) {
+        let offered = self.offered(queue);
+        if self.packed() {
+            let at = self.place(queue);
+            let id = offered.first().map_or(0, |chain| chain.id);
+            return self.set_tail(queue, at.index, Tail { len: 0, id, flags: at.used_flags() });
+        }
+        let (ring, id) = (self.ring(queue), offered.last().map_or(0, |chain| chain.id));
+        let used = self.u16(ring.used);
+        let element = ring.elements + 8 * u64::from(used % ring.size.max(1));
+        self.put(element, &u32::from(id).to_le_bytes());
+        self.put(element + 4, &[0; 4]);
+        self.put(ring.used, &used.wrapping_add(1).to_le_bytes());
     }
 
     /// Addresses of words of a queue's rings.
     pub(super) fn ring(&self, queue: usize) -> Words {
         let QueueSeen { size, areas: [table, driver, device], .. } = self.queues[queue];
         let words = |index: usize| 2 * index as u64;
+        if self.packed() {
+            // What says so is in the other order, and the rest is in the descriptors.
+            let (flags, used_event, used_flags) = (driver + 2, driver, device + 2);
+            let none = driver;
+            let (available, entries, used, elements) = (none, none, none, none);
+            return Words { table, device, size, flags, available, entries, used_event, used_flags, used, elements };
+        }
         Words {
             table,
+            device,
             size,
             flags: driver,
             available: driver + 2,
@@ -176,31 +296,33 @@ impl Meddler {
         }
     }
 
-    /// The head that the last entry of the available ring names.
-    pub(super) fn newest(&self, queue: usize) -> u16 {
-        let ring = self.ring(queue);
-        let last = self.u16(ring.available).wrapping_sub(1) % ring.size.max(1);
-        self.u16(ring.entries + 2 * u64::from(last))
-    }
-
     /// Whether the driver accepted `feature`.
     pub(super) fn has(&self, feature: Features) -> bool {
         self.accepted.contains(feature)
     }
 
     fn kick(&mut self, queue: usize, kick: impl FnOnce(&mut Self)) {
-        if queue >= self.queues.len() {
+        let meddles = self.plan.before.is_some() || self.plan.after.is_some();
+        if queue >= self.queues.len() || !meddles {
             return kick(self);
         }
-        if self.plan.before.is_none_or(|before| before(self, queue)) {
+        let goes_on = self.plan.before.is_none_or(|before| before(self, queue));
+        let offered = self.offered(queue);
+        if goes_on {
             kick(self);
+        }
+        let running = self.status.contains(Status::DRIVER_OK);
+        let seen = &mut self.queues[queue];
+        seen.fresh = offered.len();
+        if let Some(newest) = offered.last().filter(|_| running) {
+            seen.turned += offered.iter().map(|chain| chain.slots.len() as u32).sum::<u32>();
+            seen.slot = newest.slots.first().copied().unwrap_or(0);
         }
         if let Some(after) = self.plan.after {
             after(self, queue);
         }
-        let ring = self.ring(queue);
-        if (self.plan.before.is_some() || self.plan.after.is_some()) && self.queues[queue].ready {
-            self.queues[queue].available = self.u16(ring.available);
+        if self.queues[queue].ready {
+            self.queues[queue].available = self.u16(self.ring(queue).available);
         }
     }
 
@@ -216,7 +338,9 @@ impl Meddler {
                 if value == 0 {
                     self.resets += 1;
                     self.accepted = Features::empty();
-                    self.queues.iter_mut().for_each(|queue| (queue.available, queue.ready) = (0, false));
+                    self.queues.iter_mut().for_each(|queue| {
+                        (queue.available, queue.ready, queue.turned, queue.slot) = (0, false, 0, 0);
+                    });
                 }
             }
             (DRIVER_FEATURES_SEL | DEVICE_FEATURES_SEL, _) => self.features_sel = value,
@@ -233,9 +357,11 @@ impl Meddler {
     }
 }
 
-/// Addresses of words of a split ring.
+/// Addresses of words of a ring. A packed one lacks what a split one has in rings: there they are harmless words of its
+/// driver area.
 pub(super) struct Words {
     pub(super) table: u64,
+    pub(super) device: u64,
     pub(super) size: u16,
     pub(super) flags: u64,
     pub(super) available: u64,

@@ -62,6 +62,8 @@ pub(super) const SABOTEURS: &[Saboteur] = saboteurs! {
         transport(Transports { turned: true, ..Transports::HONEST });
     "(driver) puts device-writable buffers into a transmit queue", Console, ["N0843", "N0844"], ["drivers/console"],
         transport(Transports { turned: true, ..Transports::HONEST });
+    "(driver) does not take packed rings", Rng, ["N1578"], ["drivers/packed"],
+        transport(Transports { features: |honest| honest & !Features::RING_PACKED, ..Transports::HONEST });
     "(driver) does not accept VIRTIO_BLK_F_RO", Blk, ["N0776"], ["drivers/blk-read-only"],
         transport(Transports { features: |honest| honest & !Features::bit(5), ..Transports::HONEST });
 
@@ -114,7 +116,7 @@ pub(super) const SABOTEURS: &[Saboteur] = saboteurs! {
 
     "(driver) starts with what the rings held", Rng, ["N0071"], ["driver/clean-start"],
         role(|virtqueue| Naive::make(virtqueue, Fault { dirty: true, ..Fault::NONE }));
-    "(driver) sets flags that do not exist", Rng, ["N0055", "N0057"], ["driver/flags"],
+    "(driver) sets flags that do not exist", Rng, ["N0055", "N0057"], ["driver/flags", "driver/packed-events"],
         role(|virtqueue| Naive::make(virtqueue, Fault { odd_flags: true, ..Fault::NONE }));
     "(driver) puts device-writable pieces first", Rng, ["N0039"], ["driver/readable-first"],
         role(|virtqueue| Naive::make(virtqueue, Fault { reversed: true, ..Fault::NONE }));
@@ -130,13 +132,13 @@ pub(super) const SABOTEURS: &[Saboteur] = saboteurs! {
         role(|virtqueue| Naive::make(virtqueue, Fault { wraps_at: 1000, ..Fault::NONE }));
     "(driver) never kicks", Rng, ["N0074", "N0076"], ["driver/kicks-when-asked", "driver/avail-event", "driver/kicks-not-when-not-asked"],
         role(|virtqueue| Naive::make(virtqueue, Fault { kicks: Some(false), ..Fault::NONE }));
-    "(driver) always kicks", Rng, ["N0073", "N0077"], ["driver/kicks-not-when-not-asked", "driver/avail-event"],
+    "(driver) always kicks", Rng, ["N0073", "N0077"], ["driver/kicks-not-when-not-asked", "driver/avail-event", "driver/packed-kick-rounds"],
         role(|virtqueue| Naive::make(virtqueue, Fault { kicks: Some(true), ..Fault::NONE }));
     "(driver) heeds avail_event although it was not negotiated", Rng, ["N0072"], ["driver/kicks-when-asked"],
         role(|virtqueue| Naive::make(virtqueue, Fault { event_idx: true, ..Fault::NONE }));
     "(driver) heeds the used flags although avail_event is negotiated", Rng, ["N0075"], ["driver/avail-event"],
         role(|virtqueue| Naive::make(virtqueue, Fault::NONE));
-    "(driver) takes every interrupt for a buffer", Rng, ["N0059"], ["driver/spurious-interrupt"],
+    "(driver) takes every interrupt for a buffer", Rng, ["N0059"], ["driver/spurious-interrupt", "driver/packed-stale-used"],
         role(|virtqueue| Naive::make(virtqueue, Fault { eager: true, ..Fault::NONE }));
     "(driver) believes the device", Rng, [],
         [
@@ -145,16 +147,27 @@ pub(super) const SABOTEURS: &[Saboteur] = saboteurs! {
             "driver/used-id-no-head",
             "driver/used-id-twice",
             "driver/used-length-beyond",
-            "driver/rewritten-descriptors"
+            "driver/rewritten-descriptors",
+            "driver/packed-length-reserved"
         ],
         role(|virtqueue| Naive::make(virtqueue, Fault::NONE));
+    "(driver) writes over what is in flight", Rng, ["N0093", "N0094"], ["driver/packed-hands-off"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { restless: true, ..Fault::NONE }));
+    "(driver) does not look whether there is room", Rng, ["N0100", "N0101"], ["driver/packed-room"],
+        role(|virtqueue| Naive::make(virtqueue, Fault::NONE));
+    "(driver) makes the first descriptor available first", Rng, ["N0102"], ["driver/packed-first-last"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { hasty: true, ..Fault::NONE }));
+    "(driver) has one id for all buffers", Rng, [], ["driver/packed-any-order"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { one_id: true, ..Fault::NONE }));
+    "(driver) does not count rounds", Rng, [], ["driver/packed-rounds"],
+        role(|virtqueue| Naive::make(virtqueue, Fault { one_round: true, ..Fault::NONE }));
 };
 
 fn transport(broken: Transports) -> Arc<dyn Sabotage<Memory>> {
     Arc::new(broken)
 }
 
-fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabotage<Memory>> {
+pub(super) fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabotage<Memory>> {
     struct Registers(fn(RegisterAccess) -> Vec<RegisterAccess>);
     impl Sabotage<Memory> for Registers {
         fn register_access(&self) -> Option<fn(RegisterAccess) -> Vec<RegisterAccess>> {
@@ -164,7 +177,7 @@ fn registers(change: fn(RegisterAccess) -> Vec<RegisterAccess>) -> Arc<dyn Sabot
     Arc::new(Registers(change))
 }
 
-fn role(make: MakeRole) -> Arc<dyn Sabotage<Memory>> {
+pub(super) fn role(make: MakeRole) -> Arc<dyn Sabotage<Memory>> {
     struct Role(MakeRole);
     impl Sabotage<Memory> for Role {
         fn driver_role(&self) -> Option<MakeRole> {

@@ -9,10 +9,14 @@ mod careless;
 mod device;
 mod driver;
 mod far_side;
+mod in_order;
 mod naive;
+mod notification;
+mod packed;
 mod parsers;
 mod registers;
 mod rings;
+mod suspend;
 
 use std::sync::Arc;
 
@@ -25,8 +29,12 @@ type Memory = MemoryOf<Loopback>;
 /// Where a saboteur sits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// On the loopback.
+    /// On the loopback, with each format of rings.
     Modern,
+    /// On the loopback, with split rings.
+    Split,
+    /// On the loopback, with packed rings.
+    Packed,
     /// On lguest, for what only the legacy interface has. Not every host can run it.
     Legacy,
 }
@@ -47,12 +55,17 @@ pub struct Saboteur {
 }
 
 impl Saboteur {
-    /// A target with it inside.
-    pub fn target(&self) -> Arc<dyn Target> {
+    /// Targets with it inside, one for each format of rings.
+    pub fn targets(&self) -> Vec<Arc<dyn Target>> {
+        let modern =
+            |ring| -> Arc<dyn Target> { Arc::new(Local::<Loopback, Mmio>::sabotaged(self.kind, ring, (self.make)())) };
         match self.place {
-            Place::Modern => Arc::new(Local::<Loopback, Mmio>::sabotaged(self.kind, RingFormat::Split, (self.make)())),
+            Place::Modern => RingFormat::of(false).iter().map(|&ring| modern(ring)).collect(),
+            Place::Split => vec![modern(RingFormat::Split)],
+            Place::Packed => vec![modern(RingFormat::Packed)],
             Place::Legacy => {
-                Arc::new(Local::<Lguest, LguestPage>::sabotaged(self.kind, RingFormat::Split, (self.make)()))
+                let ring = RingFormat::Split;
+                vec![Arc::new(Local::<Lguest, LguestPage>::sabotaged(self.kind, ring, (self.make)()))]
             }
         }
     }
@@ -65,6 +78,10 @@ pub fn all() -> impl Iterator<Item = &'static Saboteur> {
         registers::SABOTEURS,
         careless::SABOTEURS,
         rings::SABOTEURS,
+        packed::SABOTEURS,
+        suspend::SABOTEURS,
+        in_order::SABOTEURS,
+        notification::SABOTEURS,
         parsers::SABOTEURS,
         far_side::SABOTEURS,
         driver::SABOTEURS,

@@ -1,7 +1,9 @@
 //! The driver that everyone writes first.
 
+use std::time::Duration;
+
 use polyvirt_core::memory::Pages;
-use polyvirt_core::queue::packed::layout::EVENTS_OFF;
+use polyvirt_core::queue::packed::layout::{EVENTS_OFF, Position, Tail};
 use polyvirt_core::queue::{AddError, Buffer, QueueError};
 use polyvirt_core::transport::{TransportError, Virtqueue};
 
@@ -33,6 +35,14 @@ pub(super) struct Fault {
     pub(super) event_idx: bool,
     /// Takes what was not used.
     pub(super) eager: bool,
+    /// (Packed) writes the slot before its own once more.
+    pub(super) restless: bool,
+    /// (Packed) makes the first descriptor of a list available before the others.
+    pub(super) hasty: bool,
+    /// (Packed) has the same id for every buffer.
+    pub(super) one_id: bool,
+    /// (Packed) does not turn its wrap counter.
+    pub(super) one_round: bool,
 }
 
 impl Fault {
@@ -48,8 +58,15 @@ impl Fault {
         kicks: None,
         event_idx: false,
         eager: false,
+        restless: false,
+        hasty: false,
+        one_id: false,
+        one_round: false,
     };
 }
+
+/// How long a list is incomplete: for anyone to see.
+const HASTE: Duration = Duration::from_millis(20);
 
 /// It keeps nothing for itself, and believes what the ring says.
 pub(super) struct Naive {
@@ -81,6 +98,29 @@ impl Naive {
             bytes.iter_mut().skip(14).step_by(16).for_each(|flags| *flags |= NEXT as u8);
         }
         bytes
+    }
+
+    /// Makes the chain at `head` available in a packed ring.
+    fn offer_packed(&mut self, head: u16) {
+        let (size, fault) = (self.ring.size(), self.fault);
+        let packed = self.ring.packed();
+        let (chain, at) = (packed.staged(head), packed.available);
+        let id = if fault.one_id { 0 } else { head };
+        if fault.restless {
+            let slot = (at.index + size - 1) % size;
+            let (address, tail) = packed.slot(slot);
+            packed.set_slot(slot, address, Tail { len: tail.len ^ 1, ..tail });
+        }
+        if fault.hasty && chain.len() > 1 {
+            packed.offer(id, &chain[..1]);
+            std::thread::sleep(HASTE);
+            packed.offer(id, &chain[1..]);
+        } else {
+            packed.offer(id, &chain);
+        }
+        if fault.one_round {
+            packed.available = Position::new(packed.available.index, true);
+        }
     }
 
     /// Whether the device is to be kicked for chains that were published from `old` on.
@@ -180,7 +220,10 @@ impl DriverRole for Naive {
             self.ring.offer_all(&heads);
             return if wanted { self.ring.kick().map(|()| true) } else { Ok(false) };
         }
-        self.ring.offer_all(&heads);
+        match self.ring.is_packed() {
+            true => heads.into_iter().for_each(|head| self.offer_packed(head)),
+            false => self.ring.offer_all(&heads),
+        }
         if self.fault.wraps_at > 0 && !self.ring.is_packed() {
             let index = self.ring.offered % self.fault.wraps_at;
             self.ring.offered = index;

@@ -6,28 +6,19 @@ use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers::{QUEUE_NOTIFY, STATUS};
 
 use super::bus::{Meddler, Plan};
-use super::rings::{before, discard};
+use super::rings::before;
 use super::{Place, Saboteur};
 use crate::cells::Kind;
 
 /// A descriptor: address, length, flags, next.
 type Entry = (u64, u32, u16, u16);
 
-/// Whether any descriptor of the newest chain is as `is` says: flags, position.
+/// Whether any descriptor of what was made available is as `is` says: flags, position.
 fn any_descriptor(meddler: &Meddler, queue: usize, is: fn(u16, usize) -> bool) -> bool {
-    let ring = meddler.ring(queue);
-    let mut at = meddler.newest(queue);
-    for position in 0..usize::from(ring.size) {
-        let (_, _, flags, next) = meddler.descriptor(ring.table, at);
-        if is(flags, position) {
-            return true;
-        }
-        if flags & NEXT == 0 {
-            return false;
-        }
-        at = next % ring.size;
-    }
-    false
+    let table = meddler.ring(queue).table;
+    let flags = |&slot: &u16| meddler.descriptor(table, slot).2;
+    let chains = meddler.offered(queue);
+    chains.iter().any(|chain| chain.slots.iter().map(flags).enumerate().any(|(position, flags)| is(flags, position)))
 }
 
 /// Applies `change` to every entry of the descriptor table, and of the tables that it names.
@@ -67,7 +58,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             before(|meddler, queue| {
                 let odd = any_descriptor(meddler, queue, |flags, _| flags & (INDIRECT | WRITE) == INDIRECT | WRITE);
                 if odd {
-                    discard(meddler, queue, meddler.newest(queue));
+                    meddler.discard(queue);
                 }
                 !odd
             })
@@ -78,13 +69,13 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         name: "knows indirect descriptors only at the head",
         violates: &["N0053"],
         kind: Kind::Blk,
-        place: Place::Modern,
+        place: Place::Split,
         breaks: &["ring/indirect-behind-direct"],
         make: || {
             before(|meddler, queue| {
                 let odd = any_descriptor(meddler, queue, |flags, position| flags & INDIRECT != 0 && position > 0);
                 if odd {
-                    discard(meddler, queue, meddler.newest(queue));
+                    meddler.discard(queue);
                 }
                 !odd
             })
@@ -96,12 +87,12 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         violates: &["N0053"],
         kind: Kind::Blk,
         place: Place::Modern,
-        breaks: &["ring/indirect", "ring/indirect-out-of-order"],
+        breaks: &["ring/indirect", "ring/indirect-out-of-order", "packed/indirect-reserved"],
         make: || {
             before(|meddler, queue| {
                 let odd = any_descriptor(meddler, queue, |flags, _| flags & INDIRECT != 0);
                 if odd {
-                    discard(meddler, queue, meddler.newest(queue));
+                    meddler.discard(queue);
                 }
                 !odd
             })
@@ -135,7 +126,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         name: "takes heads and indices modulo something",
         violates: &[],
         kind: Kind::Rng,
-        place: Place::Modern,
+        place: Place::Split,
         breaks: &["ring/head-beyond-table", "ring/index-jump", "ring/index-back"],
         make: || {
             before(|meddler, queue| {
@@ -236,7 +227,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
                 let (address, len, _, _) = meddler.descriptor(meddler.ring(queue).table, 0);
                 let last = !mapped(meddler, address, len + 1);
                 if last {
-                    discard(meddler, queue, 0);
+                    meddler.discard(queue);
                 }
                 !last
             })
@@ -253,7 +244,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             before(|meddler, queue| {
                 let long = any_descriptor(meddler, queue, |_, position| position > 6);
                 if long {
-                    discard(meddler, queue, 0);
+                    meddler.discard(queue);
                 }
                 !long
             })
@@ -286,11 +277,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         breaks: &["ring/same-head-twice", "ring/same-head-in-flight"],
         make: || {
             before(|meddler, queue| {
-                let ring = meddler.ring(queue);
-                let (index, used) = (meddler.u16(ring.available), meddler.u16(ring.used));
-                let count = index.wrapping_sub(used).min(ring.size);
-                let entry = |number: u16| ring.entries + 2 * u64::from(used.wrapping_add(number) % ring.size);
-                let mut heads: Vec<_> = (0..count).map(|number| meddler.u16(entry(number))).collect();
+                let mut heads: Vec<_> = meddler.offered(queue).iter().map(|chain| chain.id).collect();
                 heads.sort();
                 assert!(heads.windows(2).all(|pair| pair[0] != pair[1]), "a head came twice");
                 true
@@ -318,6 +305,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             "chains/aimed-at-descriptors",
             "chains/aimed-at-used-ring",
             "chains/writable-first",
+            "packed/indirect-in-a-list",
         ],
         make: || {
             before(|meddler, queue| {
@@ -327,12 +315,16 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
                     assert!(!used || len > 0 && mapped(meddler, address, len), "no memory");
                     assert!(flags & NEXT == 0 || next > slot && next < size, "a loop");
                     assert!(size <= ring.size, "a long table");
-                    assert!(address != ring.table && address != ring.used_flags, "the ring itself");
+                    let own = ring.table..ring.table + 16 * u64::from(ring.size);
+                    assert!(!own.contains(&address) && address != ring.device, "the ring itself");
                     if flags & INDIRECT != 0 {
                         assert!(meddler.has(Features::INDIRECT_DESC), "not negotiated");
                         assert!(flags & NEXT == 0 && len % 16 == 0, "an odd table");
+                        assert!(len / 16 <= ring.size.into(), "a long table");
                         let inner = (0..len / 16).map(|slot| meddler.descriptor(address, slot as u16));
                         assert!(inner.into_iter().all(|(_, _, flags, _)| flags & INDIRECT == 0), "nested");
+                        let before = slot.checked_sub(1).map_or(0, |slot| meddler.descriptor(ring.table, slot).2);
+                        assert!(!meddler.packed() || before & NEXT == 0, "part of a list");
                     } else if slot > 0 && flags & WRITE == 0 && used {
                         let (_, _, before, _) = meddler.descriptor(ring.table, slot - 1);
                         assert!(before & WRITE == 0 || before & NEXT == 0, "writable first");
@@ -358,9 +350,8 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             };
             let after = |meddler: &mut Meddler, queue: usize| {
                 let needs_reset = meddler.ask(STATUS) & u32::from(Status::DEVICE_NEEDS_RESET.bits()) != 0;
-                let ring = meddler.ring(queue);
-                let last = meddler.u16(ring.used).wrapping_sub(1) % ring.size.max(1);
-                meddler.flag |= needs_reset || meddler.u16(ring.elements + 8 * u64::from(last) + 4) <= 1;
+                let [_, (len, _)] = meddler.used(queue);
+                meddler.flag |= needs_reset || meddler.u16(len) <= 1;
             };
             Plan { write: Some(write), after: Some(after), ..Plan::NOTHING }.sabotage()
         },

@@ -13,18 +13,8 @@ pub(super) const fn before(work: fn(&mut Meddler, usize) -> bool) -> Plan {
 }
 
 /// One that meddles after the device looked.
-const fn after(work: fn(&mut Meddler, usize)) -> Plan {
+pub(super) const fn after(work: fn(&mut Meddler, usize)) -> Plan {
     Plan { after: Some(work), ..Plan::NOTHING }
-}
-
-/// Puts a chain into the used ring in the device's place, with nothing done.
-pub(super) fn discard(meddler: &mut Meddler, queue: usize, head: u16) {
-    let ring = meddler.ring(queue);
-    let used = meddler.u16(ring.used);
-    let element = ring.elements + 8 * u64::from(used % ring.size);
-    meddler.put(element, &u32::from(head).to_le_bytes());
-    meddler.put(element + 4, &[0; 4]);
-    meddler.put(ring.used, &used.wrapping_add(1).to_le_bytes());
 }
 
 pub(super) const SABOTEURS: &[Saboteur] = &[
@@ -56,11 +46,13 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
                 if !starts {
                     return Some(value);
                 }
-                let at = meddler.ring(0).available;
-                let index = meddler.u16(at);
+                // What says that something is there: the available index, or the flags of the first descriptor.
+                let ring = meddler.ring(0);
+                let at = if meddler.packed() { ring.table + 14 } else { ring.available };
+                let says = meddler.u16(at);
                 meddler.put(at, &[0, 0]);
                 meddler.tell(STATUS, value);
-                meddler.put(at, &index.to_le_bytes());
+                meddler.put(at, &says.to_le_bytes());
                 None
             };
             Plan { write: Some(write), ..Plan::NOTHING }.sabotage()
@@ -104,11 +96,9 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         breaks: &["ring/used-id", "ring/scattered-slots", "ring/whole-queue", "ring/wrap"],
         make: || {
             after(|meddler, queue| {
-                let ring = meddler.ring(queue);
-                let last = meddler.u16(ring.used).wrapping_sub(1) % ring.size.max(1);
-                let element = ring.elements + 8 * u64::from(last);
-                let id = meddler.u16(element);
-                meddler.put(element, &(id ^ 1).to_le_bytes());
+                let [(at, _), _] = meddler.used(queue);
+                let id = meddler.u16(at);
+                meddler.put(at, &(id ^ 1).to_le_bytes());
             })
             .sabotage()
         },
@@ -121,9 +111,10 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         breaks: &["ring/length-before-index"],
         make: || {
             after(|meddler, queue| {
-                let element = meddler.ring(queue).elements;
-                let bytes: [u8; 8] = meddler.get(element).unwrap_or_default();
-                meddler.put(element, &bytes);
+                for (at, len) in meddler.used(queue) {
+                    let bytes: [u8; 4] = meddler.get(at).unwrap_or_default();
+                    meddler.put(at, &bytes[..len]);
+                }
             })
             .sabotage()
         },
@@ -132,7 +123,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         name: "marks descriptors that it has seen",
         violates: &["N0044"],
         kind: Kind::Rng,
-        place: Place::Modern,
+        place: Place::Split,
         breaks: &["ring/descriptors-untouched", "ring/only-what-is-given"],
         make: || {
             after(|meddler, queue| {
@@ -163,7 +154,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         violates: &["N0061"],
         kind: Kind::Rng,
         place: Place::Modern,
-        breaks: &["notify/no-interrupt-when-not-wanted", "notify/wanted-again"],
+        breaks: &["notify/no-interrupt-when-not-wanted", "notify/wanted-again", "packed/events-on-and-off"],
         make: || {
             before(|meddler, queue| {
                 meddler.put(meddler.ring(queue).flags, &[0, 0]);
@@ -181,7 +172,8 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         make: || {
             before(|meddler, queue| {
                 let ring = meddler.ring(queue);
-                if !meddler.has(Features::EVENT_IDX) && meddler.u16(ring.used_event) != meddler.u16(ring.used) {
+                let next = if meddler.packed() { meddler.place(queue).pack() } else { meddler.u16(ring.used) };
+                if !meddler.has(Features::EVENT_IDX) && meddler.u16(ring.used_event) != next {
                     meddler.put(ring.flags, &[1, 0]);
                 }
                 true
@@ -194,12 +186,12 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         violates: &["N0065"],
         kind: Kind::Rng,
         place: Place::Modern,
-        breaks: &["notify/used-event-not-reached"],
+        breaks: &["notify/used-event-not-reached", "packed/event-next-round"],
         make: || {
             before(|meddler, queue| {
                 let ring = meddler.ring(queue);
-                let used = meddler.u16(ring.used);
-                meddler.put(ring.used_event, &used.to_le_bytes());
+                let next = if meddler.packed() { meddler.place(queue).pack() } else { meddler.u16(ring.used) };
+                meddler.put(ring.used_event, &next.to_le_bytes());
                 true
             })
             .sabotage()
@@ -225,7 +217,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         name: "heeds the available flags although used_event is negotiated",
         violates: &["N0063"],
         kind: Kind::Rng,
-        place: Place::Modern,
+        place: Place::Split,
         breaks: &["notify/flags-ignored"],
         make: || {
             before(|meddler, queue| {
@@ -243,7 +235,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         name: "sets a used flag that does not exist",
         violates: &["N0078"],
         kind: Kind::Rng,
-        place: Place::Modern,
+        place: Place::Split,
         breaks: &["notify/used-flags"],
         make: || after(|meddler, queue| meddler.put(meddler.ring(queue).used_flags, &[2, 0])).sabotage(),
     },
@@ -251,7 +243,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         name: "sets the used flag with EVENT_IDX",
         violates: &["N0080"],
         kind: Kind::Rng,
-        place: Place::Modern,
+        place: Place::Split,
         breaks: &["notify/used-flags"],
         make: || {
             after(|meddler, queue| {
@@ -278,9 +270,8 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         breaks: &["notify/storm", "notify/kicks-for-other-queues"],
         make: || {
             after(|meddler, queue| {
-                let ring = meddler.ring(queue);
-                if meddler.u16(ring.available) == meddler.queues[queue].available {
-                    discard(meddler, queue, 0);
+                if meddler.queues[queue].fresh == 0 {
+                    meddler.discard(queue);
                 }
             })
             .sabotage()
@@ -291,12 +282,14 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         violates: &[],
         kind: Kind::Rng,
         place: Place::Modern,
-        breaks: &["notify/used-event-poisoned"],
+        breaks: &["notify/used-event-poisoned", "packed/event-odd"],
         make: || {
             before(|meddler, queue| {
                 let ring = meddler.ring(queue);
-                let ahead = meddler.u16(ring.used_event).wrapping_sub(meddler.u16(ring.used));
-                assert!(ahead <= ring.size, "used_event is {ahead} ahead");
+                let event = meddler.u16(ring.used_event);
+                let ahead = if meddler.packed() { event & 0x7fff } else { event.wrapping_sub(meddler.u16(ring.used)) };
+                assert!(ahead <= ring.size, "an event at {event:#x}");
+                assert!(!meddler.packed() || meddler.u16(ring.flags) < 3, "flags that nobody knows");
                 true
             })
             .sabotage()
@@ -306,7 +299,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         name: "stops when the 16-bit index wraps",
         violates: &[],
         kind: Kind::Rng,
-        place: Place::Modern,
+        place: Place::Split,
         breaks: &["ring/index-wrap"],
         make: || {
             before(|meddler, queue| meddler.u16(meddler.ring(queue).available) >= meddler.queues[queue].available)
@@ -318,9 +311,13 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         violates: &[],
         kind: Kind::Rng,
         place: Place::Modern,
-        breaks: &["ring/wrap"],
+        breaks: &["ring/wrap", "packed/any-size"],
         make: || {
-            before(|meddler, queue| meddler.u16(meddler.ring(queue).available) <= meddler.ring(queue).size).sabotage()
+            before(|meddler, queue| match meddler.packed() {
+                true => meddler.place(queue).wrap(),
+                false => meddler.u16(meddler.ring(queue).available) <= meddler.ring(queue).size,
+            })
+            .sabotage()
         },
     },
 ];

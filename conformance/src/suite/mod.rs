@@ -14,6 +14,7 @@ mod session;
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
+use std::sync::LazyLock;
 
 use polyvirt_core::transport::TransportError;
 
@@ -208,6 +209,9 @@ impl Objection {
 
 impl From<TransportError> for Objection {
     fn from(error: TransportError) -> Self {
+        if let TransportError::Unsupported(_) = error {
+            return Self::Skipped(error.to_string());
+        }
         Self::failed("the transport does what it is asked", error)
     }
 }
@@ -266,6 +270,17 @@ pub enum Evidence {
     Model,
 }
 
+impl Evidence {
+    /// What a real interface of this host is worth: its processor may be emulated.
+    pub fn of_this_host() -> Self {
+        static EMULATED: LazyLock<bool> = LazyLock::new(|| {
+            // QEMU's name for the processor that it emulates instruction by instruction.
+            std::fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| text.contains("QEMU TCG CPU"))
+        });
+        if *EMULATED { Self::Emulated } else { Self::Real }
+    }
+}
+
 impl fmt::Display for Evidence {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match self {
@@ -308,6 +323,11 @@ pub trait Target: Send + Sync {
 
     /// Whether sessions can be opened on this host; if not, the error is one sentence that says why.
     fn available(&self) -> Result<(), String>;
+
+    /// On which versions of what results were won, if that is not of this host.
+    fn versions(&self) -> Vec<String> {
+        Vec::new()
+    }
 
     /// A fresh machine with a fresh device in it. The error says what could not be had; for a variant that the target
     /// does not have it is [`NO_VARIANT`].

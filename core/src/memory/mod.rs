@@ -52,6 +52,14 @@ pub enum MemoryError {
         /// What was wanted.
         access: Access,
     },
+    /// Whether the device may see the range is not known yet, but asked for: nothing is wrong, it has to be tried again.
+    #[error("{address:#x}+{len:#x}: not translated yet")]
+    NotYet {
+        /// Device-visible start.
+        address: u64,
+        /// Bytes.
+        len: u64,
+    },
     /// `address + len` exceeds 2^64.
     #[error("{address:#x}+{len:#x} wraps around the address space")]
     Wraps {

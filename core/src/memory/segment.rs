@@ -215,6 +215,7 @@ pub trait Word: sealed::Sealed + Copy {
 macro_rules! words {
     ($($word:ty, $atomic:ty;)*) => {$(
         impl sealed::Sealed for $word {}
+        #[cfg(not(loom))]
         impl Word for $word {
             #[inline(always)]
             unsafe fn load(at: *mut u8, order: Ordering) -> Self {
@@ -225,6 +226,18 @@ macro_rules! words {
             unsafe fn store(at: *mut u8, value: Self, order: Ordering) {
                 // SAFETY: as above.
                 unsafe { <$atomic>::from_ptr(at.cast()) }.store(value, order)
+            }
+        }
+        #[cfg(loom)]
+        impl Word for $word {
+            #[track_caller]
+            unsafe fn load(at: *mut u8, order: Ordering) -> Self {
+                // SAFETY: the caller vouches for mapping and alignment.
+                crate::sync::model::load(at.addr(), || unsafe { <$atomic>::from_ptr(at.cast()) }.load(order).into(), order) as Self
+            }
+            #[track_caller]
+            unsafe fn store(at: *mut u8, value: Self, order: Ordering) {
+                crate::sync::model::store(at.addr(), value.into(), order);
             }
         }
     )*};
@@ -262,6 +275,7 @@ impl<W: Word, L: Lease> Words<W, L> {
     /// # Panics
     /// If `index` is beyond the end: the caller derives it from a size that it checked, never from guest memory alone.
     #[inline(always)]
+    #[cfg_attr(loom, track_caller)]
     pub fn load<T: Word>(&self, index: usize, order: Ordering) -> T {
         let at = self.at::<T>(index);
         self.segment.lease.before_load(index * size_of::<T>(), size_of::<T>());
@@ -274,6 +288,7 @@ impl<W: Word, L: Lease> Words<W, L> {
     /// # Panics
     /// As [`Words::load`].
     #[inline(always)]
+    #[cfg_attr(loom, track_caller)]
     pub fn store<T: Word>(&self, index: usize, value: T, order: Ordering) {
         let at = self.at::<T>(index);
         // SAFETY: inside the segment and aligned, see `at`.
@@ -283,6 +298,7 @@ impl<W: Word, L: Lease> Words<W, L> {
 
     /// The words of type `W` at `index` and behind it; none if they are beyond the end.
     #[inline(always)]
+    #[cfg_attr(loom, track_caller)]
     pub fn load_pair(&self, index: usize, order: Ordering) -> Option<(W, W)> {
         if index.saturating_add(1) >= self.words {
             return None;
@@ -300,6 +316,7 @@ impl<W: Word, L: Lease> Words<W, L> {
     /// # Panics
     /// As [`Words::load`].
     #[inline(always)]
+    #[cfg_attr(loom, track_caller)]
     pub fn load_pair_backwards(&self, index: usize, order: Ordering) -> (W, W) {
         let second = self.at::<W>(index.saturating_add(1));
         self.segment.lease.before_load(index * size_of::<W>(), 2 * size_of::<W>());
@@ -315,6 +332,7 @@ impl<W: Word, L: Lease> Words<W, L> {
     /// # Panics
     /// As [`Words::load`].
     #[inline(always)]
+    #[cfg_attr(loom, track_caller)]
     pub fn store_pair(&self, index: usize, values: (W, W), order: Ordering) {
         let second = self.at::<W>(index.saturating_add(1));
         // SAFETY: as in `load_pair`.

@@ -38,6 +38,11 @@ impl<M> Watched<M> {
     pub fn new(inner: M, by: &'static str, log: Arc<dyn Log>) -> Self {
         Self { inner, by, log }
     }
+
+    fn watch<L>(&self, segment: Segment<L>, address: u64) -> Segment<WatchedLease<L>> {
+        let (by, log) = (self.by, Arc::clone(&self.log));
+        segment.wrap(|inner| WatchedLease { inner, address, by, log })
+    }
 }
 
 impl<M: GuestMemory> GuestMemory for Watched<M> {
@@ -54,9 +59,13 @@ impl<M: GuestMemory> GuestMemory for Watched<M> {
         self.inner.resolve(address, len, access, |segment| {
             let address = at;
             at = at.wrapping_add(segment.len() as u64);
-            let (by, log) = (self.by, Arc::clone(&self.log));
-            segments(segment.wrap(|inner| WatchedLease { inner, address, by, log }));
+            segments(self.watch(segment, address));
         })
+    }
+
+    #[inline(always)]
+    fn resolve_at_once(&self, address: u64, len: u64, access: Access) -> Option<Segment<Self::Lease>> {
+        Some(self.watch(self.inner.resolve_at_once(address, len, access)?, address))
     }
 }
 
@@ -116,6 +125,7 @@ mod tests {
         parts[1].write(2, &[1, 2]).unwrap();
         let words = memory.resolve_words::<u32>(0x1010, 16, Access::READ).unwrap();
         words.load::<u16>(3, Ordering::Relaxed);
+        memory.resolve_at_once(0x2100, 8, Access::READ).unwrap().read(1, &mut [0; 2]).unwrap();
         let seen: Vec<_> = record.0.lock().unwrap().iter().map(|a| (a.address, a.len, a.direction, a.by)).collect();
         assert_eq!(
             seen,
@@ -123,6 +133,7 @@ mod tests {
                 (0x1ffc, 4, Access::READ, "device"),
                 (0x2002, 2, Access::WRITE, "device"),
                 (0x1016, 2, Access::READ, "device"),
+                (0x2101, 2, Access::READ, "device"),
             ]
         );
     }

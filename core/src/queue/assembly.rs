@@ -7,7 +7,7 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use super::chain::{Parts, clamp};
 use super::{Chain, QueueError};
-use crate::memory::{Access, GuestMemory, Lease, Segment};
+use crate::memory::{Access, GuestMemory, Lease, MemoryError, Segment};
 
 /// The most bytes that a chain may have in all (2.7.5.2).
 const CHAIN_LEN_MAX: u64 = 1 << 32;
@@ -27,6 +27,8 @@ pub(super) struct Latched;
 pub(super) struct Chains<L> {
     run: u32,
     broken: Option<QueueError>,
+    /// Whether a chain could not be taken yet.
+    put_off: bool,
     /// By head or buffer id. A byte each: what asks whether one is in flight checks its range as well.
     in_flight: Box<[bool]>,
     /// The memory of completed chains, so that the steady state allocates nothing: one for each chain that was in flight
@@ -40,7 +42,7 @@ impl<L> Chains<L> {
     pub(super) fn new(identities: usize) -> Self {
         let in_flight = vec![false; identities].into();
         let run = RUNS.fetch_add(1, Ordering::Relaxed) % LATCHED;
-        Self { run, broken: None, in_flight, spare: Vec::new() }
+        Self { run, broken: None, put_off: false, in_flight, spare: Vec::new() }
     }
 
     /// Whether `head` (or a buffer id) is one, and not in flight.
@@ -61,6 +63,7 @@ impl<L> Chains<L> {
     }
 
     /// Whether `chain` is of this run.
+    #[inline(always)]
     pub(super) fn own(&self, chain: &Chain<L>) -> bool {
         chain.0.run == self.run
     }
@@ -105,32 +108,40 @@ impl<L> Chains<L> {
 
     fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
-        let (head, entries, behind, number, readable, writable_len, written, writable_from) = Default::default();
+        let (head, entries, start, number, readable, writable_len, written, writable_from) = Default::default();
         let run = self.run;
-        Box::new(Parts { run, head, entries, number, behind, readable, writable_len, written, writable_from, segments })
+        Box::new(Parts { run, head, entries, number, start, readable, writable_len, written, writable_from, segments })
     }
 
-    /// Takes `chain` out of flight and keeps its memory for another; the error is its head if it is not of this run. One
-    /// that is, is in flight: it exists once, and is given back here.
+    /// Takes `chain` out of flight, keeps its memory for another, and tells what it was; the error is its head if it is not
+    /// of this run. One that is, is in flight: it exists once, and is given back here.
     #[inline(always)]
-    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<(), u16> {
+    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<&Parts<L>, u16> {
         if parts.run != self.run {
             return Err(parts.head);
         }
         self.in_flight[usize::from(parts.head)] = false;
-        // The leases end here, not when the memory is used again.
+        // The leases end here, before the driver is told, not when the memory is used again.
         parts.segments.clear();
-        self.spare.push(parts);
-        Ok(())
+        Ok(self.spare.push_mut(parts))
     }
 
-    /// Latches the queue: from now on no chain comes back. The first reason stays.
+    /// Latches the queue: from now on no chain comes back. The first reason stays. One that is no fault latches nothing.
     #[cold]
     #[inline(never)]
     pub(super) fn fail(&mut self, reason: QueueError) -> Latched {
+        if let QueueError::Memory(MemoryError::NotYet { .. }) = reason {
+            self.put_off = true;
+            return Latched;
+        }
         self.run = LATCHED;
         self.broken.get_or_insert(reason);
         Latched
+    }
+
+    /// Whether the chain that failed last was only [put off](MemoryError::NotYet).
+    pub(super) fn take_put_off(&mut self) -> bool {
+        core::mem::take(&mut self.put_off)
     }
 
     /// Why the queue is latched.

@@ -105,12 +105,16 @@ impl<M: GuestMemory> Queue<M> {
 
     /// Where the device is: complete once no chain is [in flight](Self::in_flight).
     pub fn state(&self) -> QueueState {
-        ring!(&self.ring, ring => ring.state())
+        let mut state = ring!(&self.ring, ring => ring.state());
+        // What is to be taken again was taken last. On packed rings there is nothing like that.
+        state.available = state.available.wrapping_sub(self.again.len() as u16);
+        state
     }
 
-    /// How many chains the device has. Counted by looking through all identities: not for the hot path.
+    /// How many chains the device has, without those that it has yet to take again. Counted by looking through all
+    /// identities: not for the hot path.
     pub fn in_flight(&self) -> usize {
-        ring!(&self.ring, ring => ring.in_flight())
+        ring!(&self.ring, ring => ring.in_flight()) - self.again.len()
     }
 
     /// From now on [`Queue::pop`] finds nothing, so that what is in flight can be finished; until
@@ -154,11 +158,15 @@ impl<M: GuestMemory> Queue<M> {
         }
     }
 
-    /// There was no chain after all, or it latched the queue.
+    /// There was no chain after all, or it cannot be taken yet, or it latched the queue.
     #[cold]
     #[inline(never)]
     fn nothing(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
         self.budget += core::mem::take(&mut self.ready);
+        if let Some(head) = ring!(&mut self.ring, ring => ring.take_put_off()) {
+            self.again.extend(head);
+            return Ok(None);
+        }
         self.drained = true;
         self.broken().map_or(Ok(None), Err)
     }
@@ -177,9 +185,9 @@ impl<M: GuestMemory> Queue<M> {
             ring!(&mut self.ring, ring => ring.disable_kicks());
         }
         if let Some(head) = self.again.pop() {
-            self.budget -= 1;
             let chain = ring!(&mut self.ring, ring => ring.take_again(head));
-            let Ok(mut chain) = chain else { return ControlFlow::Break(self.broken().map_or(Ok(None), Err)) };
+            let Ok(mut chain) = chain else { return ControlFlow::Break(self.nothing()) };
+            self.budget -= 1;
             if let Some(waiting) = &mut self.waiting {
                 waiting.number(&mut chain);
             }

@@ -395,7 +395,9 @@ impl<T, N: Notify> DriverQueue<T, N> {
     /// Wants interrupts again. False if buffers were used meanwhile, or the queue is latched: the caller has to look
     /// again.
     pub fn enable_cb(&mut self) -> bool {
-        self.broken.is_none() && ring!(&mut self.ring, ring => ring.enable_interrupts())
+        let enabled = self.broken.is_none() && ring!(&mut self.ring, ring => ring.enable_interrupts());
+        // What is left of a batch was used, too, though no descriptor says so.
+        enabled && self.in_order.as_ref().is_none_or(|order| order.batch.is_none())
     }
 
     /// Entries.

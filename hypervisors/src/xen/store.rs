@@ -53,6 +53,7 @@ impl Client {
         let reply = std::iter::from_fn(|| replies.0.recv_timeout(WATCHDOG).ok()).find(|it| it.request == number);
         let Some(reply) = reply else { return Err(refused("no answer".into())) };
         let text = String::from_utf8_lossy(&reply.payload).into_owned();
+        tracing::trace!(kind, ?payload, reply = reply.kind, ?text, "xenstore");
         match (reply.kind, text.trim_end_matches('\0')) {
             (message::ERROR, "ENOENT") => Ok(None),
             (message::ERROR, error) => Err(refused(format!("{error}: {}", payload.replace('\0', " ")))),

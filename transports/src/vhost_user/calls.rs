@@ -8,7 +8,7 @@ use nix::unistd::write;
 use polyvirt_core::hypervisor::{Cause, Interrupt};
 
 use super::connection::Connection;
-use super::messages::{BackendRequest, Payload, VringState};
+use super::messages::{BackendRequest, Iotlb, Payload, VringState};
 
 /// The calls of one device.
 #[derive(Default)]
@@ -25,6 +25,8 @@ struct Lines {
     config: bool,
     /// Whether such a message waits for room.
     config_due: bool,
+    /// Translations to be asked for.
+    misses: Vec<Iotlb>,
 }
 
 #[derive(Default)]
@@ -75,11 +77,16 @@ impl Calls {
         }
     }
 
+    /// Asks for translations.
+    pub(super) fn ask(&self, misses: Vec<Iotlb>) {
+        self.lock().misses.extend(misses);
+    }
+
     /// What waits for room on the back end's socket goes out as far as there is some. The socket, if something is left.
     pub(super) fn flush(&self) -> Option<OwnedFd> {
         let mut lines = self.lock();
         lines.flush();
-        let waiting = lines.config_due || lines.rings.iter().any(|line| line.due);
+        let waiting = lines.config_due || !lines.misses.is_empty() || lines.rings.iter().any(|line| line.due);
         let backend = lines.backend.as_ref().filter(|_| waiting)?;
         backend.as_fd().try_clone_to_owned().ok()
     }
@@ -91,7 +98,13 @@ impl Calls {
 
 impl Lines {
     fn flush(&mut self) {
-        let Some(backend) = &self.backend else { return };
+        let Some(backend) = &self.backend else {
+            if !self.misses.is_empty() {
+                tracing::warn!("translations are missing, and there is no socket to ask for them");
+                self.misses.clear();
+            }
+            return;
+        };
         let send = |request: BackendRequest, payload: &[u8]| match backend.try_send(request as u32, 0, payload) {
             Ok(sent) => sent,
             Err(error) => {
@@ -100,6 +113,11 @@ impl Lines {
                 true
             }
         };
+        while let Some(miss) = self.misses.first()
+            && send(BackendRequest::IotlbMsg, &miss.to_bytes())
+        {
+            self.misses.remove(0);
+        }
         self.config_due = self.config_due && !send(BackendRequest::ConfigChange, &[]);
         for (index, line) in self.rings.iter_mut().enumerate() {
             let call = VringState { index: index as u32, num: 0 };
@@ -125,7 +143,7 @@ impl Interrupt for Calls {
 }
 
 /// Adds an event to `fd`. It fails only if there are so many that one more does not matter, or nobody listens.
-fn signal(fd: BorrowedFd<'_>) {
+pub(super) fn signal(fd: BorrowedFd<'_>) {
     let _ = write(fd, &1u64.to_ne_bytes());
 }
 

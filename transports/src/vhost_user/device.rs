@@ -5,18 +5,18 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::task::{Wake, Waker};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use polyvirt_core::device::Device;
-use polyvirt_core::memory::{Access, GuestMemory};
-use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, USED};
-use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState};
-use polyvirt_core::state::{Area, Interface, VirtioDevice};
+use polyvirt_core::memory::Pages;
+use polyvirt_core::queue::MAX_QUEUE_SIZE;
+use polyvirt_core::state::{Interface, VirtioDevice};
 use polyvirt_core::{Features, Status};
 
+use super::body::{Body, needs};
 use super::calls::{Calls, never_block};
 use super::connection::{Connection, Message};
 use super::error::ServeError;
+use super::map::{is_lost, map};
 use super::memory::Memory;
 use super::messages::*;
 
@@ -28,45 +28,49 @@ const OFFERED: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::RESET_DEVICE)
     .union(ProtocolFeatures::INBAND_NOTIFICATIONS)
     .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(ProtocolFeatures::STATUS);
+    .union(ProtocolFeatures::STATUS)
+    .union(ProtocolFeatures::INFLIGHT_SHMFD)
+    .union(ProtocolFeatures::LOG_SHMFD);
 
 /// A device behind a socket. It serves one connection after another.
 pub struct Backend {
-    state: VirtioDevice<Memory>,
-    memory: Memory,
-    calls: Arc<Calls>,
+    pub(super) state: VirtioDevice<Memory>,
+    pub(super) memory: Memory,
+    pub(super) calls: Arc<Calls>,
     /// Where the device's waker rings.
     pub(super) news: Arc<EventFd>,
     pub(super) rings: Vec<Ring>,
     /// What this session's front end accepted.
-    protocol: ProtocolFeatures,
+    pub(super) protocol: ProtocolFeatures,
+    /// The memory that knows what is in flight, and how it is divided.
+    pub(super) inflight: Option<(Pages, InflightArea)>,
 }
 
 /// A queue as the front end set it up.
 #[derive(Default)]
 pub(super) struct Ring {
-    entries: u32,
-    addresses: Option<VringAddr>,
-    base: Option<u32>,
+    pub(super) entries: u32,
+    pub(super) addresses: Option<VringAddr>,
+    pub(super) base: Option<u32>,
     /// What is readable when the driver kicked.
     pub(super) kick: Option<OwnedFd>,
     /// Whether kicks may come.
-    started: bool,
-    enabled: bool,
+    pub(super) started: bool,
+    pub(super) enabled: bool,
     /// Whether the device has the queue.
-    running: bool,
+    pub(super) running: bool,
     /// Whether its being broken was told.
-    broken: bool,
+    pub(super) broken: bool,
 }
 
 /// What a message is answered with.
-struct Reply {
-    payload: Vec<u8>,
-    fds: Vec<OwnedFd>,
+pub(super) struct Reply {
+    pub(super) payload: Vec<u8>,
+    pub(super) fds: Vec<OwnedFd>,
 }
 
 impl Reply {
-    fn new(payload: &impl Payload) -> Option<Self> {
+    pub(super) fn new(payload: &impl Payload) -> Option<Self> {
         Some(Self { payload: payload.to_bytes(), fds: Vec::new() })
     }
 }
@@ -86,16 +90,19 @@ impl Wake for News {
 }
 
 impl Backend {
-    /// Puts `device` behind a socket.
-    pub fn new(device: Box<dyn Device<Memory>>) -> Result<Self, ServeError> {
+    /// Puts `device` behind a socket. `translated`: whether the front end may translate device addresses
+    /// (VIRTIO_F_ACCESS_PLATFORM). That is offered only on demand: User Mode Linux accepts it and cannot do it.
+    pub fn new(device: Box<dyn Device<Memory>>, translated: bool) -> Result<Self, ServeError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let news = EventFd::from_flags(flags).map_err(|reason| ServeError::System { call: "eventfd", reason })?;
         let (news, memory, calls) = (Arc::new(news), Memory::new(), Arc::<Calls>::default());
+        let platform = if translated { Features::ACCESS_PLATFORM } else { Features::empty() };
         let mut state = VirtioDevice::new(device, memory.clone(), calls.clone(), Interface::Modern)
-            .with_features(Features::RING_RESET | Features::RING_PACKED)
+            .with_features(Features::RING_RESET | Features::RING_PACKED | platform)
             .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
-        let mut backend = Self { state, memory, calls, news, rings: Vec::new(), protocol: ProtocolFeatures::empty() };
+        let mut backend =
+            Self { state, memory, calls, news, rings: Vec::new(), protocol: ProtocolFeatures::empty(), inflight: None };
         backend.begin();
         Ok(backend)
     }
@@ -106,6 +113,7 @@ impl Backend {
         self.rings.resize_with(self.state.queue_count().into(), Ring::default);
         self.calls.reset(self.rings.len());
         self.protocol = ProtocolFeatures::empty();
+        self.inflight = None;
         self.memory.clear();
     }
 
@@ -114,6 +122,19 @@ impl Backend {
         self.stop_all();
         self.state.reset();
         self.begin();
+    }
+
+    /// Fails if memory of the front end went away.
+    pub(super) fn check_memory(&self) -> Result<(), ServeError> {
+        if let Some((guest, size)) = self.memory.lost() {
+            return Err(ServeError::Lost { what: format!("region {guest:#x}+{size:#x}") });
+        }
+        let others = [self.inflight.as_ref().is_some_and(|(memory, _)| is_lost(memory)), self.memory.log().is_lost()];
+        match others {
+            [true, _] => Err(ServeError::Lost { what: "what is in flight".into() }),
+            [_, true] => Err(ServeError::Lost { what: "the log".into() }),
+            _ => Ok(()),
+        }
     }
 
     /// Carries out `message`, and answers it on `connection`.
@@ -171,7 +192,7 @@ impl Backend {
             R::SetVringNum => {
                 let VringState { num, .. } = self.idle(&body)?;
                 let (index, max) = self.index(&body)?;
-                let packed = self.state.driver_features().contains(Features::RING_PACKED);
+                let packed = self.packed();
                 if num == 0 || num > max.into() || !(packed || num.is_power_of_two()) {
                     return Err(body.refused(format!("{num} entries, expected a power of two up to {max}")));
                 }
@@ -232,8 +253,10 @@ impl Backend {
                 }
                 let ring = &mut self.rings[index];
                 ring.enabled = num == 1;
-                // Without a descriptor for kicks there is no message that starts the queue.
-                ring.started |= num == 1 && self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+                // Without a descriptor for kicks there is no message that starts the queue. One without addresses is not
+                // used: QEMU enables every queue, and its firmware sets up only the first.
+                let inband = self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+                ring.started |= num == 1 && inband && ring.addresses.is_some();
                 self.update(index)?;
             }
             R::SetBackendReqFd => {
@@ -255,8 +278,7 @@ impl Backend {
                 body.fixed::<VringState>()?;
                 let index = self.index(&body)?.0;
                 self.rings[index].started = true;
-                self.update(index)?;
-                if self.state.kick(index as u16) {
+                if self.kick(index)? {
                     let _ = self.news.write(1);
                 }
             }
@@ -279,15 +301,24 @@ impl Backend {
                 body.empty()?;
                 return Ok(Reply::new(&u64::from(self.state.status().bits())));
             }
-            R::SetLogBase | R::SetLogFd | R::IotlbMsg | R::GetInflightFd | R::SetInflightFd => {
-                return Err(ServeError::NotNegotiated { request: request.name() });
+            R::SetLogBase => {
+                let LogArea { size, offset } = body.fixed()?;
+                for fd in fds {
+                    self.memory.log().set(map(fd, offset, size).map_err(|error| body.refused(error))?);
+                }
+                // This is answered even if nobody asks for an acknowledgement.
+                return Ok(Reply::new(&0u64));
             }
+            R::SetLogFd => fds.into_iter().for_each(|fd| self.memory.log().set_event(fd)),
+            R::IotlbMsg => self.set_translation(&body)?,
+            R::GetInflightFd => return self.new_inflight(&body),
+            R::SetInflightFd => self.set_inflight(&body, fds)?,
         }
         Ok(None)
     }
 
     fn offered(&self) -> u64 {
-        self.state.device_features().bits() as u64 | PROTOCOL_FEATURES
+        self.state.device_features().bits() as u64 | PROTOCOL_FEATURES | LOG_ALL
     }
 
     fn set_features(&mut self, features: u64) -> Result<(), ServeError> {
@@ -296,6 +327,7 @@ impl Backend {
             return Err(refused(format!("{:#x} was not offered", features & !self.offered())));
         }
         let accepted = Features::from_bits_retain((features & !(LOG_ALL | PROTOCOL_FEATURES)).into());
+        self.memory.log().want(features & LOG_ALL != 0);
         if self.rings.iter().any(|ring| ring.running) {
             if accepted != self.state.driver_features() {
                 return Err(refused("other features than before while queues run".into()));
@@ -306,6 +338,7 @@ impl Backend {
             self.state.reset();
         }
         self.state.set_driver_features(accepted);
+        self.memory.translate(accepted.contains(Features::ACCESS_PLATFORM));
         if features & PROTOCOL_FEATURES == 0 {
             self.rings.iter_mut().for_each(|ring| ring.enabled = true);
         }
@@ -367,120 +400,13 @@ impl Backend {
         }
     }
 
-    /// Begins or ends to serve queue `index`, as what is known about it by now demands.
-    fn update(&mut self, index: usize) -> Result<(), ServeError> {
-        let Ring { started, enabled, running, .. } = self.rings[index];
-        match (started && enabled, running) {
-            (true, false) => self.start(index),
-            (false, true) => {
-                self.stop(index);
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    fn start(&mut self, index: usize) -> Result<(), ServeError> {
-        let failed = |reason: String| ServeError::Queue { index, reason };
-        if !self.protocol.contains(ProtocolFeatures::STATUS) && !self.state.status().contains(Status::DRIVER_OK) {
-            let ready = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
-            self.state.set_status(ready);
-            if !self.state.status().contains(Status::FEATURES_OK) {
-                let accepted = self.state.driver_features();
-                return Err(failed(format!("it is to run with unacceptable features: {accepted:?}")));
-            }
-            self.state.set_status(ready | Status::DRIVER_OK);
-        }
-        if !self.state.is_running() {
-            // The driver is not ready yet, or has to reset the device.
-            return Ok(());
-        }
-        let ring = &self.rings[index];
-        let Some(addresses) = ring.addresses else { return Err(failed("it has no addresses".into())) };
-        let guest =
-            |user| self.memory.guest_address(user).ok_or_else(|| failed(format!("{user:#x} is in no memory region")));
-        let areas = [guest(addresses.descriptors)?, guest(addresses.available)?, guest(addresses.used)?];
-        let state = self.resumed(ring.base, areas[0], areas[2]);
-        tracing::info!(index, entries = ring.entries, ?state, "a queue starts");
-        let queue = index as u16;
-        self.state.set_queue_size(queue, ring.entries);
-        for (area, address) in [Area::Descriptors, Area::Driver, Area::Device].into_iter().zip(areas) {
-            self.state.set_queue_address(queue, area, address);
-        }
-        self.state.set_queue_state(queue, state);
-        self.state.enable_queue(queue);
-        if self.state.queue_state(queue).is_none() {
-            let reason = self.state.needs_reset().map_or_else(String::new, |reason| reason.to_string());
-            return Err(failed(reason));
-        }
-        (self.rings[index].running, self.rings[index].broken) = (true, false);
-        self.tell_broken();
-        Ok(())
-    }
-
-    /// Where the device goes on in a queue with this base, whose descriptors and used ring are there.
-    fn resumed(&self, base: Option<u32>, descriptors: u64, used: u64) -> QueueState {
-        let base = base.unwrap_or_else(|| self.first_base());
-        if !self.state.driver_features().contains(Features::RING_PACKED) {
-            // The used index is where it always is: in the ring.
-            return QueueState { available: base as u16, used: self.peek(used.wrapping_add(2)) };
-        }
-        // User Mode Linux begins packed rings with a base of 0, which says "in a later round". Only in a later round
-        // does the first descriptor have the flag that a device sets.
-        let flags = self.peek(descriptors.wrapping_add(DESCRIPTOR_LEN - 2));
-        if base == 0 && flags & USED == 0 {
-            return QueueState::start(Layout::Packed);
-        }
-        QueueState { available: base as u16, used: (base >> 16) as u16 }
-    }
-
-    /// A number in guest memory; 0 if there is none, but then the queue does not start.
-    fn peek(&self, address: u64) -> u16 {
-        let mut value = [0; 2];
-        let _ = self.memory.resolve(address, 2, Access::READ, |segment| {
-            let len = segment.len().min(value.len());
-            let _ = segment.read(0, &mut value[..len]);
-        });
-        u16::from_le_bytes(value)
-    }
-
-    /// Where queues begin, as the protocol tells it.
-    fn first_base(&self) -> u32 {
-        let packed = self.state.driver_features().contains(Features::RING_PACKED);
-        if packed { 0x8000_8000 } else { 0 }
-    }
-
-    /// Takes queue `index` from the device, once what is in flight is finished.
-    fn stop(&mut self, index: usize) {
-        let queue = index as u16;
-        if !self.rings[index].running {
-            return;
-        }
-        self.state.hold_queue(queue);
-        while self.state.is_running() && self.state.queue_in_flight(queue) > 0 {
-            if !self.state.poll() && self.state.queue_in_flight(queue) > 0 {
-                wait_for(&self.news);
-            }
-        }
-        if let Some(QueueState { available, used }) = self.state.queue_state(queue) {
-            let packed = self.state.driver_features().contains(Features::RING_PACKED);
-            let base = u32::from(available) | if packed { u32::from(used) << 16 } else { 0 };
-            self.rings[index].base = Some(base);
-            tracing::info!(index, base, "a queue stops");
-        }
-        self.state.reset_queue(queue);
-        self.rings[index].running = false;
-    }
-
-    fn stop_all(&mut self) {
-        (0..self.rings.len()).for_each(|index| self.stop(index));
-    }
-
     /// The driver kicked queue `index`. True if there is more to do.
-    pub(super) fn kick(&mut self, index: usize) -> bool {
+    pub(super) fn kick(&mut self, index: usize) -> Result<bool, ServeError> {
+        // It may wait for translations.
+        self.update(index)?;
         let more = self.state.kick(index as u16);
         self.tell_broken();
-        more
+        Ok(more)
     }
 
     /// The device has news. True if there is more to do.
@@ -492,17 +418,8 @@ impl Backend {
 
     /// What waits for room on the back end's socket; the socket, if something is left.
     pub(super) fn flush(&self) -> Option<OwnedFd> {
+        self.calls.ask(self.memory.misses());
         self.calls.flush()
-    }
-
-    fn tell_broken(&mut self) {
-        for (index, ring) in self.rings.iter_mut().enumerate().filter(|(_, ring)| ring.running && !ring.broken) {
-            if let Some(reason) = self.state.queue_broken(index as u16) {
-                tracing::warn!(index, %reason, "the driver broke a queue");
-                ring.broken = true;
-                self.calls.broken(index);
-            }
-        }
     }
 
     /// The queue that the payload begins with, and its most entries.
@@ -537,88 +454,4 @@ impl Backend {
         }
         Ok((index, fds.pop()))
     }
-}
-
-/// The protocol feature that a message belongs to.
-fn needs(request: Request) -> Option<ProtocolFeatures> {
-    use ProtocolFeatures as P;
-    Some(match request {
-        Request::GetQueueNum => P::MQ,
-        Request::SetLogBase | Request::SetLogFd => P::LOG_SHMFD,
-        Request::SetBackendReqFd => P::BACKEND_REQ,
-        Request::GetConfig | Request::SetConfig => P::CONFIG,
-        Request::GetInflightFd | Request::SetInflightFd => P::INFLIGHT_SHMFD,
-        Request::ResetDevice => P::RESET_DEVICE,
-        Request::VringKick => P::INBAND_NOTIFICATIONS,
-        Request::GetMaxMemSlots | Request::AddMemReg | Request::RemMemReg => P::CONFIGURE_MEM_SLOTS,
-        Request::SetStatus | Request::GetStatus => P::STATUS,
-        _ => return None,
-    })
-}
-
-/// The payload of a message, and what to say about it.
-struct Body<'a> {
-    request: Request,
-    payload: &'a [u8],
-}
-
-impl Body<'_> {
-    fn refused(&self, reason: impl ToString) -> ServeError {
-        ServeError::Refused { request: self.request.name(), reason: reason.to_string() }
-    }
-
-    fn size(&self, expected: usize) -> ServeError {
-        ServeError::Size { request: self.request.name(), expected, got: self.payload.len() }
-    }
-
-    fn descriptors(&self, fds: &[OwnedFd], expected: usize) -> Result<(), ServeError> {
-        if fds.len() == expected {
-            return Ok(());
-        }
-        Err(ServeError::Descriptors { request: self.request.name(), expected, got: fds.len() })
-    }
-
-    fn exactly(&self, len: usize) -> Result<(), ServeError> {
-        if self.payload.len() == len { Ok(()) } else { Err(self.size(len)) }
-    }
-
-    fn empty(&self) -> Result<(), ServeError> {
-        self.exactly(0)
-    }
-
-    fn fixed<T: Payload>(&self) -> Result<T, ServeError> {
-        self.exactly(T::LEN)?;
-        Ok(T::from_bytes(self.payload))
-    }
-
-    fn number(&self) -> Result<u64, ServeError> {
-        self.fixed()
-    }
-
-    /// A region, behind eight bytes of padding.
-    fn region(&self) -> Result<Region, ServeError> {
-        self.exactly(8 + Region::LEN)?;
-        Ok(Region::from_bytes(&self.payload[8..]))
-    }
-
-    /// A piece of the configuration: where, and bytes.
-    fn config(&self) -> Result<(ConfigArea, Vec<u8>), ServeError> {
-        if self.payload.len() < ConfigArea::LEN {
-            return Err(self.size(ConfigArea::LEN));
-        }
-        let area = ConfigArea::from_bytes(self.payload);
-        let ConfigArea { offset, size, .. } = area;
-        if u64::from(offset) + u64::from(size) > CONFIG_MAX as u64 {
-            return Err(self.refused(format!("{offset}+{size}, expected at most {CONFIG_MAX} bytes")));
-        }
-        self.exactly(ConfigArea::LEN + size as usize)?;
-        Ok((area, self.payload[ConfigArea::LEN..].to_vec()))
-    }
-}
-
-/// Waits for an event and takes it.
-fn wait_for(event: &EventFd) {
-    // An error other than an interruption cannot be; either way the caller looks again.
-    let _ = poll(&mut [PollFd::new(event.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
-    let _ = event.read();
 }

@@ -15,6 +15,7 @@ use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Vi
 use polyvirt_core::{Features, Status};
 
 use super::connection::Connection;
+use super::iommu::Iommu;
 use super::link::{Link, refused};
 use super::listener::{Listener, News};
 use super::messages::*;
@@ -22,6 +23,8 @@ use crate::areas::Areas;
 
 /// Entries of a queue at most. The protocol has no way to ask; this is what every back end takes.
 const QUEUE_SIZE: u16 = 256;
+/// How often a back end that keeps no status is asked whether it is still there.
+const PROBE: Duration = Duration::from_millis(100);
 /// What is accepted if it is offered, unless told otherwise.
 const WANTED: ProtocolFeatures = ProtocolFeatures::MQ
     .union(ProtocolFeatures::REPLY_ACK)
@@ -46,11 +49,13 @@ pub struct Options {
     pub protocol: ProtocolFeatures,
     /// How many queues there are, if the back end cannot be asked.
     pub queues: u16,
+    /// Whether device addresses are translated: only for drivers that accept VIRTIO_F_ACCESS_PLATFORM.
+    pub iommu: bool,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { protocol: WANTED, queues: 1 }
+        Self { protocol: WANTED, queues: 1, iommu: false }
     }
 }
 
@@ -67,6 +72,7 @@ pub struct Driver {
     device_type: u32,
     guest: Guest,
     options: Options,
+    iommu: Option<Arc<Iommu>>,
     session: Session,
     accepted: Features,
     status: Status,
@@ -94,13 +100,18 @@ struct Queue {
 
 impl Driver {
     /// Connects to the back end behind `dial`, which is of `device_type`: the protocol does not tell.
-    pub fn connect(dial: Dial, device_type: u32, guest: Guest, options: Options) -> Result<Self, TransportError> {
-        let session = Session::open(&dial, &guest, options)?;
+    pub fn connect(dial: Dial, device_type: u32, mut guest: Guest, options: Options) -> Result<Self, TransportError> {
+        let iommu = options.iommu.then(|| Arc::new(Iommu::new(guest.share.clone())));
+        if let Some(iommu) = &iommu {
+            guest.share = iommu.clone();
+        }
+        let session = Session::open(&dial, &guest, options, iommu.clone())?;
         Ok(Self {
             dial,
             device_type,
             guest,
             options,
+            iommu,
             session,
             accepted: Features::empty(),
             status: Status::empty(),
@@ -122,7 +133,7 @@ impl Driver {
     }
 
     fn acceptable(&self) -> bool {
-        let offered = Features::from_bits_retain(self.session.offered.into());
+        let offered = self.session.features();
         offered.contains(self.accepted) && self.accepted.contains(Features::VERSION_1)
     }
 
@@ -156,10 +167,16 @@ impl Driver {
         link.tell(Request::SetVringErr, &which, &[queue.error.as_fd()])?;
         if !in_band {
             link.tell(Request::SetVringCall, &which, &[queue.call.as_fd()])?;
+            // Some call as soon as they can, in case a call of the session before was lost. It is about nothing here.
+            let _ = queue.call.read();
             link.tell(Request::SetVringKick, &which, &[queue.kick.as_fd()])?;
         }
         if self.session.offered & PROTOCOL_FEATURES != 0 {
             link.tell(Request::SetVringEnable, &state(1), &[])?;
+        }
+        if !self.has(ProtocolFeatures::REPLY_ACK) {
+            // Whatever is answered now, the queue runs: a kick comes after that.
+            link.ask_for::<u64>(Request::GetFeatures, &[])?;
         }
         if let Some(queue) = self.queues.get_mut(&index) {
             queue.started = true;
@@ -189,6 +206,14 @@ impl Driver {
         Ok(())
     }
 
+    /// Asks the back end something, no matter what: some that gave up on a queue close the connection only then.
+    fn probe(&self) {
+        if !self.has(ProtocolFeatures::STATUS) {
+            // What comes of it shows by the connection's state.
+            let _ = self.session.link.ask_for::<u64>(Request::GetFeatures, &[]);
+        }
+    }
+
     /// Whether the back end said that a queue is broken.
     fn broken(&self) -> bool {
         // The events stay: the queues stay broken.
@@ -198,12 +223,20 @@ impl Driver {
 }
 
 impl Session {
-    fn open(dial: &Dial, guest: &Guest, options: Options) -> Result<Self, TransportError> {
+    /// The features that the device offers, without those of the protocol.
+    fn features(&self) -> Features {
+        Features::from_bits_retain((self.offered & !(LOG_ALL | PROTOCOL_FEATURES)).into())
+    }
+
+    fn open(dial: &Dial, guest: &Guest, options: Options, iommu: Option<Arc<Iommu>>) -> Result<Self, TransportError> {
         let system = |call| move |reason: String| HypervisorError::Refused { call, reason };
         let socket = dial().map_err(|error| system("connect")(error.to_string()))?;
         let connection = Connection::new(socket).map_err(|error| system("connect")(error.to_string()))?;
         let link = Arc::new(Link::new(connection).map_err(|error| system("dup")(error.to_string()))?);
-        let news = Arc::new(News::new(event()?));
+        if let Some(iommu) = &iommu {
+            iommu.connect(&link);
+        }
+        let news = Arc::new(News::new(event()?, iommu));
         link.tell(Request::SetOwner, &[], &[])?;
         let offered: u64 = link.ask_for(Request::GetFeatures, &[])?;
         let mut protocol = ProtocolFeatures::empty();
@@ -276,30 +309,36 @@ impl Transport for Driver {
     }
 
     fn device_features(&mut self) -> Result<Features, TransportError> {
-        let offered = Features::from_bits_retain((self.session.offered & !(LOG_ALL | PROTOCOL_FEATURES)).into());
+        let offered = self.session.features();
         // Without the status there is no way to suspend.
         Ok(if self.has(ProtocolFeatures::STATUS) { offered } else { offered - Features::SUSPEND })
     }
 
     fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {
         if !self.status.contains(Status::FEATURES_OK) {
-            self.accepted = features;
+            // Where the guest is is not the driver's choice.
+            let platform = self.session.features() & Features::ACCESS_PLATFORM;
+            self.accepted = features | if self.iommu.is_some() { platform } else { Features::empty() };
         }
         Ok(())
     }
 
     fn status(&mut self) -> Result<Status, TransportError> {
-        let needs_reset = self.session.link.is_closed() || self.broken();
+        if self.status.is_empty() {
+            return Ok(self.status);
+        }
+        let link = &self.session.link;
         let mut status = self.status;
-        if self.has(ProtocolFeatures::STATUS) && !self.session.link.is_closed() && !self.status.is_empty() {
-            match self.session.link.ask_for::<u64>(Request::GetStatus, &[]) {
+        if self.has(ProtocolFeatures::STATUS) {
+            match link.ask_for::<u64>(Request::GetStatus, &[]) {
                 Ok(theirs) => status = Status::from_bits_retain(theirs as u8),
                 Err(TransportError::Closed) => {}
                 Err(error) => return Err(error),
             }
+        } else {
+            self.probe();
         }
-        let closed = self.session.link.is_closed();
-        let needs_reset = (needs_reset || closed) && !self.status.is_empty();
+        let needs_reset = link.is_closed() || self.broken();
         Ok(status | if needs_reset { Status::DEVICE_NEEDS_RESET } else { Status::empty() })
     }
 
@@ -336,7 +375,9 @@ impl Transport for Driver {
     fn reset(&mut self) -> Result<(), TransportError> {
         let done = if self.session.link.is_closed() { Err(TransportError::Closed) } else { self.give_up() };
         match done {
-            Err(TransportError::Closed) => self.session = Session::open(&self.dial, &self.guest, self.options)?,
+            Err(TransportError::Closed) => {
+                self.session = Session::open(&self.dial, &self.guest, self.options, self.iommu.clone())?
+            }
             done => done?,
         }
         let news = &self.session.news;
@@ -355,18 +396,19 @@ impl Transport for Driver {
         if !self.has(ProtocolFeatures::CONFIG) {
             return Err(TransportError::Unsupported("device configuration (CONFIG was not negotiated)"));
         }
-        let mut at = offset;
-        for part in data.chunks_mut(CONFIG_MAX) {
-            let area = ConfigArea { offset: at, size: part.len() as u32, flags: 0 };
-            let payload = [area.to_bytes(), vec![0; part.len()]].concat();
-            let answer = self.session.link.ask(Request::GetConfig, &payload, &[])?.payload;
-            if answer.len() != payload.len() {
-                let reason = format!("{} bytes, expected {}", answer.len(), payload.len());
-                return Err(refused(Request::GetConfig, reason));
-            }
-            part.copy_from_slice(&answer[ConfigArea::LEN..]);
-            at += part.len() as u32;
+        // From the beginning on, as all front ends do: not every back end heeds the offset.
+        let (from, to) = (offset as usize, offset as usize + data.len());
+        if to > CONFIG_MAX {
+            return Err(refused(Request::GetConfig, format!("{offset}+{}, at most {CONFIG_MAX} bytes", data.len())));
         }
+        let area = ConfigArea { offset: 0, size: to as u32, flags: 0 };
+        let payload = [area.to_bytes(), vec![0; to]].concat();
+        let answer = self.session.link.ask(Request::GetConfig, &payload, &[])?.payload;
+        if answer.len() != payload.len() {
+            let reason = format!("{} bytes, expected {}", answer.len(), payload.len());
+            return Err(refused(Request::GetConfig, reason));
+        }
+        data.copy_from_slice(&answer[ConfigArea::LEN + from..]);
         Ok(())
     }
 
@@ -422,10 +464,10 @@ impl Transport for Driver {
             let calls = fds.len();
             if !self.status.contains(Status::DEVICE_NEEDS_RESET) {
                 fds.extend(self.queues.values().map(|queue| input(&queue.error)));
+                fds.push(self.session.link.hang_up());
             }
-            fds.extend((!self.session.link.is_closed()).then(|| self.session.link.hang_up()));
             let left = watchdog.saturating_sub(begun.elapsed());
-            let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
+            let timeout = PollTimeout::try_from(left.min(PROBE)).unwrap_or(PollTimeout::MAX);
             let _ = poll(&mut fds, timeout);
             let broken = fds[calls..].iter().any(|fd| fd.any().unwrap_or(false));
             // Not what the poll said, but what is taken: an event may come in between.
@@ -446,6 +488,7 @@ impl Transport for Driver {
             if begun.elapsed() >= watchdog {
                 return Err(TransportError::Watchdog(watchdog, "an interrupt"));
             }
+            self.probe();
         }
     }
 

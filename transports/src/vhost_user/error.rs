@@ -50,6 +50,12 @@ pub enum ServeError {
         /// Why.
         reason: String,
     },
+    /// Memory that is gone.
+    #[error("the file of {what} became shorter: what was in it is lost")]
+    Lost {
+        /// What it held.
+        what: String,
+    },
     /// A queue that cannot be run.
     #[error("queue {index} cannot run: {reason}")]
     Queue {

@@ -1,16 +1,16 @@
 //! What the back end tells the front end without being asked.
 
-use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 
 use super::connection::Connection;
+use super::iommu::Iommu;
 use super::link::Link;
 use super::messages::{BackendRequest, Iotlb, NEED_REPLY, Payload, REPLY, Request};
 
@@ -24,30 +24,19 @@ pub(super) struct News {
     pub(super) config: AtomicBool,
     /// How often the configuration changed.
     pub(super) generation: AtomicU32,
-    /// Device addresses that the device may use: start, and bytes, address of the front end, rights.
-    pub(super) mappings: Mutex<BTreeMap<u64, (u64, u64, u8)>>,
+    /// What device addresses mean, if they are translated.
+    pub(super) iommu: Option<Arc<Iommu>>,
 }
 
 impl News {
-    pub(super) const fn new(event: EventFd) -> Self {
+    pub(super) const fn new(event: EventFd, iommu: Option<Arc<Iommu>>) -> Self {
         Self {
             event,
             called: AtomicBool::new(false),
             config: AtomicBool::new(false),
             generation: AtomicU32::new(0),
-            mappings: Mutex::new(BTreeMap::new()),
+            iommu,
         }
-    }
-
-    pub(super) fn mappings(&self) -> MutexGuard<'_, BTreeMap<u64, (u64, u64, u8)>> {
-        self.mappings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The translation that covers `iova`.
-    fn translation(&self, iova: u64) -> Option<Iotlb> {
-        let mappings = self.mappings();
-        let (&start, &(size, user, access)) = mappings.range(..=iova).next_back()?;
-        (iova - start < size).then_some(Iotlb { iova: start, size, user, access, kind: Iotlb::UPDATE })
     }
 }
 
@@ -113,7 +102,7 @@ fn hear(request: u32, payload: &[u8], link: &Link, news: &News) {
             let Iotlb { iova, kind, .. } = Iotlb::from_bytes(payload);
             // What the driver did not share stays untranslated: there is no message for that.
             if kind == Iotlb::MISS
-                && let Some(update) = news.translation(iova)
+                && let Some(update) = news.iommu.as_ref().and_then(|iommu| iommu.translation(iova))
                 && let Err(error) = link.tell(Request::IotlbMsg, &update.to_bytes(), &[])
             {
                 tracing::debug!(%error, "a translation was not delivered");

@@ -1,18 +1,18 @@
 //! Files of the other side, mapped.
 #![allow(unsafe_code)]
 
-use std::ffi::c_void;
 use std::fs::File;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, ProtFlags, mmap};
 use polyvirt_core::memory::Pages;
+
+use super::guard::Mapping;
 
 /// Why a file could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -60,28 +60,13 @@ impl MapError {
     }
 }
 
-/// Unmaps its memory when it is dropped.
-struct Mapping {
-    start: NonNull<c_void>,
-    len: usize,
-}
-
-// SAFETY: a mapping belongs to the process, not to a thread; all that is done with it is to unmap it once.
-unsafe impl Send for Mapping {}
-// SAFETY: as above.
-unsafe impl Sync for Mapping {}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: mapped with this length by `map`, and every handle to it is gone.
-        if let Err(error) = unsafe { munmap(self.start, self.len) } {
-            tracing::error!(%error, "memory of the other side stays mapped");
-        }
-    }
+/// Whether bytes of `pages`, which [`map`] made, went away since.
+pub(super) fn is_lost(pages: &Pages) -> bool {
+    pages.lease().downcast_ref::<Mapping>().is_some_and(Mapping::is_lost)
 }
 
 /// Maps `size` bytes from `offset` on, shared. All of them are in the file now; where the file allows that, they stay.
-pub(super) fn map(file: OwnedFd, offset: u64, size: u64) -> Result<Pages, MapError> {
+pub fn map(file: OwnedFd, offset: u64, size: u64) -> Result<Pages, MapError> {
     let file = File::from(file);
     let metadata = file.metadata().map_err(|error| MapError::system("fstat", error))?;
     if !metadata.is_file() {
@@ -110,7 +95,7 @@ pub(super) fn map(file: OwnedFd, offset: u64, size: u64) -> Result<Pages, MapErr
     // SAFETY: a new mapping wherever there is room harms nobody.
     let start = unsafe { mmap(None, map_len, rights, flags, &file, signed) }
         .map_err(|error| MapError::system("mmap", error))?;
-    let owner = Arc::new(Mapping { start, len: whole });
+    let owner = Arc::new(Mapping::new(start, whole));
     // SAFETY: `offset - first` is inside the mapping, and `size` bytes from there on too.
     let bytes = unsafe { start.cast::<u8>().add((offset - first) as usize) };
     // SAFETY: readable and writable until the owner is dropped; nobody has a reference to the bytes.

@@ -3,22 +3,29 @@
 //! The front end hands guest memory, queues and doorbells over as file descriptors. A [`Backend`] is the device's side,
 //! which serves any front end: QEMU, User Mode Linux, our own. A [`Driver`] is the guest's side, which drives any back end.
 
+mod body;
 mod calls;
 mod connection;
 mod device;
 mod driver;
 mod error;
+mod guard;
+mod inflight;
+mod iommu;
 mod link;
 mod listener;
+mod log;
 mod map;
 mod memory;
 pub mod messages;
+mod rings;
 mod serve;
 
 pub use connection::{Connection, ConnectionError, Message};
 pub use device::Backend;
 pub use driver::{Dial, Driver, Guest, Options};
 pub use error::ServeError;
-pub use map::{MapError, memory_file};
+pub use guard::outlive_truncation;
+pub use map::{MapError, map, memory_file};
 pub use memory::{Mapped, Memory, RegionError};
 pub use serve::{Ended, Stop, listen};

@@ -92,6 +92,7 @@ impl Backend {
         // Which queues have more to do, and whether the device has.
         let (mut due, mut news) = (vec![false; self.rings.len()], false);
         loop {
+            self.check_memory()?;
             let room = self.flush();
             let ready = self.ready(&connection, stop, room.as_ref(), news || due.contains(&true))?;
             if ready.stop {
@@ -110,7 +111,7 @@ impl Backend {
                 news = self.poll();
             }
             for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
-                *due = self.kick(index);
+                *due = self.kick(index)?;
             }
             if ready.message
                 && let Some(message) = connection.receive()?

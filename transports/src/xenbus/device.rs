@@ -240,7 +240,8 @@ impl<M: GuestMemory> Device<M> {
     }
 
     fn after(&mut self, more: bool) -> bool {
-        let news = self.config_changed.changed.load(Ordering::SeqCst);
+        // A device that is to be suspended may be so only now that something is finished.
+        let news = self.config_changed.changed.load(Ordering::SeqCst) || self.shown.status != self.state.status();
         if news && let Err(error) = self.show() {
             tracing::warn!(%error, "xenstore");
         }

@@ -35,6 +35,8 @@ pub struct Driver<G: Domain + 'static> {
     queues: BTreeMap<u16, (Areas, Channel)>,
     /// What was last known of the backend, to tell news from what this side did itself.
     seen: Seen,
+    /// Whether waiting for an answer may have taken the event of a change that nobody has looked at.
+    unseen: bool,
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
@@ -48,7 +50,7 @@ impl<G: Domain + 'static> Driver<G> {
     pub fn connect(guest: Arc<G>, place: GuestPlace) -> Result<Self, TransportError> {
         let watch = guest.watch(&place.backend)?;
         let (queues, features, seen) = (BTreeMap::new(), Features::empty(), Seen::default());
-        let mut driver = Self { guest, place, device_type: 0, number: 0, watch, features, queues, seen };
+        let mut driver = Self { guest, place, device_type: 0, number: 0, watch, features, queues, seen, unseen: false };
         driver.enter(State::Initialising)?;
         driver.wait_for("the backend", |driver| {
             Ok(driver.number::<u32>("num-queues")?.is_some() && driver.backend()? == State::InitWait)
@@ -114,6 +116,7 @@ impl<G: Domain + 'static> Driver<G> {
             return Err(TransportError::Closed);
         }
         self.number = self.number.wrapping_add(1);
+        self.unseen = true;
         self.write("request", request.encode(self.number))?;
         self.wait_for("the answer to a request", |driver| {
             Ok(driver.number("reply")? == Some(driver.number) || !driver.is_open()?)
@@ -260,18 +263,20 @@ impl<G: Domain + 'static> Transport for Driver<G> {
     fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
         let queues = self.queues.values().fold(0, |lines, (_, channel)| lines | 1 << channel.line);
         for _ in 0..ATTEMPTS {
+            let unseen = core::mem::take(&mut self.unseen);
+            let watchdog = if unseen { Duration::ZERO } else { watchdog };
             let pending = self.guest.wait(queues | 1 << self.watch, watchdog)?;
             let mut interrupts = Interrupts { queues: pending & queues != 0, config: false };
-            if pending & (1 << self.watch) != 0 {
+            if unseen || pending & (1 << self.watch) != 0 {
                 let now = self.look()?;
                 interrupts.config = now != self.seen;
                 self.seen = now;
             }
-            if pending == 0 {
-                break;
-            }
             if interrupts != Interrupts::default() {
                 return Ok(interrupts);
+            }
+            if pending == 0 && !unseen {
+                break;
             }
         }
         Err(TransportError::Watchdog(watchdog, "an interrupt"))

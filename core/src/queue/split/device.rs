@@ -2,12 +2,14 @@
 
 use alloc::vec::Vec;
 use core::marker::PhantomData;
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::Ordering;
 
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
+use crate::queue::chain::Parts;
 use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::sync::fence;
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory, O> {
@@ -28,6 +30,8 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     /// `completed` when the driver was last considered for an interrupt.
     signalled: u32,
     chains: Chains<M::Lease>,
+    /// The head of the last chain that could not be taken.
+    walked: u16,
     table: Vec<Segment<M::Lease>>,
     order: PhantomData<O>,
 }
@@ -57,6 +61,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             completed: 0,
             signalled: 0,
             chains: Chains::new(size.into()),
+            walked: 0,
             table: Vec::new(),
             order: PhantomData,
         })
@@ -89,6 +94,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
 
     /// The chain at `head`, which is marked as in flight.
     pub(in crate::queue) fn take_again(&mut self, head: u16) -> Result<Chain<M::Lease>, Latched> {
+        self.walked = head;
         self.walk(head)
     }
 
@@ -115,7 +121,18 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         }
         self.chains.mark(head);
         self.next_available = self.next_available.wrapping_add(1);
-        self.walk(head).ok()
+        match self.walk(head) {
+            Ok(chain) => Some(chain),
+            Err(Latched) => {
+                self.walked = head;
+                None
+            }
+        }
+    }
+
+    /// Whether the chain that failed last was only put off; then it is in flight, and this is its head.
+    pub(in crate::queue) fn take_put_off(&mut self) -> Option<Option<u16>> {
+        self.chains.take_put_off().then_some(Some(self.walked))
     }
 
     /// How many chains are available, as of now.
@@ -245,7 +262,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
 
     #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
-        let (head, written) = (chain.0.head, chain.0.written);
+        let Parts { head, written, .. } = *chain.0;
         self.chains.give_back(chain)?;
         let entry = layout::used_entry(self.completed as usize & self.mask);
         self.device.store_pair(entry, (O::u32(u32::from(head)), O::u32(written)), Ordering::Relaxed);

@@ -1,12 +1,13 @@
 //! The driver's role on a split ring.
 
 use core::marker::PhantomData;
-use core::sync::atomic::{Ordering, fence};
+use core::sync::atomic::Ordering;
 
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Owner, Pages, Words};
 use crate::queue::driver::Place;
 use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
+use crate::sync::fence;
 
 /// The ring in the driver's memory, and where the driver is in it.
 pub(in crate::queue) struct Ring<O> {

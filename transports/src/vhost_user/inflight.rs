@@ -1,0 +1,216 @@
+//! Memory that knows which chains are in flight and outlives the connection (INFLIGHT_SHMFD), for split rings.
+//!
+//! Its layout is the protocol's: for each queue a header and an entry for each descriptor. Before a chain's completion is
+//! visible its head is noted, afterwards the chain is crossed out: whenever the back end dies, what is not used yet and
+//! only that is known to be in flight.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use polyvirt_core::memory::{MemoryError, Owner, Pages, Words};
+use polyvirt_core::queue::split::layout::{INDEX, available_entry, used_entry};
+use polyvirt_core::queue::{QueueState, SavedQueue};
+
+/// Bytes of a queue's header: u64 features, u16 version, u16 entries, u16 head of the last completion, u16 used index.
+const HEADER: usize = 16;
+/// Bytes of an entry: u8 in flight, 5 unused, u16 next, u64 counter.
+const ENTRY: usize = 16;
+/// Every queue begins at a multiple of this.
+const ALIGN: usize = 64;
+/// The layout's version.
+const VERSION: u16 = 1;
+
+/// In units of u16 from the start of a queue.
+const AT_VERSION: usize = 4;
+const AT_ENTRIES: usize = 5;
+const AT_LAST_HEAD: usize = 6;
+const AT_USED_INDEX: usize = 7;
+
+/// Bytes for `queues` queues of `entries` entries.
+pub(super) fn size(queues: u16, entries: u16) -> usize {
+    usize::from(queues) * queue_size(entries)
+}
+
+fn queue_size(entries: u16) -> usize {
+    (HEADER + ENTRY * usize::from(entries)).next_multiple_of(ALIGN)
+}
+
+/// What is known of one queue. The driver and device areas' leases see the device take and complete chains, and tell.
+pub(super) struct Tracker {
+    /// The queue's part of the memory.
+    words: Words<u64, Owner>,
+    entries: u16,
+    /// The available ring and the used ring, as the device sees them.
+    available: Words<u16, Owner>,
+    used: Words<u32, Owner>,
+    /// Numbers chains in the order in which they were taken.
+    counter: AtomicU64,
+}
+
+impl Tracker {
+    /// The part of queue `index` in `memory`, which is divided for queues of `entries`; the queue has `size` entries, and
+    /// its rings are there.
+    pub(super) fn new(
+        memory: &Pages,
+        index: u16,
+        entries: u16,
+        size: u16,
+        (available, used): (Pages, Pages),
+    ) -> Result<Self, MemoryError> {
+        let (offset, len) = (usize::from(index) * queue_size(entries), queue_size(entries));
+        let part = memory.slice(offset, len);
+        let missing = MemoryError::OutOfBounds { offset, len, size: memory.len() };
+        Ok(Self {
+            words: Words::new(part.ok_or(missing)?)?,
+            entries: entries.min(size),
+            available: Words::new(available)?,
+            used: Words::new(used)?,
+            counter: AtomicU64::new(0),
+        })
+    }
+
+    /// Where the device goes on: behind what is used, with what was in flight before all others. None if nothing was.
+    pub(super) fn recover(&self) -> Option<SavedQueue> {
+        let used = u16::from_le(self.used.load::<u16>(INDEX, Ordering::Acquire));
+        if self.half(AT_VERSION) != VERSION {
+            self.set_half(AT_VERSION, VERSION);
+            self.set_half(AT_ENTRIES, self.entries);
+            self.set_half(AT_USED_INDEX, used);
+        }
+        if self.half(AT_USED_INDEX) != used {
+            // The completion was seen, and the end came before it was crossed out.
+            self.cross_out(self.half(AT_LAST_HEAD));
+            self.set_half(AT_USED_INDEX, used);
+        }
+        let mut heads: Vec<_> = (0..self.entries).filter(|&head| self.is_in_flight(head)).collect();
+        heads.sort_by_key(|&head| self.words.load::<u64>(at(head) + 1, Ordering::Relaxed));
+        let last = heads.last().map_or(0, |&head| self.words.load::<u64>(at(head) + 1, Ordering::Relaxed));
+        self.counter.store(last.wrapping_add(1), Ordering::Relaxed);
+        let available = used.wrapping_add(heads.len() as u16);
+        (!heads.is_empty()).then_some(SavedQueue { state: QueueState { available, used }, in_flight: heads })
+    }
+
+    /// `len` bytes at `offset` of the available ring are about to be read: an entry of it is a chain that is taken.
+    pub(super) fn reads_available(&self, offset: usize, len: usize) {
+        let first = 2 * available_entry(0);
+        if len == 2 && offset >= first && offset < first + 2 * usize::from(self.entries) {
+            let head = u16::from_le(self.available.load::<u16>(offset / 2, Ordering::Relaxed));
+            if head < self.entries && !self.is_in_flight(head) {
+                let number = self.counter.fetch_add(1, Ordering::Relaxed);
+                self.words.store(at(head) + 1, number, Ordering::Relaxed);
+                // Release: a chain that is in flight has its number.
+                self.words.store::<u64>(at(head), u64::from_ne_bytes([1, 0, 0, 0, 0, 0, 0, 0]), Ordering::Release);
+            }
+        }
+    }
+
+    /// `len` bytes at `offset` of the used ring were written: an element, or the index that makes it visible.
+    pub(super) fn wrote_used(&self, offset: usize, len: usize) {
+        let first = 4 * used_entry(0);
+        if len == 8 && offset >= first {
+            let head = u32::from_le(self.used.load::<u32>(offset / 4, Ordering::Relaxed));
+            self.set_half(AT_LAST_HEAD, head as u16);
+        } else if len == 2 && offset == 2 * INDEX {
+            self.cross_out(self.half(AT_LAST_HEAD));
+            self.set_half(AT_USED_INDEX, u16::from_le(self.used.load::<u16>(INDEX, Ordering::Relaxed)));
+        }
+    }
+
+    fn is_in_flight(&self, head: u16) -> bool {
+        self.words.load::<u64>(at(head), Ordering::Acquire).to_ne_bytes()[0] == 1
+    }
+
+    fn cross_out(&self, head: u16) {
+        if head < self.entries {
+            self.words.store::<u64>(at(head), 0, Ordering::Release);
+        }
+    }
+
+    fn half(&self, index: usize) -> u16 {
+        self.words.load(index, Ordering::Acquire)
+    }
+
+    fn set_half(&self, index: usize, value: u16) {
+        self.words.store(index, value, Ordering::Release);
+    }
+}
+
+/// The entry of `head`, in units of u64.
+fn at(head: u16) -> usize {
+    (HEADER + ENTRY * usize::from(head)) / 8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Rig {
+        memory: Pages,
+        available: Pages,
+        used: Pages,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let memory = Pages::allocate(size(2, 8));
+            Self { memory, available: Pages::allocate(4096), used: Pages::allocate(4096) }
+        }
+
+        fn tracker(&self) -> Tracker {
+            Tracker::new(&self.memory, 1, 8, 8, (self.available.clone(), self.used.clone())).unwrap()
+        }
+
+        fn take(&self, tracker: &Tracker, slot: usize, head: u16) {
+            self.available.write(4 + 2 * slot, &head.to_le_bytes()).unwrap();
+            tracker.reads_available(4 + 2 * slot, 2);
+        }
+
+        fn put(&self, tracker: &Tracker, slot: usize, head: u32) {
+            self.used.write(4 + 8 * slot, &head.to_le_bytes()).unwrap();
+            tracker.wrote_used(4 + 8 * slot, 8);
+        }
+
+        fn publish(&self, index: u16) {
+            self.used.write(2, &index.to_le_bytes()).unwrap();
+        }
+    }
+
+    #[test]
+    fn what_was_taken_and_not_used_is_in_flight_in_its_order() {
+        let rig = Rig::new();
+        let tracker = rig.tracker();
+        assert_eq!(tracker.recover(), None);
+        for (slot, head) in [5, 2, 7].into_iter().enumerate() {
+            rig.take(&tracker, slot, head);
+        }
+        rig.put(&tracker, 0, 2);
+        rig.publish(1);
+        tracker.wrote_used(2, 2);
+        let saved = rig.tracker().recover().unwrap();
+        assert_eq!(saved.in_flight, [5, 7]);
+        assert_eq!(saved.state, QueueState { available: 3, used: 1 });
+    }
+
+    #[test]
+    fn a_completion_that_was_seen_is_not_in_flight_even_if_it_was_not_crossed_out() {
+        let rig = Rig::new();
+        let tracker = rig.tracker();
+        assert_eq!(tracker.recover(), None);
+        rig.take(&tracker, 0, 3);
+        rig.take(&tracker, 1, 4);
+        rig.put(&tracker, 0, 3);
+        assert_eq!(rig.tracker().recover().unwrap().in_flight, [3, 4], "not seen yet");
+        rig.publish(1);
+        assert_eq!(rig.tracker().recover().unwrap().in_flight, [4], "the end came right behind the index");
+    }
+
+    #[test]
+    fn heads_beyond_the_queue_and_memory_too_small_do_no_harm() {
+        let rig = Rig::new();
+        let tracker = rig.tracker();
+        rig.take(&tracker, 0, 8);
+        rig.put(&tracker, 0, u32::MAX);
+        tracker.wrote_used(2, 2);
+        assert_eq!(tracker.recover(), None);
+        assert!(Tracker::new(&rig.memory, 300, 8, 8, (rig.available.clone(), rig.used.clone())).is_err());
+    }
+}

@@ -1,0 +1,127 @@
+//! The log of written pages (LOG_SHMFD): a bit for each page of guest memory, for whoever moves the guest elsewhere.
+#![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use polyvirt_core::memory::Pages;
+
+use super::calls::{never_block, signal};
+use super::map::is_lost;
+
+/// Bytes of guest memory that a bit stands for.
+pub(super) const LOGGED: u64 = 4096;
+
+/// The log of a session.
+#[derive(Default)]
+pub(super) struct DirtyLog {
+    /// Whether there is something to do at all.
+    active: AtomicBool,
+    parts: Mutex<Parts>,
+}
+
+#[derive(Default)]
+struct Parts {
+    /// Whether the front end wants writes logged (VHOST_F_LOG_ALL).
+    wanted: bool,
+    bits: Option<Pages>,
+    /// What is told that there is something new.
+    event: Option<OwnedFd>,
+}
+
+impl DirtyLog {
+    /// Forgets everything.
+    pub(super) fn reset(&self) {
+        self.change(|parts| *parts = Parts::default());
+    }
+
+    /// Whether the log's file became shorter.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lock().bits.as_ref().is_some_and(is_lost)
+    }
+
+    /// Writes are logged from now on, or not.
+    pub(super) fn want(&self, wanted: bool) {
+        self.change(|parts| parts.wanted = wanted);
+    }
+
+    /// The log is in `bits`.
+    pub(super) fn set(&self, bits: Pages) {
+        self.change(|parts| parts.bits = Some(bits));
+    }
+
+    /// News are told to `event`.
+    pub(super) fn set_event(&self, event: OwnedFd) {
+        self.change(|parts| parts.event = Some(never_block(event)));
+    }
+
+    /// Whether writes are logged.
+    #[inline(always)]
+    pub(super) fn is_active(&self) -> bool {
+        self.active.load(Ordering::Relaxed)
+    }
+
+    /// `len` bytes of guest memory from `address` on were written. What the log has no bit for is not logged: its length
+    /// is the front end's choice.
+    #[cold]
+    pub(super) fn mark(&self, address: u64, len: u64) {
+        let parts = self.lock();
+        let Some(bits) = parts.bits.as_ref().filter(|_| len > 0) else { return };
+        let last = address.saturating_add(len - 1) / LOGGED;
+        for page in address / LOGGED..=last {
+            let Some(byte) = usize::try_from(page / 8).ok().filter(|byte| *byte < bits.len()) else { break };
+            // SAFETY: the byte is inside the mapping (checked), which `bits` keeps; everybody uses atomics on it.
+            let byte = unsafe { AtomicU8::from_ptr(bits.as_ptr().add(byte)) };
+            byte.fetch_or(1 << (page % 8), Ordering::AcqRel);
+        }
+        if let Some(event) = &parts.event {
+            signal(event.as_fd());
+        }
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Parts)) {
+        let mut parts = self.lock();
+        change(&mut parts);
+        self.active.store(parts.wanted && parts.bits.is_some(), Ordering::Relaxed);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Parts> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes(pages: &Pages) -> Vec<u8> {
+        let mut bytes = vec![0; pages.len()];
+        pages.read(0, &mut bytes).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn every_page_that_is_touched_has_its_bit_and_no_other() {
+        let (log, bits) = (DirtyLog::default(), Pages::allocate(4096));
+        log.set(bits.clone());
+        assert!(!log.is_active(), "nobody wants it");
+        log.want(true);
+        assert!(log.is_active());
+        log.mark(0x2fff, 2);
+        log.mark(0x9000, 0);
+        log.mark(0x8000, 1);
+        assert_eq!(bytes(&bits)[..3], [0b1100, 0b1, 0]);
+    }
+
+    #[test]
+    fn what_is_behind_the_end_of_the_log_is_not_written() {
+        let (log, bits) = (DirtyLog::default(), Pages::allocate(4096).slice(0, 2).unwrap());
+        let behind = bits.clone();
+        log.set(bits);
+        log.want(true);
+        log.mark(15 * LOGGED, 4 * LOGGED);
+        log.mark(u64::MAX, u64::MAX);
+        assert_eq!(bytes(&behind), [0, 0x80]);
+    }
+}

@@ -1,0 +1,273 @@
+//! The queues of a back end: how they start, where they go on, how they stop.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::eventfd::EventFd;
+use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
+use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, USED};
+use polyvirt_core::queue::split::layout::{descriptors_len, device_len, driver_len};
+use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState, SavedQueue};
+use polyvirt_core::state::Area;
+use polyvirt_core::{Features, Status};
+
+use super::body::Body;
+use super::device::{Backend, Reply, Ring};
+use super::error::ServeError;
+use super::inflight::{self, Tracker};
+use super::map::{map, memory_file};
+use super::messages::*;
+
+/// The areas of a queue: address, bytes, and what the device does there.
+type Areas = [(u64, u64, Access); 3];
+
+impl Backend {
+    /// Begins or ends to serve queue `index`, as what is known about it by now demands.
+    pub(super) fn update(&mut self, index: usize) -> Result<(), ServeError> {
+        let Ring { started, enabled, running, .. } = self.rings[index];
+        match (started && enabled, running) {
+            (true, false) => self.start(index),
+            (false, true) => {
+                self.stop(index);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn start(&mut self, index: usize) -> Result<(), ServeError> {
+        let failed = |reason: String| ServeError::Queue { index, reason };
+        // A queue that was started and enabled says that the driver is ready. It may be all that does: QEMU's
+        // vhost-user-rng takes VHOST_USER_PROTOCOL_F_STATUS and never sends DRIVER_OK.
+        if !self.state.status().intersects(Status::DRIVER_OK | Status::SUSPEND) {
+            let ready = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK;
+            self.state.set_status(ready);
+            if !self.state.status().contains(Status::FEATURES_OK) {
+                let accepted = self.state.driver_features();
+                return Err(failed(format!("it is to run with unacceptable features: {accepted:?}")));
+            }
+            self.state.set_status(ready | Status::DRIVER_OK);
+        }
+        if !self.state.is_running() {
+            // The driver has to reset the device.
+            return Ok(());
+        }
+        let entries = self.rings[index].entries;
+        let Some(areas) = self.areas(index)? else { return Ok(()) };
+        let [(descriptors, ..), (available, driver_len, _), (used, device_len, _)] = areas;
+        let mut saved =
+            SavedQueue { state: self.resumed(self.rings[index].base, descriptors, used), in_flight: vec![] };
+        if let Some((memory, InflightArea { queues, entries: most, .. })) = &self.inflight
+            && index < usize::from(*queues)
+            && !self.packed()
+        {
+            let rings = self.memory.pages(available, driver_len).zip(self.memory.pages(used, device_len));
+            let rings = rings.ok_or_else(|| failed("its rings are in several pieces".into()))?;
+            let size = entries.min(u16::MAX.into()) as u16;
+            let tracker = Tracker::new(memory, index as u16, *most, size, rings);
+            let tracker = Arc::new(tracker.map_err(|error| failed(error.to_string()))?);
+            saved = tracker.recover().unwrap_or(saved);
+            self.memory.watch(available, used, &tracker);
+        }
+        tracing::info!(index, entries, ?saved, "a queue starts");
+        let queue = index as u16;
+        self.state.set_queue_size(queue, entries);
+        for (area, (address, ..)) in [Area::Descriptors, Area::Driver, Area::Device].into_iter().zip(areas) {
+            self.state.set_queue_address(queue, area, address);
+        }
+        self.state.set_saved_queue(queue, saved);
+        self.state.enable_queue(queue);
+        self.memory.unwatch();
+        if self.state.queue_state(queue).is_none() {
+            let reason = self.state.needs_reset().map_or_else(String::new, |reason| reason.to_string());
+            return Err(failed(reason));
+        }
+        (self.rings[index].running, self.rings[index].broken) = (true, false);
+        self.tell_broken();
+        Ok(())
+    }
+
+    /// The areas of queue `index`: device address, bytes, what the device does there. None if they are not known yet.
+    fn areas(&self, index: usize) -> Result<Option<Areas>, ServeError> {
+        let failed = |reason: String| ServeError::Queue { index, reason };
+        let Ring { addresses, entries, .. } = &self.rings[index];
+        let Some(VringAddr { descriptors, available, used, .. }) = *addresses else {
+            return Err(failed("it has no addresses".into()));
+        };
+        let size = u16::try_from(*entries).map_err(|_| failed(format!("{entries} entries")))?;
+        let [first, second, third] = self.lens(size);
+        if self.state.driver_features().contains(Features::ACCESS_PLATFORM) {
+            let areas = [(descriptors, first.0, first.1), (available, second.0, second.1), (used, third.0, third.1)];
+            let missing = |&(address, len, access): &(u64, u64, Access)| {
+                matches!(self.memory.resolve(address, len, access, |_| {}), Err(MemoryError::NotYet { .. }))
+            };
+            // All of them are asked for at once.
+            return Ok((areas.iter().filter(|area| missing(area)).count() == 0).then_some(areas));
+        }
+        let guest =
+            |user| self.memory.guest_address(user).ok_or_else(|| failed(format!("{user:#x} is in no memory region")));
+        Ok(Some([
+            (guest(descriptors)?, first.0, first.1),
+            (guest(available)?, second.0, second.1),
+            (guest(used)?, third.0, third.1),
+        ]))
+    }
+
+    /// Bytes of the areas of a queue of `size` entries, and what the device does there.
+    fn lens(&self, size: u16) -> [(u64, Access); 3] {
+        let (read, both, entries) = (Access::READ, Access::READ | Access::WRITE, u64::from(size));
+        if self.packed() {
+            return [(DESCRIPTOR_LEN * entries, both), (EVENT_LEN, read), (EVENT_LEN, Access::WRITE)];
+        }
+        // Without EVENT_IDX the event words are not part of split rings (2.7.6, 2.7.8).
+        let event = if self.state.driver_features().contains(Features::EVENT_IDX) { 0 } else { 2 };
+        [(descriptors_len(size), read), (driver_len(size) - event, read), (device_len(size) - event, both)]
+    }
+
+    pub(super) fn packed(&self) -> bool {
+        self.state.driver_features().contains(Features::RING_PACKED)
+    }
+
+    /// Learns or forgets a translation. Queues that waited for it go on. Those whose areas it takes away stop until they
+    /// are kicked: most likely their driver is about to leave.
+    pub(super) fn set_translation(&mut self, body: &Body<'_>) -> Result<(), ServeError> {
+        let translation: Iotlb = body.fixed()?;
+        match translation.kind {
+            Iotlb::UPDATE => {
+                self.memory.learn(translation).map_err(|error| body.refused(error))?;
+                for index in 0..self.rings.len() {
+                    if self.kick(index)? {
+                        // Served further once the message is answered.
+                        let _ = self.news.write(1);
+                    }
+                }
+            }
+            Iotlb::INVALIDATE => {
+                self.memory.forget(translation.iova, translation.size);
+                for index in 0..self.rings.len() {
+                    let Ring { running, addresses: Some(addresses), .. } = self.rings[index] else { continue };
+                    let lens = self.lens(self.rings[index].entries as u16);
+                    let places = [addresses.descriptors, addresses.available, addresses.used];
+                    let mut areas = places.into_iter().zip(lens);
+                    if running && !areas.all(|(address, (len, access))| self.memory.knows(address, len, access)) {
+                        self.stop(index);
+                    }
+                }
+            }
+            kind => return Err(body.refused(format!("type {kind}, expected an update or an invalidation"))),
+        }
+        Ok(())
+    }
+
+    /// New memory for what is in flight. Packed rings have none: what a crash leaves of them cannot be told from what
+    /// was overwritten.
+    pub(super) fn new_inflight(&mut self, body: &Body<'_>) -> Result<Option<Reply>, ServeError> {
+        let InflightArea { queues, entries, .. } = self.inflight_area(body)?;
+        if self.packed() {
+            return Ok(Reply::new(&InflightArea { size: 0, offset: 0, queues, entries }));
+        }
+        let size = inflight::size(queues, entries) as u64;
+        let (file, memory) = memory_file("inflight", size).map_err(|error| body.refused(error))?;
+        let area = InflightArea { size, offset: 0, queues, entries };
+        self.inflight = Some((memory, area));
+        Ok(Some(Reply { payload: area.to_bytes(), fds: vec![file] }))
+    }
+
+    pub(super) fn set_inflight(&mut self, body: &Body<'_>, fds: Vec<OwnedFd>) -> Result<(), ServeError> {
+        let area = self.inflight_area(body)?;
+        let needed = inflight::size(area.queues, area.entries) as u64;
+        if area.size < needed || !area.offset.is_multiple_of(8) {
+            return Err(body.refused(format!("{} bytes at {}, expected {needed}", area.size, area.offset)));
+        }
+        for fd in fds {
+            self.inflight = Some((map(fd, area.offset, area.size).map_err(|error| body.refused(error))?, area));
+        }
+        Ok(())
+    }
+
+    /// The payload, which is about no more queues and entries than there can be.
+    fn inflight_area(&self, body: &Body<'_>) -> Result<InflightArea, ServeError> {
+        let area: InflightArea = body.fixed()?;
+        let InflightArea { queues, entries, .. } = area;
+        if queues == 0 || usize::from(queues) > self.rings.len() || entries == 0 || entries > MAX_QUEUE_SIZE {
+            let most = self.rings.len();
+            return Err(body.refused(format!("{queues} queues of {entries}, expected 1 to {most} queues")));
+        }
+        Ok(area)
+    }
+
+    /// Where the device goes on in a queue with this base, whose descriptors and used ring are there.
+    fn resumed(&self, base: Option<u32>, descriptors: u64, used: u64) -> QueueState {
+        let base = base.unwrap_or_else(|| self.first_base());
+        if !self.state.driver_features().contains(Features::RING_PACKED) {
+            // The used index is where it always is: in the ring.
+            return QueueState { available: base as u16, used: self.peek(used.wrapping_add(2)) };
+        }
+        // User Mode Linux begins packed rings with a base of 0, which says "in a later round". Only in a later round
+        // does the first descriptor have the flag that a device sets.
+        let flags = self.peek(descriptors.wrapping_add(DESCRIPTOR_LEN - 2));
+        if base == 0 && flags & USED == 0 {
+            return QueueState::start(Layout::Packed);
+        }
+        QueueState { available: base as u16, used: (base >> 16) as u16 }
+    }
+
+    /// A number in guest memory; 0 if there is none, but then the queue does not start.
+    fn peek(&self, address: u64) -> u16 {
+        let mut value = [0; 2];
+        let _ = self.memory.resolve(address, 2, Access::READ, |segment| {
+            let len = segment.len().min(value.len());
+            let _ = segment.read(0, &mut value[..len]);
+        });
+        u16::from_le_bytes(value)
+    }
+
+    /// Where queues begin, as the protocol tells it.
+    pub(super) fn first_base(&self) -> u32 {
+        if self.packed() { 0x8000_8000 } else { 0 }
+    }
+
+    /// Takes queue `index` from the device, once what is in flight is finished.
+    pub(super) fn stop(&mut self, index: usize) {
+        let queue = index as u16;
+        if !self.rings[index].running {
+            return;
+        }
+        self.state.hold_queue(queue);
+        while self.state.is_running() && self.state.queue_in_flight(queue) > 0 {
+            if !self.state.poll() && self.state.queue_in_flight(queue) > 0 {
+                wait_for(&self.news);
+            }
+        }
+        if let Some(QueueState { available, used }) = self.state.queue_state(queue) {
+            let packed = self.packed();
+            let base = u32::from(available) | if packed { u32::from(used) << 16 } else { 0 };
+            self.rings[index].base = Some(base);
+            tracing::info!(index, base, "a queue stops");
+        }
+        self.state.reset_queue(queue);
+        self.rings[index].running = false;
+    }
+
+    pub(super) fn stop_all(&mut self) {
+        (0..self.rings.len()).for_each(|index| self.stop(index));
+    }
+
+    pub(super) fn tell_broken(&mut self) {
+        for (index, ring) in self.rings.iter_mut().enumerate().filter(|(_, ring)| ring.running && !ring.broken) {
+            if let Some(reason) = self.state.queue_broken(index as u16) {
+                tracing::warn!(index, %reason, "the driver broke a queue");
+                ring.broken = true;
+                self.calls.broken(index);
+            }
+        }
+    }
+}
+
+/// Waits for an event and takes it.
+fn wait_for(event: &EventFd) {
+    // An error other than an interruption cannot be; either way the caller looks again.
+    let _ = poll(&mut [PollFd::new(event.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE);
+    let _ = event.read();
+}
