@@ -12,6 +12,7 @@ pub mod in_order;
 pub mod in_order_driver;
 pub mod indirect;
 pub mod init;
+pub mod legacy;
 pub mod mmio;
 pub mod mmio_driver;
 pub mod mmio_notification;
@@ -21,7 +22,6 @@ pub mod packed_driver;
 pub mod pci;
 pub mod pci_driver;
 pub mod pci_interrupts;
-pub mod pci_legacy;
 pub mod played;
 pub mod ring;
 pub mod rng;
@@ -55,7 +55,7 @@ pub fn all() -> Vec<Case> {
         pci::CASES,
         pci_interrupts::CASES,
         pci_driver::CASES,
-        pci_legacy::CASES,
+        legacy::CASES,
         blk::CASES,
         blk_commands::CASES,
         rng::CASES,

@@ -1,10 +1,11 @@
 //! virtio-pci from the driver's side: what our driver does to fields, and what fields do to it.
 
 use polyvirt_core::Features;
-use polyvirt_core::transport::{Transport, driver_ok, initialize};
+use polyvirt_core::transport::{Interrupts, Transport, driver_ok, initialize};
 use polyvirt_transports::pci::registers::*;
 
-use super::sample::{Sample, ensure, ensure_eq, revive, serve};
+use super::sample::{Sample, ensure, ensure_eq, offer, revive, serve};
+use crate::raw::Ring;
 use crate::suite::{Applies, Case, Finding, Objection, RegisterAccess, Session, Verdict};
 
 /// The cases of this area.
@@ -30,7 +31,7 @@ pub const CASES: &[Case] = &[
         .judges(&["N0350"])
         .once(),
     case("pci/driver-not-virtio", "(driver) what has other ids is left alone, and any revision is met", not_virtio)
-        .judges(&["N0288", "N0290"])
+        .judges(&["N0288", "N0289", "N0290"])
         .once(),
     case("pci/driver-odd-capabilities", "(driver) reserved capabilities are ignored, and long ones accepted", odd)
         .judges(&["N0295", "N0297", "N0298", "N0300"])
@@ -245,6 +246,9 @@ fn not_virtio(session: &mut Session) -> Verdict {
         let met = meets(session, field.into(), value)?;
         ensure(!met, format_args!("a device with {value:#x} at {field:#x} is ignored"), "it is not")?;
     }
+    let transitional = transitional_id(session.cell.device_type).unwrap_or(0x103f);
+    let met = meets(session, DEVICE_ID.into(), transitional.into())?;
+    ensure(met, format_args!("a device with the id {transitional:#x} is met"), "it is not")?;
     for revision in [0, 1, 2, 0x7f, 0xff] {
         let met = meets(session, REVISION_ID.into(), revision)?;
         ensure(met, format_args!("a device of revision {revision} is met"), "it is not")?;
@@ -283,18 +287,22 @@ fn few_vectors(session: &mut Session) -> Verdict {
         registers.lie(at, None);
         let mut transport = met?;
         initialize(&mut *transport, Features::empty())?;
+        let mut rings = Vec::new();
         for queue in 0..session.queues() {
-            transport.find_vq(queue, None)?;
+            rings.push(Ring::new(transport.find_vq(queue, None)?, queue, session.trace.clone())?);
         }
         let log = common_log(session)?;
         let vector = log.iter().rev().find(|access| access.offset == common::QUEUE_VECTOR && access.write);
         let right = vector.is_some_and(|access| access.value <= len.into());
         ensure(right, format_args!("a vector up to {len}"), format_args!("{vector:x?}"))?;
         if len == 0 {
-            // One vector for everything: whatever comes is taken for both.
-            driver_ok(&mut *transport)?;
             let vector = session.get16(session.common(common::CONFIG_VECTOR)?)?;
             ensure_eq("the vector of the configuration", vector, 0)?;
+            driver_ok(&mut *transport)?;
+            offer(session, &mut rings)?;
+            // One vector for everything: whatever comes may be about both.
+            let Interrupts { queues, config } = transport.wait(session.watchdog)?;
+            ensure(queues && config, "an interrupt that is taken for both", format_args!("{queues}, {config}"))?;
         }
         transport.reset()?;
     }

@@ -1,17 +1,22 @@
-//! The legacy interface over PCI and over MMIO, register by register.
+//! The legacy interface: over PCI and over MMIO register by register, and what a driver may do on any bus.
+//!
+//! The spec has no numbered statements about it.
 
-use polyvirt_core::Features;
 use polyvirt_core::queue::Layout;
 use polyvirt_core::transport::Transport;
+use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers as mmio;
 use polyvirt_transports::pci::registers::*;
 
+use super::init::serve_next;
 use super::pci::serve_silently;
 use super::sample::{ensure, ensure_eq, revive, serve};
 use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
+    Case::new("legacy/used-before-driver-ok", "a driver may use the device before it says DRIVER_OK", early)
+        .on(Applies::LEGACY),
     pci(
         "pci-legacy/identity",
         "a transitional id, revision 0, the type as subsystem, ports in the first region",
@@ -35,6 +40,18 @@ const fn pci(name: &'static str, about: &'static str, run: fn(&mut Session) -> V
 
 const fn mmio_case(name: &'static str, about: &'static str, run: fn(&mut Session) -> Verdict) -> Case {
     Case::new(name, about, run).on(Applies::MMIO_LEGACY)
+}
+
+fn early(session: &mut Session) -> Verdict {
+    session.negotiate(Features::empty())?;
+    let mut rings = session.rings()?;
+    serve(session, &mut rings)?;
+    let status = session.transport.status()?;
+    ensure(!status.contains(Status::DRIVER_OK), "a status without DRIVER_OK", format_args!("{status:?}"))?;
+    session.go()?;
+    serve_next(session, &mut rings)?;
+    revive(session, rings)?;
+    Ok(Finding::Passed)
 }
 
 /// The ports of the legacy interface.
