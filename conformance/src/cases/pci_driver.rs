@@ -299,10 +299,12 @@ fn few_vectors(session: &mut Session) -> Verdict {
             let vector = session.get16(session.common(common::CONFIG_VECTOR)?)?;
             ensure_eq("the vector of the configuration", vector, 0)?;
             driver_ok(&mut *transport)?;
-            offer(session, &mut rings)?;
+            let sample = offer(session, &mut rings)?;
             // One vector for everything: whatever comes may be about both.
             let Interrupts { queues, config } = transport.wait(session.watchdog)?;
             ensure(queues && config, "an interrupt that is taken for both", format_args!("{queues}, {config}"))?;
+            let (_, len) = session.poll_used(&mut rings[usize::from(sample.queue)])?;
+            sample.check(session, len)?;
         }
         transport.reset()?;
     }
