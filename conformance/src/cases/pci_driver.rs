@@ -6,7 +6,7 @@ use polyvirt_transports::pci::registers::*;
 
 use super::sample::{Sample, ensure, ensure_eq, offer, revive, serve};
 use crate::raw::Ring;
-use crate::suite::{Applies, Case, Finding, Objection, RegisterAccess, Session, Verdict};
+use crate::suite::{Applies, Case, Finding, Objection, RegisterAccess, RingFormat, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
@@ -15,7 +15,7 @@ pub const CASES: &[Case] = &[
         .once(),
     case("pci/driver-order", "(driver) a queue is set up before it is enabled, and only what may be is written", order)
         .judges(&["N0323", "N0325", "N0326", "N0328"])
-        .once(),
+        .packed_judges(&["N0323", "N0324", "N0326", "N0328"]),
     case("pci/driver-leaves-capabilities", "(driver) capabilities are not written", leaves_capabilities)
         .judges(&["N0302", "N0362", "N0364"])
         .once(),
@@ -36,6 +36,9 @@ pub const CASES: &[Case] = &[
     case("pci/driver-odd-capabilities", "(driver) reserved capabilities are ignored, and long ones accepted", odd)
         .judges(&["N0295", "N0297", "N0298", "N0300"])
         .class(&[106])
+        .once(),
+    case("pci/driver-first-structure", "(driver) of two structures of one type the first is used", first)
+        .judges(&["N0296"])
         .once(),
     case("pci/driver-few-vectors", "(driver) any length of the table will do, down to one vector for all", few_vectors)
         .judges(&["N0374", "N0388"])
@@ -111,8 +114,9 @@ fn order(session: &mut Session) -> Verdict {
             }
             common::QUEUE_SIZE | common::QUEUE_DESC..common::QUEUE_NOTIF_CONFIG_DATA => {
                 ensure(!enabled.contains(&select), "a queue is set up before it is enabled", &shown)?;
-                let right = access.offset != common::QUEUE_SIZE || access.value.is_power_of_two();
-                ensure(right, "a size that is a power of two", shown)?;
+                let packed = session.cell.ring == RingFormat::Packed;
+                let right = access.value > 0 && (packed || access.value.is_power_of_two());
+                ensure(access.offset != common::QUEUE_SIZE || right, "a size that a queue can have", shown)?;
             }
             _ => {}
         }
@@ -271,6 +275,24 @@ fn odd(session: &mut Session) -> Verdict {
             ensure(met, format_args!("structure {kind} with {value:#x} at {field} is accepted"), "it is not")?;
         }
     }
+    revive(session, Vec::new())?;
+    Ok(Finding::Passed)
+}
+
+fn first(session: &mut Session) -> Verdict {
+    let (device, registers) = (session.structure(CAP_DEVICE)?, session.registers()?);
+    let kind = device.at + u64::from(CAP_TYPE);
+    registers.lie(kind, Some(CAP_COMMON.into()));
+    let met = registers.connect();
+    registers.lie(kind, None);
+    let before = registers.log().len();
+    let _ = initialize(&mut *met?, Features::empty());
+    let log = registers.log().split_off(before);
+    ensure(!log.is_empty(), "accesses to the first structure", "none at all")?;
+    let end = device.base + u64::from(device.length);
+    let second = log.into_iter().find(|access| (device.base..end).contains(&access.offset));
+    ensure(second.is_none(), "no access to the second structure", format_args!("{second:x?}"))?;
+    session.registers()?.connect()?;
     revive(session, Vec::new())?;
     Ok(Finding::Passed)
 }

@@ -41,9 +41,9 @@ pub(super) const SABOTEURS: &[Saboteur] = saboteurs! { Pci:
             RegisterAccess { offset: SELECT, write: true, .. } => vec![access, write(COMMON + common::NUM_QUEUES, 2, 1)],
             _ => vec![access],
         });
-    "(driver, pci) tries a queue of three entries", Rng, ["N0325"], ["pci/driver-order"],
+    "(driver, pci) tries a queue of no entries", Rng, ["N0324", "N0325"], ["pci/driver-order"],
         registers(|access| match access {
-            RegisterAccess { offset: SIZE, write: true, .. } => vec![write(SIZE, 2, 3), access],
+            RegisterAccess { offset: SIZE, write: true, .. } => vec![write(SIZE, 2, 0), access],
             _ => vec![access],
         });
     "(driver, pci) enables a queue before it sets it up", Rng, ["N0326"], ["pci/driver-order"],
@@ -145,6 +145,12 @@ pub(super) const SABOTEURS: &[Saboteur] = saboteurs! { Pci:
         // What is reserved reads as 0.
         registers(|access| match access {
             RegisterAccess { offset: LENGTH, .. } => vec![access, read(capability::COMMON + u64::from(CAP_ID) + 1, 2)],
+            _ => vec![access],
+        });
+    "(driver, pci) uses the last structure of a type", Rng, ["N0296"], ["pci/driver-first-structure"],
+        // What is reserved reads as 0, which is no type.
+        registers(|access| match access {
+            RegisterAccess { offset: TYPE, .. } => vec![access, read(capability::COMMON + u64::from(CAP_ID), 1)],
             _ => vec![access],
         });
     "(driver, pci) does not look how many vectors there are", Rng, ["N0374", "N0388"], ["pci/driver-few-vectors"],
