@@ -64,9 +64,9 @@ fn field_len(offset: u64) -> Option<usize> {
     Some(match offset {
         0x00 | 0x04 | 0x08 | 0x0c => 4,
         0x14 | 0x15 => 1,
-        0x10 | 0x12 | 0x16..=0x1e if offset % 2 == 0 => 2,
-        0x20..0x38 if offset % 4 == 0 => 4,
-        0x38..0x40 if offset % 2 == 0 => 2,
+        0x10 | 0x12 | 0x16..=0x1e if offset.is_multiple_of(2) => 2,
+        0x20..0x38 if offset.is_multiple_of(4) => 4,
+        0x38..0x40 if offset.is_multiple_of(2) => 2,
         _ => return None,
     })
 }
