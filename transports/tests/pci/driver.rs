@@ -16,6 +16,8 @@ use proptest::prelude::*;
 /// A machine in which every register reads what the script says, by address and over and over, except for some of the
 /// header that lead a driver on.
 struct Odd {
+    /// The functions that there are, all with the same configuration space.
+    functions: &'static [u8],
     config: Vec<u8>,
     bytes: Vec<u8>,
     selected: AtomicU64,
@@ -72,7 +74,7 @@ impl Machine for Odd {
     fn input(&self, port: u16, data: &mut [u8]) -> Result<(), HypervisorError> {
         let selected = self.selected.load(Ordering::Relaxed);
         match u64::from(port).checked_sub(CONFIG_DATA) {
-            Some(lane) if lane < 4 && selected >> 8 & 0xff == 8 => {
+            Some(lane) if lane < 4 && self.functions.contains(&((selected >> 8) as u8)) => {
                 let at = (selected & 0xfc) + lane;
                 let from = self.config.iter().cycle().skip(at as usize);
                 data.iter_mut().zip(from).for_each(|(to, from)| *to = *from);
@@ -90,6 +92,20 @@ impl Machine for Odd {
     }
     fn message(&self, line: u32) -> Message {
         Message { address: 0xfee0_0000, data: line }
+    }
+}
+
+#[test]
+fn functions_are_found_behind_gaps_if_function_0_says_that_there_are_others() {
+    for (header_type, found) in [(0x80, vec![0x08, 0x0a, 0x0f, 0xf8]), (0, vec![0x08, 0xf8])] {
+        let mut config = vec![0; 256];
+        config[..4].copy_from_slice(&[0xf4, 0x1a, 0x44, 0x10]);
+        config[usize::from(HEADER_TYPE)] = header_type;
+        // Device 2 has no function 0, and so none at all.
+        let functions = &[0x08, 0x0a, 0x0f, 0x12, 0xf8];
+        let bus = Bus::new(Arc::new(Odd { functions, config, bytes: vec![0], selected: AtomicU64::new(0) }));
+        let places = bus.enumerate().unwrap();
+        assert_eq!(places.iter().map(|place| place.function).collect::<Vec<_>>(), found);
     }
 }
 
@@ -147,7 +163,7 @@ proptest! {
                 config[at + offset] = byte;
             }
         }
-        let bus = Arc::new(Bus::new(Arc::new(Odd { config, bytes, selected: AtomicU64::new(0) })));
+        let bus = Arc::new(Bus::new(Arc::new(Odd { functions: &[8], config, bytes, selected: AtomicU64::new(0) })));
         for place in bus.enumerate().unwrap_or_default() {
             for signalling in [Signalling::Messages, Signalling::Pin] {
                 if let Ok(mut driver) = Driver::connect(Arc::clone(&bus), place, signalling) {
