@@ -22,6 +22,7 @@ use polyvirt_core::transport::{Transport, TransportError};
 
 pub use devices::Kind;
 use guard::Guarded;
+pub(crate) use pci::{MEMORY, PORTS};
 pub use pci::{OnPci, Pci, PciLegacy};
 pub use ports::{Kvm, Lguest, Loopback, Xen};
 pub use wires::{LguestPage, Mmio, MmioLegacy, Xenbus};

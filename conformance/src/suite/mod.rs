@@ -132,8 +132,16 @@ impl Applies {
     pub const ANY: Self = Self { device: None, legacy: None, transport: None, rings: Rings::Either };
     /// On the modern interface.
     pub const MODERN: Self = Self { legacy: Some(false), ..Self::ANY };
+    /// On the legacy interface.
+    pub const LEGACY: Self = Self { legacy: Some(true), ..Self::ANY };
     /// Over MMIO.
     pub const MMIO: Self = Self { transport: Some("mmio"), ..Self::ANY };
+    /// Over PCI, through the modern interface.
+    pub const PCI: Self = Self { transport: Some("pci"), ..Self::ANY };
+    /// Over PCI, through the legacy interface.
+    pub const PCI_LEGACY: Self = Self { transport: Some("pci-legacy"), ..Self::LEGACY };
+    /// Over MMIO, through the legacy interface.
+    pub const MMIO_LEGACY: Self = Self { transport: Some("mmio-legacy"), ..Self::LEGACY };
 
     /// With one device type.
     pub const fn to(device: u32) -> Self {
