@@ -237,6 +237,10 @@ impl Backend {
                 if !OFFERED.contains(features) {
                     return Err(body.refused(format!("{:#x} was not offered", (features - OFFERED).bits())));
                 }
+                let others = ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::REPLY_ACK;
+                if features.contains(ProtocolFeatures::INBAND_NOTIFICATIONS) && !features.contains(others) {
+                    return Err(body.refused("INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK"));
+                }
                 self.protocol = features;
                 let has = |feature| features.contains(feature);
                 self.calls.allow(has(ProtocolFeatures::INBAND_NOTIFICATIONS), has(ProtocolFeatures::CONFIG));
@@ -309,7 +313,10 @@ impl Backend {
                 // This is answered even if nobody asks for an acknowledgement.
                 return Ok(Reply::new(&0u64));
             }
-            R::SetLogFd => fds.into_iter().for_each(|fd| self.memory.log().set_event(fd)),
+            R::SetLogFd => {
+                body.empty()?;
+                fds.into_iter().for_each(|fd| self.memory.log().set_event(fd));
+            }
             R::IotlbMsg => self.set_translation(&body)?,
             R::GetInflightFd => return self.new_inflight(&body),
             R::SetInflightFd => self.set_inflight(&body, fds)?,

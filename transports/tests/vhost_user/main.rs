@@ -1,0 +1,9 @@
+//! vhost-user, message by message: what a front end may send, what it may not, and what becomes of its memory.
+#![cfg(target_os = "linux")]
+
+mod faults;
+mod front;
+mod memory;
+mod negotiation;
+mod order;
+mod toy;
