@@ -16,6 +16,8 @@ use super::body::{Body, needs};
 use super::calls::{Calls, never_block};
 use super::connection::{Connection, Message};
 use super::error::ServeError;
+use super::inflight;
+use super::log::UsedLog;
 use super::map::{is_lost, map};
 use super::memory::Memory;
 use super::messages::*;
@@ -61,6 +63,10 @@ pub(super) struct Ring {
     pub(super) running: bool,
     /// Whether its being broken was told.
     pub(super) broken: bool,
+    /// What [`Request::GetVringBase`] told.
+    pub(super) handed_back: Option<u32>,
+    /// Where writes to its used ring are logged besides.
+    pub(super) log: Arc<UsedLog>,
 }
 
 /// What a message is answered with.
@@ -202,6 +208,10 @@ impl Backend {
             R::SetVringBase => {
                 let VringState { num, .. } = self.idle(&body)?;
                 let index = self.index(&body)?.0;
+                // What was handed back is where it goes on; anything else begins anew.
+                if self.rings[index].handed_back.is_some_and(|base| base != num) {
+                    self.forget_inflight(index);
+                }
                 self.rings[index].base = Some(num);
             }
             R::GetVringBase => {
@@ -211,6 +221,7 @@ impl Backend {
                 self.rings[index].started = false;
                 self.rings[index].kick = None;
                 let num = self.rings[index].base.unwrap_or_else(|| self.first_base());
+                self.rings[index].handed_back = Some(num);
                 return Ok(Reply::new(&VringState { index: index as u32, num }));
             }
             R::SetVringKick => {
@@ -375,6 +386,8 @@ impl Backend {
         let index = self.index(body)?.0;
         let ring = &mut self.rings[index];
         let place = |a: &VringAddr| (a.descriptors, a.available, a.used);
+        // This may change while the queue runs: so logging begins, and ends.
+        ring.log.set((addresses.flags & VRING_LOG != 0).then_some(addresses.log));
         if ring.running && ring.addresses.as_ref().map(place) != Some(place(&addresses)) {
             return Err(body.refused("a queue that runs cannot be moved"));
         }
@@ -401,9 +414,22 @@ impl Backend {
     /// Back to the beginning, but for memory and descriptors.
     fn reset(&mut self) {
         self.stop_all();
-        self.state.reset();
-        for ring in &mut self.rings {
+        for index in 0..self.rings.len() {
+            self.forget_inflight(index);
+            let ring = &mut self.rings[index];
             (ring.started, ring.enabled, ring.base) = (false, false, None);
+        }
+        self.state.reset();
+    }
+
+    /// Nothing of queue `index` is in flight, and nobody is to think so.
+    fn forget_inflight(&mut self, index: usize) {
+        // The features tell the layout.
+        if let Some((memory, area)) = &self.inflight
+            && index < usize::from(area.queues)
+            && !self.state.driver_features().is_empty()
+        {
+            inflight::forget(memory, index as u16, area.entries, self.packed());
         }
     }
 

@@ -196,7 +196,7 @@ fn a_log_that_becomes_shorter_ends_the_session() {
 #[test]
 fn what_is_in_flight_becoming_shorter_ends_the_session() {
     let server = Server::start();
-    for packed in [Features::empty()] {
+    for packed in [Features::empty(), Features::RING_PACKED] {
         let file = tempfile::tempfile().unwrap();
         file.set_len(4096).unwrap();
         let mut front = server.connect();
