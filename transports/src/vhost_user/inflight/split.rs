@@ -50,13 +50,16 @@ impl Tracker {
         })
     }
 
-    /// Where the device goes on: behind what is used, with what was in flight before all others. None if nothing was.
+    /// Where the device goes on: behind what is used, with what was in flight before all others. None if the memory does
+    /// not say.
     pub(in super::super) fn recover(&self) -> Option<SavedQueue> {
         let used = u16::from_le(self.used.load::<u16>(INDEX, Ordering::Acquire));
-        if self.half(AT_VERSION) != VERSION {
-            self.set_half(AT_VERSION, VERSION);
+        let known = self.half(AT_VERSION) == VERSION;
+        if !known {
+            (0..self.entries).for_each(|head| self.cross_out(head));
             self.set_half(AT_ENTRIES, self.entries);
             self.set_half(AT_USED_INDEX, used);
+            self.set_half(AT_VERSION, VERSION);
         }
         if self.half(AT_USED_INDEX) != used {
             // The completion was seen, and the end came before it was crossed out.
@@ -68,7 +71,7 @@ impl Tracker {
         let last = heads.last().map_or(0, |&head| self.words.load::<u64>(at(head) + 1, Ordering::Relaxed));
         self.counter.store(last.wrapping_add(1), Ordering::Relaxed);
         let available = used.wrapping_add(heads.len() as u16);
-        (!heads.is_empty()).then_some(SavedQueue { state: QueueState { available, used }, in_flight: heads })
+        known.then_some(SavedQueue { state: QueueState { available, used }, in_flight: heads })
     }
 
     /// `len` bytes at `offset` of the available ring were read: an entry of it is a chain that is taken.
