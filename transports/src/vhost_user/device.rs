@@ -293,6 +293,7 @@ impl Backend {
                 body.fixed::<VringState>()?;
                 let index = self.index(&body)?.0;
                 self.rings[index].started = true;
+                self.memory.ask_again();
                 if self.kick(index)? {
                     let _ = self.news.write(1);
                 }

@@ -243,7 +243,7 @@ impl Memory {
             translated = Translated::new(table.flat.clone(), []);
         }
         translated.map(iova, size, guest, Access::from_bits_truncate(access));
-        lock(&self.shared.misses).clear();
+        lock(&self.shared.misses).retain(|miss| miss.iova.wrapping_sub(iova) >= size);
         self.install(Table::new(table.slots.clone(), Some(translated), self.shared.log.clone()));
         Ok(())
     }
@@ -256,7 +256,12 @@ impl Memory {
         self.install(Table::new(table.slots.clone(), Some(translated), self.shared.log.clone()));
     }
 
-    /// Translations that are to be asked for; each once, until something is learnt.
+    /// What was asked for and not learnt is asked for again: the driver may have mapped it meanwhile.
+    pub(super) fn ask_again(&self) {
+        lock(&self.shared.misses).retain(|miss| miss.kind == 0);
+    }
+
+    /// Translations that are to be asked for; each once.
     pub(super) fn misses(&self) -> Vec<Iotlb> {
         let mut misses = lock(&self.shared.misses);
         let new =

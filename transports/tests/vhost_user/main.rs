@@ -2,7 +2,11 @@
 #![cfg(target_os = "linux")]
 
 mod faults;
+mod features;
 mod front;
+mod inflight;
+mod iotlb;
+mod log;
 mod memory;
 mod negotiation;
 mod order;
