@@ -56,3 +56,15 @@ fn files_that_the_book_names_exist() {
         }
     }
 }
+
+#[test]
+fn every_dependency_is_listed_with_its_reason() {
+    let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
+    let listed = fs::read_to_string(root().join("docs/dependencies.md")).unwrap();
+    let section = manifest.split("[workspace.dependencies]").nth(1).and_then(|rest| rest.split("\n[").next()).unwrap();
+    let names = section.lines().filter_map(|line| line.split_once('=')).map(|(name, _)| name.trim());
+    let foreign: Vec<_> = names.filter(|name| !name.starts_with("polyvirt-") && !name.starts_with('#')).collect();
+    assert!(foreign.len() > 10, "only {foreign:?}: are they still found?");
+    let missing: Vec<_> = foreign.iter().filter(|name| !listed.contains(&format!("`{name}`"))).collect();
+    assert!(missing.is_empty(), "docs/dependencies.md does not say why there are {missing:?}");
+}

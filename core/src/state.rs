@@ -234,7 +234,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         } else if (suspended || self.suspending) && status.contains(Status::DRIVER_OK) {
             // Of a suspended device SUSPEND may be written back: drivers do not clear bits.
             self.suspending = false;
-            self.status = self.status - Status::SUSPEND | Status::DRIVER_OK;
+            self.status = (self.status - Status::SUSPEND) | Status::DRIVER_OK;
             self.queues.iter_mut().flatten().for_each(Queue::release);
             for index in 0..self.queue_count() {
                 if self.queue_enabled(index) && self.queue(index).is_none() {
@@ -579,7 +579,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
         if self.suspending && self.queues.iter().flatten().all(|queue| queue.in_flight() == 0) {
             self.suspending = false;
-            self.status = self.status - Status::DRIVER_OK | Status::SUSPEND;
+            self.status = (self.status - Status::DRIVER_OK) | Status::SUSPEND;
         }
     }
 

@@ -205,10 +205,11 @@ unsafe impl Hal for Identity {
     unsafe fn unshare(_paddr: PhysAddr, _buffer: NonNull<[u8]>, _direction: BufferDirection) {}
 }
 
-/// Takes the queue's addresses and does nothing else.
+/// A transport for virtio-drivers that takes a queue's addresses and does nothing else.
 #[derive(Default)]
-struct Catcher {
-    areas: [PhysAddr; 3],
+pub struct Catcher {
+    /// Where the queue is: descriptors, driver area, device area.
+    pub areas: [PhysAddr; 3],
 }
 
 impl Transport for Catcher {

@@ -63,6 +63,7 @@ impl<L> Chains<L> {
     }
 
     /// Whether `chain` is of this run.
+    #[inline(always)]
     pub(super) fn own(&self, chain: &Chain<L>) -> bool {
         chain.0.run == self.run
     }
@@ -107,23 +108,22 @@ impl<L> Chains<L> {
 
     fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
-        let (head, entries, behind, number, readable, writable_len, written, writable_from) = Default::default();
+        let (head, entries, start, number, readable, writable_len, written, writable_from) = Default::default();
         let run = self.run;
-        Box::new(Parts { run, head, entries, number, behind, readable, writable_len, written, writable_from, segments })
+        Box::new(Parts { run, head, entries, number, start, readable, writable_len, written, writable_from, segments })
     }
 
-    /// Takes `chain` out of flight and keeps its memory for another; the error is its head if it is not of this run. One
-    /// that is, is in flight: it exists once, and is given back here.
+    /// Takes `chain` out of flight, keeps its memory for another, and tells what it was; the error is its head if it is not
+    /// of this run. One that is, is in flight: it exists once, and is given back here.
     #[inline(always)]
-    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<(), u16> {
+    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<&Parts<L>, u16> {
         if parts.run != self.run {
             return Err(parts.head);
         }
         self.in_flight[usize::from(parts.head)] = false;
-        // The leases end here, not when the memory is used again.
+        // The leases end here, before the driver is told, not when the memory is used again.
         parts.segments.clear();
-        self.spare.push(parts);
-        Ok(())
+        Ok(self.spare.push_mut(parts))
     }
 
     /// Latches the queue: from now on no chain comes back. The first reason stays. One that is no fault latches nothing.

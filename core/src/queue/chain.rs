@@ -25,8 +25,8 @@ pub(super) struct Parts<L> {
     pub(super) entries: u16,
     /// (In order) how many chains were taken before it.
     pub(super) number: u64,
-    /// (Packed) the index of the descriptor behind its last.
-    pub(super) behind: u16,
+    /// (Packed) the index of its first descriptor.
+    pub(super) start: u16,
     pub(super) readable: u64,
     pub(super) writable_len: u32,
     pub(super) written: u32,

@@ -161,8 +161,9 @@ impl Bench {
 
     /// The queue's own book says what the script's does.
     fn check_in_flight(&self) {
-        if let (None, Some(saved)) = (self.queue.broken(), &self.saved) {
-            assert_eq!(self.queue.in_flight(), self.taken.len() + saved.len());
+        // What a restored queue has yet to take again is not counted.
+        if self.queue.broken().is_none() && self.saved.is_some() {
+            assert_eq!(self.queue.in_flight(), self.taken.len());
         }
     }
 

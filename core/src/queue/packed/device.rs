@@ -8,6 +8,7 @@ use super::layout::{
 };
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
+use crate::queue::chain::Parts;
 use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::sync::fence;
 
@@ -28,8 +29,8 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
     overwritten: u64,
     /// `next_used` and `used` when the driver was last considered for an interrupt.
     signalled: (Position, u64),
-    /// Descriptors taken so far: those that are not used yet are in flight.
-    taken: u64,
+    /// Descriptors that are not in flight: all that the driver can have made available.
+    free: u16,
     chains: Chains<M::Lease>,
     table: Vec<Segment<M::Lease>>,
 }
@@ -55,7 +56,7 @@ impl<M: GuestMemory> Ring<M> {
             used: 0,
             overwritten: 0,
             signalled: (Position::START, 0),
-            taken: 0,
+            free: size,
             // Any 16-bit value is a legal buffer id (2.8.4).
             chains: Chains::new(1 << 16),
             table: Vec::new(),
@@ -111,10 +112,10 @@ impl<M: GuestMemory> Ring<M> {
         self.size
     }
 
-    /// The two words of the descriptor at `at`: the second is read with `order`, before the first.
+    /// The two words of the descriptor at `index`: the second is read with `order`, before the first.
     #[inline(always)]
-    fn descriptor(&self, at: Position, order: Ordering) -> (u64, u64) {
-        self.descriptors.load_pair_backwards(2 * usize::from(at.index), order)
+    fn descriptor(&self, index: u16, order: Ordering) -> (u64, u64) {
+        self.descriptors.load_pair_backwards(2 * usize::from(index), order)
     }
 
     /// At most how many chains are available, as of now.
@@ -127,12 +128,18 @@ impl<M: GuestMemory> Ring<M> {
 
     #[inline(always)]
     pub(in crate::queue) fn pop(&mut self) -> Option<Chain<M::Lease>> {
+        let at = self.next_available;
         // Acquire: the rest of the chain is read after the flags that make it available.
-        let first = self.descriptor(self.next_available, Ordering::Acquire);
-        if !self.next_available.is_available(Tail::from_word(first.1).flags) {
+        let first = self.descriptor(at.index, Ordering::Acquire);
+        let flags = Tail::from_word(first.1).flags;
+        if at.is_available_buffer(flags) {
+            return self.walk(at.index, first).ok();
+        }
+        if !at.is_available(flags) {
             return None;
         }
-        self.walk(first).ok()
+        let assembly = self.chains.assemble();
+        self.walk_on(assembly, at, first).ok()
     }
 
     /// Whether the chain that failed last was only put off; then it is still available.
@@ -140,33 +147,46 @@ impl<M: GuestMemory> Ring<M> {
         self.chains.take_put_off().then_some(None)
     }
 
-    /// The chain that begins with `descriptor`. As long as it is what chains mostly are (direct, short, of whole pieces, without
-    /// fault) it is walked here, with nothing to call; as soon as it is not, [`Ring::walk_on`] goes on.
+    /// The chain that begins with `descriptor`, an available buffer at `index`. As long as it is what chains mostly are (direct, short, of whole pieces, in
+    /// one round, without fault) it is walked here, with nothing to call; as soon as it is not, [`Ring::walk_on`] goes on.
     #[inline(always)]
-    fn walk(&mut self, mut descriptor: (u64, u64)) -> Result<Chain<M::Lease>, Latched> {
-        let mut at = self.next_available;
+    fn walk(&mut self, mut index: u16, mut descriptor: (u64, u64)) -> Result<Chain<M::Lease>, Latched> {
         let Some(mut assembly) = self.chains.assemble_at_once() else {
             let assembly = self.chains.assemble();
-            return self.walk_on(assembly, at, descriptor);
+            return self.walk_on(assembly, self.next_available, descriptor);
         };
         let id = loop {
             let (address, Tail { len, id, flags }) = parse(descriptor);
-            if !at.is_available_buffer(flags) || !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0)
-            {
-                return self.walk_on(assembly, at, descriptor);
+            if !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0) {
+                break None;
             }
-            at = at.advanced(1, self.size);
             if flags & NEXT == 0 {
-                break id;
+                break Some(id);
             }
-            descriptor = self.descriptor(at, Ordering::Relaxed);
+            index += 1;
+            if index >= self.size {
+                return self.walk_over(assembly);
+            }
+            descriptor = self.descriptor(index, Ordering::Relaxed);
+            if !self.next_available.is_available_buffer(Tail::from_word(descriptor.1).flags) {
+                break None;
+            }
         };
+        let Some(id) = id else { return self.walk_on(assembly, self.next_available.at(index), descriptor) };
         // A segment each, so far.
         let count = assembly.segments();
-        if count > self.free() {
+        if count > usize::from(self.free) {
             return Err(self.overrun(count));
         }
-        self.enter(assembly, id, at, count as u16)
+        self.enter(assembly, id, count as u16)
+    }
+
+    /// The next chain, of which `assembly` has a segment for each descriptor up to the last of this round.
+    #[cold]
+    fn walk_over(&mut self, assembly: Assembly<M::Lease>) -> Result<Chain<M::Lease>, Latched> {
+        let at = self.next_available.at(self.size - 1).advanced(1, self.size);
+        let descriptor = self.descriptor(at.index, Ordering::Relaxed);
+        self.walk_on(assembly, at, descriptor)
     }
 
     /// The next chain from `descriptor` on, which is at `at` and of which `assembly` has a segment for each before.
@@ -181,7 +201,7 @@ impl<M: GuestMemory> Ring<M> {
         let (mut address, mut tail) = parse(descriptor);
         loop {
             count += 1;
-            if count > self.free() {
+            if count > usize::from(self.free) {
                 return Err(self.overrun(count));
             }
             // A descriptor that is not available is not to be used (2.8.12), wherever in a chain.
@@ -201,36 +221,24 @@ impl<M: GuestMemory> Ring<M> {
             if tail.flags & NEXT == 0 {
                 break;
             }
-            (address, tail) = parse(self.descriptor(at, Ordering::Relaxed));
+            (address, tail) = parse(self.descriptor(at.index, Ordering::Relaxed));
         }
-        self.enter(assembly, tail.id, at, count as u16)
+        self.enter(assembly, tail.id, count as u16)
     }
 
-    /// The chain known as `id`, that of its last descriptor (2.8.6), which has `count` descriptors and ends before `behind`.
+    /// The chain known as `id`, that of its last descriptor (2.8.6), which has `count` descriptors.
     #[inline(always)]
-    fn enter(
-        &mut self,
-        assembly: Assembly<M::Lease>,
-        id: u16,
-        behind: Position,
-        count: u16,
-    ) -> Result<Chain<M::Lease>, Latched> {
+    fn enter(&mut self, assembly: Assembly<M::Lease>, id: u16, count: u16) -> Result<Chain<M::Lease>, Latched> {
         if !self.chains.is_free(id) {
             return Err(self.chains.not_free(id));
         }
         self.chains.mark(id);
-        self.taken += u64::from(count);
-        self.next_available = behind;
+        self.free -= count;
+        let start = self.next_available.index;
+        self.next_available.advance(count, self.size);
         let mut chain = assembly.finish(&mut self.chains, id, count)?;
-        chain.0.behind = behind.index;
+        chain.0.start = start;
         Ok(chain)
-    }
-
-    /// The descriptors that the driver can have made available: those that are not in flight.
-    #[inline(always)]
-    const fn free(&self) -> usize {
-        // Never more in flight than the size.
-        self.size as usize - (self.taken - self.used) as usize
     }
 
     /// A chain of at least `count` descriptors is more than the driver has.
@@ -278,19 +286,19 @@ impl<M: GuestMemory> Ring<M> {
 
     #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
-        let (id, written, count, behind) = (chain.0.head, chain.0.written, chain.0.entries, chain.0.behind);
-        self.chains.give_back(chain)?;
+        let &Parts { head: id, written, entries: count, start, .. } = self.chains.give_back(chain)?;
         let at = self.next_used;
+        if at.index != start {
+            // The used descriptor goes to where an older chain is.
+            self.overwritten = self.used + u64::from(self.size - self.free);
+        }
         let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
         let word = Tail { len: written, id, flags }.to_word();
         // Release: the buffer's bytes are visible before the flags that make it used.
         self.descriptors.store(2 * usize::from(at.index) + 1, word, Ordering::Release);
-        self.next_used = at.advanced(count, self.size);
+        self.next_used.advance(count, self.size);
         self.used += u64::from(count);
-        if self.next_used.index != behind {
-            // The used descriptor went to where an older chain is.
-            self.overwritten = self.taken;
-        }
+        self.free += count;
         Ok(())
     }
 

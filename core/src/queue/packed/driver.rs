@@ -28,7 +28,7 @@ pub(in crate::queue) struct Ring {
 
 /// Where the pieces of a buffer go, as they are written.
 pub(in crate::queue) struct Cursor {
-    at: Position,
+    index: u16,
     /// Whether the next one is the first of what is not published.
     holds: bool,
 }
@@ -70,7 +70,7 @@ impl Ring {
     /// Where the next piece goes.
     #[inline(always)]
     pub(in crate::queue) fn cursor(&self) -> Cursor {
-        Cursor { at: self.next_available, holds: self.unpublished.is_none() }
+        Cursor { index: self.next_available.index, holds: self.unpublished.is_none() }
     }
 
     /// Writes one piece of the buffer `id`.
@@ -96,14 +96,14 @@ impl Ring {
     /// On a packed ring the descriptors themselves are the entry; the next one goes behind them.
     #[inline(always)]
     pub(in crate::queue) fn enter(&mut self, at: Cursor, _id: u16) {
-        self.next_available = at.at;
+        self.next_available.index = at.index;
     }
 
     /// Writes the next descriptor; the very first of what is not published is only remembered, so that nothing can be
     /// seen before all of it is there.
     #[inline(always)]
     fn write_descriptor(&mut self, cursor: &mut Cursor, id: u16, piece: Buffer, flags: u16) {
-        let at = cursor.at;
+        let at = self.next_available.at(cursor.index);
         let word = Tail { len: piece.len, id, flags: flags | at.available_flags() }.to_word();
         let index = 2 * usize::from(at.index);
         if cursor.holds {
@@ -113,7 +113,17 @@ impl Ring {
         } else {
             self.descriptors.store_pair(index, (piece.address.to_le(), word), Ordering::Relaxed);
         }
-        cursor.at = at.advanced(1, self.size);
+        cursor.index += 1;
+        if cursor.index >= self.size {
+            self.wrap(cursor);
+        }
+    }
+
+    /// The next round begins, for what is written from now on.
+    #[cold]
+    fn wrap(&mut self, cursor: &mut Cursor) {
+        self.next_available = self.next_available.at(self.size).advanced(0, self.size);
+        cursor.index = self.next_available.index;
     }
 
     /// Where the driver goes on, as a notification tells it.
@@ -167,7 +177,7 @@ impl Ring {
     /// A buffer of `entries` descriptors was taken back: the next used one is behind them.
     #[inline(always)]
     pub(in crate::queue) fn advance(&mut self, entries: u16) {
-        self.next_used = self.next_used.advanced(entries, self.size);
+        self.next_used.advance(entries, self.size);
     }
 
     /// Whether `count` more buffers may be used: their descriptors do not say so one by one.

@@ -117,18 +117,34 @@ impl Position {
     #[must_use]
     #[inline(always)]
     pub const fn advanced(self, count: u16, size: u16) -> Self {
-        // The sum can exceed 16 bits: size is up to 32768.
-        let next = self.index as u32 + count as u32;
-        if next >= size as u32 {
-            return self.wrapped(next - size as u32);
-        }
-        Self { index: next as u16, round: self.round }
+        let mut place = self;
+        place.advance(count, size);
+        place
     }
 
-    /// In the next round, at `index`. Apart, so that it is a branch that is hardly ever taken and not arithmetic.
+    /// Moves on as [`Position::advanced`] does; in the same round, nothing but the index is written.
+    #[inline(always)]
+    pub const fn advance(&mut self, count: u16, size: u16) {
+        // Fits: the index is below the size, the count not above it, and the size is up to 32768.
+        let next = self.index.wrapping_add(count);
+        if next >= size {
+            return self.turn(next - size);
+        }
+        self.index = next;
+    }
+
+    /// Into the next round. Apart, so that it is a branch that is hardly ever taken and not arithmetic.
     #[cold]
-    const fn wrapped(self, index: u32) -> Self {
-        Self { index: index as u16, round: self.round ^ ROUND }
+    const fn turn(&mut self, index: u16) {
+        self.index = index;
+        self.round ^= ROUND;
+    }
+
+    /// The place at `index` in the same round.
+    #[must_use]
+    #[inline(always)]
+    pub const fn at(self, index: u16) -> Self {
+        Self { index, round: self.round }
     }
 
     /// The flags that make a descriptor available at this place.
@@ -140,8 +156,8 @@ impl Position {
     /// The flags that make a descriptor used at this place.
     #[inline(always)]
     pub const fn used_flags(self) -> u16 {
-        let wrap = self.round & AVAILABLE;
-        wrap | wrap << (USED.trailing_zeros() - AVAILABLE.trailing_zeros())
+        // Both with a wrap counter of 1, none with 0.
+        self.round ^ USED
     }
 
     /// Whether a descriptor with `flags` at this place is available.
@@ -153,7 +169,7 @@ impl Position {
     /// Whether a descriptor with `flags` at this place is available and names a buffer, not a table.
     #[inline(always)]
     pub const fn is_available_buffer(self, flags: u16) -> bool {
-        flags & (ROUND | INDIRECT) == self.available_flags()
+        (flags ^ self.available_flags()) & (ROUND | INDIRECT) == 0
     }
 
     /// Whether a descriptor with `flags` at this place is used.

@@ -7,6 +7,7 @@ use core::sync::atomic::Ordering;
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
+use crate::queue::chain::Parts;
 use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::sync::fence;
 
@@ -261,7 +262,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
 
     #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
-        let (head, written) = (chain.0.head, chain.0.written);
+        let Parts { head, written, .. } = *chain.0;
         self.chains.give_back(chain)?;
         let entry = layout::used_entry(self.completed as usize & self.mask);
         self.device.store_pair(entry, (O::u32(u32::from(head)), O::u32(written)), Ordering::Relaxed);
