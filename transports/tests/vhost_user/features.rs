@@ -209,7 +209,7 @@ fn status_is_the_devices_own() {
     assert_eq!(set(READY), Status::ACKNOWLEDGE | Status::DRIVER, "VERSION_1 was not accepted");
     assert_eq!(set(Status::empty()), Status::empty());
     front.negotiate(Features::VERSION_1, ProtocolFeatures::STATUS);
-    let mut set = |front: &mut Front, status: Status| {
+    let set = |front: &mut Front, status: Status| {
         front.tell(Request::SetStatus, &u64::from(status.bits()).to_bytes(), &[]);
         Status::from_bits_retain(front.ask::<u64>(Request::GetStatus, &[]) as u8)
     };

@@ -64,7 +64,8 @@ fn a_queue_is_enabled_before_it_is_set_up_and_runs_once_it_is() {
 #[test]
 fn a_queue_that_runs_is_not_changed() {
     let server = Server::start();
-    let changes: [fn(&Front, &Queue) -> (Request, Vec<u8>); 3] = [
+    type Change = fn(&Front, &Queue) -> (Request, Vec<u8>);
+    let changes: [Change; 3] = [
         |_, _| (Request::SetVringNum, VringState { index: 0, num: 4 }.to_bytes()),
         |_, _| (Request::SetVringBase, VringState { index: 0, num: 4 }.to_bytes()),
         |front, queue| {
