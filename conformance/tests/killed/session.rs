@@ -137,7 +137,7 @@ pub(crate) fn serve(socket: &Path, written: impl FnMut(u64) + Send + 'static) {
     let disk = Disk::new(Box::new(written));
     let device = Box::new(blk::Device::new(disk, blk::Options::default()));
     let listener = UnixListener::bind(socket).unwrap();
-    let mut backend = Backend::new(device, false).unwrap();
+    let mut backend = Backend::new(device, Features::RING_PACKED).unwrap();
     let stop = Stop::new().unwrap();
     listen(&listener, &mut backend, &stop, |_| {}).unwrap();
 }

@@ -96,15 +96,16 @@ impl Wake for News {
 }
 
 impl Backend {
-    /// Puts `device` behind a socket. `translated`: whether the front end may translate device addresses
-    /// (VIRTIO_F_ACCESS_PLATFORM). That is offered only on demand: User Mode Linux accepts it and cannot do it.
-    pub fn new(device: Box<dyn Device<Memory>>, translated: bool) -> Result<Self, ServeError> {
+    /// Puts `device` behind a socket, and offers `features` besides its own: those that not every front end is to be
+    /// offered. RING_PACKED, which User Mode Linux takes whenever it is; ACCESS_PLATFORM (the front end translates device
+    /// addresses), which User Mode Linux takes and cannot do.
+    pub fn new(device: Box<dyn Device<Memory>>, features: Features) -> Result<Self, ServeError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let news = EventFd::from_flags(flags).map_err(|reason| ServeError::System { call: "eventfd", reason })?;
         let (news, memory, calls) = (Arc::new(news), Memory::new(), Arc::<Calls>::default());
-        let platform = if translated { Features::ACCESS_PLATFORM } else { Features::empty() };
+        let features = features & (Features::RING_PACKED | Features::ACCESS_PLATFORM);
         let mut state = VirtioDevice::new(device, memory.clone(), calls.clone(), Interface::Modern)
-            .with_features(Features::RING_RESET | Features::RING_PACKED | platform)
+            .with_features(Features::RING_RESET | features)
             .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
         let mut backend =

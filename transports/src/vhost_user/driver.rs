@@ -48,6 +48,12 @@ struct Queue {
     started: bool,
 }
 
+impl Queue {
+    fn doorbell(&self, index: u16, by_message: Option<Arc<Link>>) -> Doorbell {
+        Doorbell { kick: Arc::clone(&self.kick), by_message, index }
+    }
+}
+
 impl Driver {
     /// Connects to the back end behind `dial`, which is of `device_type`: the protocol does not tell.
     pub fn connect(dial: Dial, device_type: u32, mut guest: Guest, options: Options) -> Result<Self, TransportError> {
@@ -130,6 +136,11 @@ impl Driver {
         }
         if let Some(queue) = self.queues.get_mut(&index) {
             queue.started = true;
+            // A back end may begin with a queue only when it is kicked. For what was made available before now, the
+            // driver kicked nobody.
+            if queue.areas.has_available() {
+                queue.doorbell(index, in_band.then_some(link)).notify()?;
+            }
         }
         Ok(())
     }
@@ -303,10 +314,10 @@ impl Transport for Driver {
         }
         let areas = Areas::allocate(&self.guest.share, index, size, max, self.accepted)?;
         let (kick, call, error) = (Arc::new(event()?), event()?, event()?);
+        let queue = Queue { areas, kick, call, error, started: false };
         let by_message = self.in_band().then(|| Arc::clone(&self.session.link));
-        let doorbell = Doorbell { kick: Arc::clone(&kick), by_message, index };
-        let virtqueue = areas.virtqueue(Box::new(doorbell));
-        self.queues.insert(index, Queue { areas, kick, call, error, started: false });
+        let virtqueue = queue.areas.virtqueue(Box::new(queue.doorbell(index, by_message)));
+        self.queues.insert(index, queue);
         if self.status.contains(Status::DRIVER_OK) {
             self.start(index)?;
         }

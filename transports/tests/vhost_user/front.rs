@@ -49,17 +49,17 @@ pub(crate) struct Server {
 
 impl Server {
     pub(crate) fn start() -> Self {
-        Self::with(false)
+        Self::with(Features::empty())
     }
 
-    /// `translated`: whether ACCESS_PLATFORM is offered.
-    pub(crate) fn with(translated: bool) -> Self {
+    /// With `features` offered besides packed rings.
+    pub(crate) fn with(features: Features) -> Self {
         outlive_truncation().unwrap();
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("socket");
         let listener = UnixListener::bind(&path).unwrap();
         let device = Handle::default();
-        let mut backend = Backend::new(Box::new(Toy::new(device.clone())), translated).unwrap();
+        let mut backend = Backend::new(Box::new(Toy::new(device.clone())), Features::RING_PACKED | features).unwrap();
         let stop = Stop::new().unwrap();
         let (tell, ended) = channel();
         let until = stop.clone();

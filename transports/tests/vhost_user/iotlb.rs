@@ -66,7 +66,7 @@ fn answer_until(front: &mut Front, requests: &mut Connection, mut done: impl FnM
 
 #[test]
 fn every_page_is_asked_for_and_used_from_then_on() {
-    let server = Server::with(true);
+    let server = Server::with(Features::ACCESS_PLATFORM);
     for format in FORMATS {
         let (mut front, mut requests) = begun(&server, format);
         let mut queue = front.queue(0);
@@ -94,7 +94,7 @@ fn every_page_is_asked_for_and_used_from_then_on() {
 
 #[test]
 fn a_miss_names_the_access_that_is_wanted() {
-    let server = Server::with(true);
+    let server = Server::with(Features::ACCESS_PLATFORM);
     let (mut front, mut requests) = begun(&server, Features::empty());
     let queue = Queue::new(&front, 0);
     front.start(&queue, 0);
@@ -107,7 +107,7 @@ fn a_miss_names_the_access_that_is_wanted() {
 
 #[test]
 fn what_is_granted_for_reading_is_not_written() {
-    let server = Server::with(true);
+    let server = Server::with(Features::ACCESS_PLATFORM);
     for format in FORMATS {
         let (mut front, _requests) = begun(&server, format);
         update(&mut front, DEVICE_AT, 0x20000, BOTH);
@@ -137,7 +137,7 @@ fn wait_used(queue: &mut Queue) -> (u16, u32) {
 
 #[test]
 fn what_is_taken_back_is_asked_for_again_and_not_touched() {
-    let server = Server::with(true);
+    let server = Server::with(Features::ACCESS_PLATFORM);
     for format in FORMATS {
         let (mut front, mut requests) = begun(&server, format);
         update(&mut front, DEVICE_AT, RAM, BOTH);
@@ -172,7 +172,7 @@ fn what_is_taken_back_is_asked_for_again_and_not_touched() {
 
 #[test]
 fn what_was_not_answered_is_asked_for_again_when_the_driver_kicks() {
-    let server = Server::with(true);
+    let server = Server::with(Features::ACCESS_PLATFORM);
     for format in FORMATS {
         let (mut front, mut requests) = begun(&server, format);
         update(&mut front, DEVICE_AT, 0x20000, BOTH);
@@ -190,7 +190,7 @@ fn what_was_not_answered_is_asked_for_again_when_the_driver_kicks() {
 
 #[test]
 fn translations_to_nowhere_end_the_session() {
-    let server = Server::with(true);
+    let server = Server::with(Features::ACCESS_PLATFORM);
     let wrong = |front: &Front| {
         let user = front.ram.user(0);
         let right = Iotlb { iova: DEVICE_AT, size: 0x1000, user, access: BOTH, kind: Iotlb::UPDATE };
@@ -217,7 +217,7 @@ fn translations_to_nowhere_end_the_session() {
 
 #[test]
 fn without_a_socket_to_ask_on_a_queue_waits_for_its_translations() {
-    let server = Server::with(true);
+    let server = Server::with(Features::ACCESS_PLATFORM);
     let mut front = server.connect();
     front.device_at = DEVICE_AT;
     front.begin(Features::VERSION_1 | Features::ACCESS_PLATFORM, ProtocolFeatures::empty());
