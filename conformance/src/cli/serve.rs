@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use polyvirt_core::Features;
 use polyvirt_core::device::Device;
 use polyvirt_devices::{blk, console, rng};
 use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen, outlive_truncation};
@@ -62,12 +63,15 @@ struct At {
     /// Offer to have device addresses translated by the front end (VIRTIO_F_ACCESS_PLATFORM): for guests behind an IOMMU
     #[arg(long)]
     iommu: bool,
+    /// The newest format of rings to offer: front ends such as User Mode Linux use packed rings whenever they can
+    #[arg(long, value_name = "FORMAT", default_value = "packed", value_parser = ["split", "packed"])]
+    ring: String,
 }
 
 /// Serves what `args` say until the process is ended.
 pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
     let mut terminal = None;
-    let (device, told, At { socket, iommu }): (Box<dyn Device<Memory>>, _, _) = match &args.device {
+    let (device, told, At { socket, iommu, ring }): (Box<dyn Device<Memory>>, _, _) = match &args.device {
         Served::Blk { image, read_only, queues, at } => {
             let (backend, told) = disk(image, *read_only)?;
             let options = blk::Options {
@@ -89,7 +93,9 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
     let listener = bind(socket).map_err(|error| mistake(&error))?;
     let stop = Stop::new().map_err(|error| mistake(&error))?;
     outlive_truncation().map_err(|error| mistake(&error))?;
-    let mut backend = Backend::new(device, *iommu).map_err(|error| mistake(&error))?;
+    let mut features = if ring == "packed" { Features::RING_PACKED } else { Features::empty() };
+    features.set(Features::ACCESS_PLATFORM, *iommu);
+    let mut backend = Backend::new(device, features).map_err(|error| mistake(&error))?;
     output.text(&format!("{told}: ready at {}\n", socket.display()))?;
     output.flush()?;
     if let Some(handle) = terminal {

@@ -263,7 +263,7 @@ static GUESTS: [Guest; 8] = [
         transport: "vhost-user",
         kernel: &UML,
         machine: Machine::UserMode,
-        devices: &[UML_DISK, RNG],
+        devices: &[SPLIT, UML_DISK, RNG],
     },
     Guest {
         name: "x86-pc",

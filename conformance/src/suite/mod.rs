@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use polyvirt_core::transport::TransportError;
 
@@ -328,6 +329,13 @@ pub trait Target: Send + Sync {
     /// On which versions of what results were won, if that is not of this host.
     fn versions(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// How long `case` waits for an event, if that is not to be as long as others do: because it is known to wait for
+    /// nothing.
+    fn patience(&self, case: &Case) -> Option<Duration> {
+        let _ = case;
+        None
     }
 
     /// A fresh machine with a fresh device in it. The error says what could not be had; for a variant that the target
