@@ -335,7 +335,7 @@ static GUESTS: [Guest; 11] = [
         transport: "vhost-user",
         kernel: &UML,
         machine: Machine::UserMode,
-        devices: &[OFFERED_PACKED, RNG],
+        devices: &[SPLIT, OFFERED_PACKED, RNG],
     },
     Guest {
         name: "x86-pc",
