@@ -577,7 +577,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                 self.interrupt.raise(Cause::Config);
             }
         }
-        if self.suspending && self.queues.iter().flatten().all(|queue| queue.in_flight() == 0) {
+        if self.suspending && self.queues.iter().flatten().all(Queue::is_idle) {
             self.suspending = false;
             self.status = (self.status - Status::DRIVER_OK) | Status::SUSPEND;
         }

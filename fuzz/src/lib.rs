@@ -9,6 +9,7 @@ pub mod allocations;
 mod device;
 mod driver;
 mod input;
+mod pci;
 mod ram;
 mod registers;
 
@@ -16,12 +17,13 @@ mod registers;
 pub type Target = fn(&[u8]);
 
 /// Name and function of each target.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("device_split", device_split),
     ("device_packed", device_packed),
     ("driver_split", driver_split),
     ("driver_packed", driver_packed),
     ("registers", registers),
+    ("pci", pci),
 ];
 
 /// The device role on a split ring of either byte order, in memory that a hostile driver writes.
@@ -47,4 +49,9 @@ pub fn driver_packed(data: &[u8]) {
 /// A sequence of accesses to the registers of a device behind virtio-mmio, and to the memory of its rings.
 pub fn registers(data: &[u8]) {
     registers::run(data);
+}
+
+/// A sequence of accesses to a PCI bus with functions of both generations, and to the memory of their rings.
+pub fn pci(data: &[u8]) {
+    pci::run(data);
 }

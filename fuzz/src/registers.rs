@@ -19,7 +19,7 @@ use crate::ram::{self, Memory, Ram};
 /// The most steps of a script that are carried out.
 const STEPS: usize = 1000;
 /// The largest size of each queue.
-const SIZES: [u16; 3] = [8, 64, 5];
+pub(crate) const SIZES: [u16; 3] = [8, 64, 5];
 /// The most bytes that the device copies for a chain.
 const COPIED: usize = 32;
 
@@ -65,9 +65,15 @@ impl Interrupt for Line {
 }
 
 /// Copies what it can read to where it can write; keeps some chains until it is polled.
-struct Echo<M: GuestMemory> {
+pub(crate) struct Echo<M: GuestMemory> {
     config: [u8; 6],
     held: Vec<(u16, Chain<M::Lease>)>,
+}
+
+impl<M: GuestMemory> Default for Echo<M> {
+    fn default() -> Self {
+        Self { config: [0; 6], held: Vec::new() }
+    }
 }
 
 impl<M: GuestMemory> Echo<M> {
@@ -141,7 +147,7 @@ pub(crate) fn run(data: &[u8]) {
     let ram = Ram::new();
     ram.allow_buffers(true);
     allocations::restart();
-    let echo = Echo::<Memory> { config: [0; 6], held: Vec::new() };
+    let echo = Echo::<Memory>::default();
     let line = Arc::new(Line::default());
     let mut device = mmio::Device::new(Box::new(echo), ram.memory(), line.clone());
     let mut queue = 0u8;
@@ -249,7 +255,7 @@ fn serves(device: &mut mmio::Device<Memory>, ram: &Ram) {
 }
 
 /// The most accesses that one burst of a queue makes: it pops as many chains as it is long, copies, completes.
-fn burst(size: u16) -> usize {
+pub(crate) fn burst(size: u16) -> usize {
     let size = usize::from(size);
     size * (4 + 5 * size + 2 * COPIED + 3) + 4
 }
@@ -265,7 +271,7 @@ fn status(device: &mut mmio::Device<Memory>) -> Status {
 }
 
 /// Where a well-placed queue is.
-const fn areas(queue: u8) -> [u64; 3] {
+pub(crate) const fn areas(queue: u8) -> [u64; 3] {
     let start = 0x10_0000 + queue as u64 * 0x1000;
     [start, start + 0x400, start + 0x800]
 }
@@ -323,7 +329,7 @@ fn negotiate(device: &mut mmio::Device<Memory>, input: &mut Input<'_>) {
 
 /// Makes something available in a queue of 8 entries at its right place: the next entry of a split ring, or a
 /// descriptor of a packed one.
-fn offer(ram: &Ram, queue: u8, input: &mut Input<'_>) {
+pub(crate) fn offer(ram: &Ram, queue: u8, input: &mut Input<'_>) {
     let [descriptors, driver, _] = areas(queue);
     let how = input.byte();
     if how & 1 != 0 {

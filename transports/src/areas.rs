@@ -109,6 +109,18 @@ impl Areas {
         &self.config
     }
 
+    /// Whether the driver has made something available already, in a queue that the device has yet to begin with.
+    #[cfg(all(feature = "std", target_os = "linux"))]
+    pub(crate) fn has_available(&self) -> bool {
+        let (area, offset) = match self.config.layout {
+            Layout::Packed => (&self.descriptors, packed::layout::DESCRIPTOR_LEN as usize - 2),
+            Layout::Modern | Layout::Legacy(_) => (&self.driver, 2 * split::layout::INDEX),
+        };
+        let mut value = [0; 2];
+        // In a new ring this is 0: no index, no flags.
+        area.read(offset, &mut value).is_ok() && value != [0; 2]
+    }
+
     /// The queue in these areas, with its doorbell.
     pub(crate) fn virtqueue(&self, notify: Box<dyn Notify>) -> Virtqueue {
         Virtqueue {

@@ -12,12 +12,16 @@ pub mod in_order;
 pub mod in_order_driver;
 pub mod indirect;
 pub mod init;
+pub mod legacy;
 pub mod mmio;
 pub mod mmio_driver;
 pub mod mmio_notification;
 pub mod notify;
 pub mod packed;
 pub mod packed_driver;
+pub mod pci;
+pub mod pci_driver;
+pub mod pci_interrupts;
 pub mod played;
 pub mod ring;
 pub mod rng;
@@ -48,6 +52,10 @@ pub fn all() -> Vec<Case> {
         mmio::CASES,
         mmio_driver::CASES,
         mmio_notification::CASES,
+        pci::CASES,
+        pci_interrupts::CASES,
+        pci_driver::CASES,
+        legacy::CASES,
         blk::CASES,
         blk_commands::CASES,
         rng::CASES,

@@ -22,6 +22,7 @@ use polyvirt_core::transport::{Transport, TransportError};
 
 pub use devices::Kind;
 use guard::Guarded;
+pub(crate) use pci::{MEMORY, PORTS};
 pub use pci::{OnPci, Pci, PciLegacy};
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub use ports::XenHvm;

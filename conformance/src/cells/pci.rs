@@ -88,9 +88,9 @@ impl<H: Host<Place = HostPlace>, G: Functions + 'static> Wire<H, G> for PciLegac
 
 /// Offsets of a [`RegisterFile`] from here on are addresses of memory, wherever that is. Below are those of the function's
 /// [`region`]s.
-const MEMORY: u64 = 0xf << 60;
+pub(crate) const MEMORY: u64 = 0xf << 60;
 /// Offsets from here on are ports.
-const PORTS: u64 = 0xe << 60;
+pub(crate) const PORTS: u64 = 0xe << 60;
 
 fn observed<G: Functions + 'static>(
     guest: &Arc<G>,

@@ -41,10 +41,12 @@ pub(super) fn select(args: &CheckArgs, target: &str, expect: Option<&str>) -> Re
     let socket = PathBuf::from(path);
     let formats = Daemon::formats(socket.clone(), kind).map_err(mistake)?;
     let rings = Selection::new("ring format", &args.ring, &formats.iter().map(|ring| ring.name()).collect::<Vec<_>>())?;
-    let targets = formats.into_iter().filter(|ring| rings.has(ring.name()));
-    let targets = targets.map(|ring| Arc::new(Daemon::new(socket.clone(), kind, ring)) as Arc<dyn Target>).collect();
     let expected = expect.map(|name| expectations(name, kind)).transpose()?;
-    Ok((targets, expected))
+    let targets = formats.into_iter().filter(|ring| rings.has(ring.name())).map(|ring| {
+        let known = expected.iter().flat_map(|expected| expected.cases.keys());
+        Arc::new(Daemon::new(socket.clone(), kind, ring).known_to_fail(known)) as Arc<dyn Target>
+    });
+    Ok((targets.collect(), expected))
 }
 
 fn expectations(name: &str, kind: Kind) -> Result<Expectations, CliError> {

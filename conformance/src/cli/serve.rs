@@ -7,6 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use polyvirt_core::Features;
 use polyvirt_core::device::Device;
 use polyvirt_core::memory::GuestMemory;
 use polyvirt_devices::{blk, console, rng};
@@ -63,6 +64,9 @@ struct At {
     /// Offer to have device addresses translated by the front end (VIRTIO_F_ACCESS_PLATFORM): for guests behind an IOMMU
     #[arg(long, conflicts_with = "xen_domain")]
     iommu: bool,
+    /// The newest format of rings to offer: front ends such as User Mode Linux use packed rings whenever they can
+    #[arg(long, value_name = "FORMAT", default_value = "packed", value_parser = ["split", "packed"], conflicts_with = "xen_domain")]
+    ring: String,
     /// In domain 0 of Xen, in place of a socket: put the device on a PCI bus of this PVH domain, which must not run yet
     /// (xl create -p), and serve it until the domain is gone
     #[arg(long, value_name = "ID", conflicts_with = "socket")]
@@ -74,19 +78,21 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
     let (Served::Blk { at, .. } | Served::Console { at } | Served::Rng { at }) = &args.device;
     match (&at.socket, at.xen_domain) {
         (_, Some(domain)) => xen(args, domain, output),
-        (Some(socket), None) => vhost_user(args, socket, at.iommu, output),
+        (Some(socket), None) => vhost_user(args, at, socket, output),
         (None, None) => Err(CliError::Mistake("neither --socket nor --xen-domain says for whom".into())),
     }
 }
 
 /// Serves whoever connects to `socket`.
-fn vhost_user(args: &ServeArgs, socket: &Path, iommu: bool, output: &mut Output) -> Result<u8, CliError> {
+fn vhost_user(args: &ServeArgs, at: &At, socket: &Path, output: &mut Output) -> Result<u8, CliError> {
     let (device, told, terminal) = device::<Memory>(args)?;
     let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", socket.display()));
     let listener = bind(socket).map_err(|error| mistake(&error))?;
     let stop = Stop::new().map_err(|error| mistake(&error))?;
     outlive_truncation().map_err(|error| mistake(&error))?;
-    let mut backend = Backend::new(device, iommu).map_err(|error| mistake(&error))?;
+    let mut features = if at.ring == "packed" { Features::RING_PACKED } else { Features::empty() };
+    features.set(Features::ACCESS_PLATFORM, at.iommu);
+    let mut backend = Backend::new(device, features).map_err(|error| mistake(&error))?;
     ready(&told, &socket.display(), terminal, output)?;
     listen(&listener, &mut backend, &stop, |_| {}).map_err(|error| mistake(&error))?;
     Ok(SUCCESS)

@@ -6,12 +6,12 @@ use crate::suite::{CellResult, Failure, Outcome, Skipped};
 
 /// The known deviations of one implementation.
 ///
-/// A text file: `peer:`, `version:` and `device:`, then a line `case: reason` for each deviation; `#` begins a comment.
+/// A text file: `peer:`, `version:` (one, or several with ` and ` between them) and `device:`, then a line `case: reason` for each deviation; `#` begins a comment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Expectations {
     /// Who deviates.
     pub peer: String,
-    /// The version that was seen to.
+    /// The versions that were seen to.
     pub version: String,
     /// The device, by its name here.
     pub device: String,
@@ -49,7 +49,7 @@ macro_rules! known {
         const KNOWN: &[(&str, &str)] = &[$(($name, include_str!(concat!("../../expectations/", $name)))),*];
     };
 }
-known!("qemu-storage-daemon-blk");
+known!("qemu-storage-daemon-blk", "vhost-device-rng");
 
 impl Expectations {
     /// The names of those that come with the program.

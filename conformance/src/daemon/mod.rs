@@ -2,6 +2,7 @@
 
 mod expectations;
 
+use std::collections::BTreeSet;
 use std::io::{self, ErrorKind};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use polyvirt_transports::vhost_user::{Driver, Guest, Options, memory_file};
 pub use expectations::{ExpectationError, Expectations};
 
 use crate::cells::Kind;
-use crate::suite::{Cell, Evidence, NO_VARIANT, RingFormat, Session, Target, Variant};
+use crate::suite::{Case, Cell, Evidence, NO_VARIANT, RingFormat, Session, Target, Variant};
 
 /// Guest memory of a session, bytes.
 const RAM: u64 = 8 << 20;
@@ -28,6 +29,8 @@ const RAM_AT: u64 = 0x4000_0000;
 /// How long a daemon may take until it listens again, and how often it is tried.
 const DIAL_WATCHDOG: Duration = Duration::from_secs(5);
 const DIAL_PAUSE: Duration = Duration::from_millis(5);
+/// How long a case waits for an event that is known not to come.
+const KNOWN_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A daemon as the suite sees it. Every session is a connection of its own; what the device keeps, a disk's bytes say,
 /// stays from one to the next.
@@ -35,12 +38,21 @@ pub struct Daemon {
     socket: PathBuf,
     kind: Kind,
     ring: RingFormat,
+    /// Cases that it is known to fail.
+    known: BTreeSet<String>,
 }
 
 impl Daemon {
     /// The daemon that listens at `socket` and is a device of `kind`, driven with rings of `ring`.
     pub const fn new(socket: PathBuf, kind: Kind, ring: RingFormat) -> Self {
-        Self { socket, kind, ring }
+        Self { socket, kind, ring, known: BTreeSet::new() }
+    }
+
+    /// It is known to fail these cases: most of them would wait for something that does not come.
+    #[must_use]
+    pub fn known_to_fail<'a>(mut self, cases: impl IntoIterator<Item = &'a String>) -> Self {
+        self.known.extend(cases.into_iter().cloned());
+        self
     }
 
     /// The formats of rings that the daemon offers.
@@ -101,6 +113,10 @@ impl Target for Daemon {
 
     fn available(&self) -> Result<(), String> {
         Ok(())
+    }
+
+    fn patience(&self, case: &Case) -> Option<Duration> {
+        self.known.contains(case.name).then_some(KNOWN_PATIENCE)
     }
 
     fn session(&self, variant: Variant<'_>) -> Result<Session, String> {

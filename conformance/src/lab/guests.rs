@@ -314,7 +314,7 @@ static GUESTS: [Guest; 9] = [
         transport: "vhost-user",
         kernel: &UML,
         machine: Machine::UserMode,
-        devices: &[OFFERED_PACKED, RNG],
+        devices: &[SPLIT, OFFERED_PACKED, RNG],
     },
     Guest {
         name: "x86-pc",

@@ -28,6 +28,8 @@ impl Server {
         if device.behind_iommu() {
             command.arg("--iommu");
         }
+        // Some drivers use packed rings whenever they can.
+        command.args(["--ring", device.ring()]);
         let mut process = Process::start(&command)?;
         let [out, error] = process.streams();
         // It says one line when it is ready; it says none, and why, if it cannot be.

@@ -9,22 +9,33 @@ mod careless;
 mod device;
 mod driver;
 mod far_side;
+mod function;
 mod in_order;
+mod legacy;
 mod naive;
 mod notification;
 mod packed;
 mod parsers;
+mod pci;
+mod pci_driver;
+mod pci_interrupts;
 mod registers;
 mod rings;
 mod suspend;
 
 use std::sync::Arc;
 
-use crate::cells::{Kind, Lguest, LguestPage, Local, Loopback, MemoryOf, Mmio, Sabotage};
+use polyvirt_core::hypervisor::Host;
+
+use crate::cells::{
+    Kind, Lguest, LguestPage, Local, Loopback, MemoryOf, Mmio, MmioLegacy, OnPci, Pci, PciLegacy, Port, Sabotage, Wire,
+};
 use crate::suite::{RingFormat, Target};
 
 /// Guest memory as a saboteur sees it: flat.
 type Memory = MemoryOf<Loopback>;
+/// The memory of the ports that saboteurs sit on.
+type MemoryOfLoopback = <<Loopback as Port>::Host as Host>::Memory;
 
 /// Where a saboteur sits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +48,12 @@ pub enum Place {
     Packed,
     /// On lguest, for what only the legacy interface has. Not every host can run it.
     Legacy,
+    /// On a PCI bus on the loopback, with each format of rings.
+    Pci,
+    /// There, behind the legacy interface.
+    PciLegacy,
+    /// On the loopback, behind version 1 of the registers.
+    MmioLegacy,
 }
 
 /// Something broken.
@@ -57,17 +74,26 @@ pub struct Saboteur {
 impl Saboteur {
     /// Targets with it inside, one for each format of rings.
     pub fn targets(&self) -> Vec<Arc<dyn Target>> {
-        let modern =
-            |ring| -> Arc<dyn Target> { Arc::new(Local::<Loopback, Mmio>::sabotaged(self.kind, ring, (self.make)())) };
+        let formats = RingFormat::of(false);
         match self.place {
-            Place::Modern => RingFormat::of(false).iter().map(|&ring| modern(ring)).collect(),
-            Place::Split => vec![modern(RingFormat::Split)],
-            Place::Packed => vec![modern(RingFormat::Packed)],
-            Place::Legacy => {
-                let ring = RingFormat::Split;
-                vec![Arc::new(Local::<Lguest, LguestPage>::sabotaged(self.kind, ring, (self.make)()))]
-            }
+            Place::Modern => self.on::<Loopback, Mmio>(formats),
+            Place::Split => self.on::<Loopback, Mmio>(&[RingFormat::Split]),
+            Place::Packed => self.on::<Loopback, Mmio>(&[RingFormat::Packed]),
+            Place::Legacy => self.on::<Lguest, LguestPage>(RingFormat::of(true)),
+            Place::Pci => self.on::<OnPci<Loopback>, Pci>(formats),
+            Place::PciLegacy => self.on::<OnPci<Loopback>, PciLegacy>(RingFormat::of(true)),
+            Place::MmioLegacy => self.on::<Loopback, MmioLegacy>(RingFormat::of(true)),
         }
+    }
+
+    fn on<P, W>(&self, formats: &[RingFormat]) -> Vec<Arc<dyn Target>>
+    where
+        P: Port<Host: Host<Memory = MemoryOfLoopback>>,
+        W: Wire<P::Host, P::Guest>,
+    {
+        let sabotaged =
+            |&ring| -> Arc<dyn Target> { Arc::new(Local::<P, W>::sabotaged(self.kind, ring, (self.make)())) };
+        formats.iter().map(sabotaged).collect()
     }
 }
 
@@ -85,6 +111,11 @@ pub fn all() -> impl Iterator<Item = &'static Saboteur> {
         parsers::SABOTEURS,
         far_side::SABOTEURS,
         driver::SABOTEURS,
+        pci::SABOTEURS,
+        pci_interrupts::SABOTEURS,
+        pci_driver::SABOTEURS,
+        legacy::PCI,
+        legacy::MMIO,
     ]
     .into_iter()
     .flatten()

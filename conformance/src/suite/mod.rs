@@ -15,6 +15,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 use std::sync::LazyLock;
+use std::time::Duration;
 
 use polyvirt_core::transport::TransportError;
 
@@ -132,8 +133,16 @@ impl Applies {
     pub const ANY: Self = Self { device: None, legacy: None, transport: None, rings: Rings::Either };
     /// On the modern interface.
     pub const MODERN: Self = Self { legacy: Some(false), ..Self::ANY };
+    /// On the legacy interface.
+    pub const LEGACY: Self = Self { legacy: Some(true), ..Self::ANY };
     /// Over MMIO.
     pub const MMIO: Self = Self { transport: Some("mmio"), ..Self::ANY };
+    /// Over PCI, through the modern interface.
+    pub const PCI: Self = Self { transport: Some("pci"), ..Self::ANY };
+    /// Over PCI, through the legacy interface.
+    pub const PCI_LEGACY: Self = Self { transport: Some("pci-legacy"), ..Self::LEGACY };
+    /// Over MMIO, through the legacy interface.
+    pub const MMIO_LEGACY: Self = Self { transport: Some("mmio-legacy"), ..Self::LEGACY };
 
     /// With one device type.
     pub const fn to(device: u32) -> Self {
@@ -320,6 +329,13 @@ pub trait Target: Send + Sync {
     /// On which versions of what results were won, if that is not of this host.
     fn versions(&self) -> Vec<String> {
         Vec::new()
+    }
+
+    /// How long `case` waits for an event, if that is not to be as long as others do: because it is known to wait for
+    /// nothing.
+    fn patience(&self, case: &Case) -> Option<Duration> {
+        let _ = case;
+        None
     }
 
     /// A fresh machine with a fresh device in it. The error says what could not be had; for a variant that the target

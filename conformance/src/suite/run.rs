@@ -175,6 +175,7 @@ fn in_session(target: &dyn Target, case: &Case) -> Outcome {
             Err(reason) => return Err(Objection::failed("the machine starts", reason)),
         };
         (trace, alarm) = (session.trace.clone(), session.alarm.clone());
+        session.watchdog = target.patience(case).unwrap_or(session.watchdog);
         (case.run)(&mut session)
     }));
     judge(verdict, &trace, alarm.rang())

@@ -19,6 +19,19 @@ pub trait Lease: Send {
         let _ = (offset, len);
     }
 
+    /// `len` bytes at `offset` were read.
+    #[inline(always)]
+    fn after_load(&self, offset: usize, len: usize) {
+        let _ = (offset, len);
+    }
+
+    /// A word of `len` bytes is about to be stored at `offset`, as it will stand there. Bytes that are copied are not told
+    /// beforehand.
+    #[inline(always)]
+    fn before_store(&self, offset: usize, len: usize, word: u64) {
+        let _ = (offset, len, word);
+    }
+
     /// `len` bytes at `offset` were written.
     #[inline(always)]
     fn after_store(&self, offset: usize, len: usize) {
@@ -127,6 +140,7 @@ impl<L: Lease> Segment<L> {
         // SAFETY: the range is inside the segment (checked), mapped while the lease lives, and cannot overlap `into`,
         // of which a Rust reference exists. A concurrent writer can change which bytes arrive, not where they go.
         unsafe { core::ptr::copy_nonoverlapping(from.cast_const(), into.as_mut_ptr(), into.len()) };
+        self.lease.after_load(offset, into.len());
         Ok(())
     }
 
@@ -210,6 +224,10 @@ pub trait Word: sealed::Sealed + Copy {
     /// `at` must be mapped for writing and aligned to the size of the word.
     #[doc(hidden)]
     unsafe fn store(at: *mut u8, value: Self, order: Ordering);
+
+    /// The same number.
+    #[doc(hidden)]
+    fn to_u64(self) -> u64;
 }
 
 macro_rules! words {
@@ -227,6 +245,10 @@ macro_rules! words {
                 // SAFETY: as above.
                 unsafe { <$atomic>::from_ptr(at.cast()) }.store(value, order)
             }
+            #[inline(always)]
+            fn to_u64(self) -> u64 {
+                self.into()
+            }
         }
         #[cfg(loom)]
         impl Word for $word {
@@ -238,6 +260,9 @@ macro_rules! words {
             #[track_caller]
             unsafe fn store(at: *mut u8, value: Self, order: Ordering) {
                 crate::sync::model::store(at.addr(), value.into(), order);
+            }
+            fn to_u64(self) -> u64 {
+                self.into()
             }
         }
     )*};
@@ -280,7 +305,9 @@ impl<W: Word, L: Lease> Words<W, L> {
         let at = self.at::<T>(index);
         self.segment.lease.before_load(index * size_of::<T>(), size_of::<T>());
         // SAFETY: inside the segment and aligned, see `at`.
-        unsafe { T::load(at, order) }
+        let value = unsafe { T::load(at, order) };
+        self.segment.lease.after_load(index * size_of::<T>(), size_of::<T>());
+        value
     }
 
     /// Stores `value` at `index` (in units of `T`).
@@ -291,6 +318,7 @@ impl<W: Word, L: Lease> Words<W, L> {
     #[cfg_attr(loom, track_caller)]
     pub fn store<T: Word>(&self, index: usize, value: T, order: Ordering) {
         let at = self.at::<T>(index);
+        self.segment.lease.before_store(index * size_of::<T>(), size_of::<T>(), value.to_u64());
         // SAFETY: inside the segment and aligned, see `at`.
         unsafe { T::store(at, value, order) };
         self.segment.lease.after_store(index * size_of::<T>(), size_of::<T>());
@@ -305,10 +333,12 @@ impl<W: Word, L: Lease> Words<W, L> {
         }
         self.segment.lease.before_load(index * size_of::<W>(), 2 * size_of::<W>());
         // SAFETY: both are inside the segment; the start is aligned to W.
-        unsafe {
+        let pair = unsafe {
             let at = self.segment.start.as_ptr().add(index * size_of::<W>());
-            Some((W::load(at, order), W::load(at.add(size_of::<W>()), order)))
-        }
+            (W::load(at, order), W::load(at.add(size_of::<W>()), order))
+        };
+        self.segment.lease.after_load(index * size_of::<W>(), 2 * size_of::<W>());
+        Some(pair)
     }
 
     /// As [`Words::load_pair`], but the second word is loaded first, with `order`.
@@ -321,10 +351,12 @@ impl<W: Word, L: Lease> Words<W, L> {
         let second = self.at::<W>(index.saturating_add(1));
         self.segment.lease.before_load(index * size_of::<W>(), 2 * size_of::<W>());
         // SAFETY: the second is inside the segment and aligned, see `at`; so is the first, just before it.
-        unsafe {
+        let pair = unsafe {
             let last = W::load(second, order);
             (W::load(second.sub(size_of::<W>()), Ordering::Relaxed), last)
-        }
+        };
+        self.segment.lease.after_load(index * size_of::<W>(), 2 * size_of::<W>());
+        pair
     }
 
     /// Stores `values` at `index` and behind it, in this order.
@@ -335,6 +367,9 @@ impl<W: Word, L: Lease> Words<W, L> {
     #[cfg_attr(loom, track_caller)]
     pub fn store_pair(&self, index: usize, values: (W, W), order: Ordering) {
         let second = self.at::<W>(index.saturating_add(1));
+        for (word, value) in [values.0, values.1].into_iter().enumerate() {
+            self.segment.lease.before_store((index + word) * size_of::<W>(), size_of::<W>(), value.to_u64());
+        }
         // SAFETY: as in `load_pair`.
         unsafe {
             W::store(second.sub(size_of::<W>()), values.0, order);

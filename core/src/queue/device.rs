@@ -111,6 +111,11 @@ impl<M: GuestMemory> Queue<M> {
         state
     }
 
+    /// Whether the device has no chain but those that it has yet to take again.
+    pub fn is_idle(&self) -> bool {
+        ring!(&self.ring, ring => ring.taken()) == self.again.len()
+    }
+
     /// How many chains the device has, without those that it has yet to take again. Counted by looking through all
     /// identities: not for the hot path.
     pub fn in_flight(&self) -> usize {

@@ -72,11 +72,12 @@ impl<G: Machine> Bus<G> {
         for device in 0..32u8 {
             for number in 0..8 {
                 let config = Config { guest: self, function: device << 3 | number };
-                if config.u16(VENDOR_ID)? == u16::MAX {
-                    break;
+                let there = config.u16(VENDOR_ID)? != u16::MAX;
+                if there {
+                    found.push(config.function);
                 }
-                found.push(config.function);
-                if config.u8(HEADER_TYPE)? & 0x80 == 0 {
+                // Function 0 says whether there are others; these need not follow one another.
+                if number == 0 && !(there && config.u8(HEADER_TYPE)? & 0x80 != 0) {
                     break;
                 }
             }

@@ -170,9 +170,10 @@ impl<G: Functions> Function<G> {
         config.set_u16(at + MSIX_CONTROL, control | MSIX_ENABLE | MSIX_MASK)?;
         for vector in 0..vectors {
             let Message { address, data } = self.guest.message(self.place.line + vector);
-            let entry = table + MSIX_ENTRY * u64::from(vector);
+            // Where the device says; no sum of it may stop the driver.
+            let entry = table.wrapping_add(MSIX_ENTRY * u64::from(vector));
             for (at, word) in [(0, address as u32), (4, (address >> 32) as u32), (8, data), (12, 0)] {
-                self.guest.store(space, entry + at, &word.to_le_bytes())?;
+                self.guest.store(space, entry.wrapping_add(at), &word.to_le_bytes())?;
             }
         }
         config.set_u16(at + MSIX_CONTROL, control | MSIX_ENABLE)?;

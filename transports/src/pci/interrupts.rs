@@ -79,10 +79,12 @@ impl Interrupts {
         self.drive_pin(&mut state);
     }
 
-    /// As the device is reset: no vectors, nothing to tell. The table and its masks are not the device's.
+    /// As the device is reset: no vectors, nothing to tell, not even what was held back. The table and its masks are not
+    /// the device's.
     pub(super) fn reset(&self) {
         let mut state = self.lock();
         state.isr = 0;
+        state.vectors.iter_mut().for_each(|(_, pending)| *pending = false);
         state.config_vector = NO_VECTOR;
         state.queue_vectors.fill(NO_VECTOR);
         self.drive_pin(&mut state);
@@ -118,9 +120,9 @@ impl Interrupts {
         }
     }
 
-    /// The interrupt status register, as it is.
-    pub(super) fn isr(&self) -> u8 {
-        self.lock().isr
+    /// Whether there is something to tell by the pin, be it allowed or not.
+    pub(super) fn wants_pin(&self) -> bool {
+        self.lock().wants_pin()
     }
 
     /// Reads the interrupt status register, which clears it and lets go of the pin.
@@ -184,7 +186,7 @@ impl Interrupts {
     }
 
     fn drive_pin(&self, state: &mut State) {
-        let wanted = state.isr != 0 && state.pin_allowed && state.control & MSIX_ENABLE == 0;
+        let wanted = state.wants_pin() && state.pin_allowed;
         if wanted != state.asserted {
             state.asserted = wanted;
             self.wires.pin(wanted);
@@ -201,6 +203,10 @@ impl State {
     fn message(&self, vector: usize) -> Message {
         let address = u64::from(self.word(vector, 4)) << 32 | u64::from(self.word(vector, 0));
         Message { address, data: self.word(vector, 8) }
+    }
+
+    fn wants_pin(&self) -> bool {
+        self.isr != 0 && self.control & MSIX_ENABLE == 0
     }
 
     fn is_held(&self, vector: usize) -> bool {
@@ -293,9 +299,10 @@ mod tests {
         interrupts.raise(Cause::Queue(0));
         interrupts.raise(Cause::Config);
         assert_eq!(log.take(), [Wire::Pin(true)]);
-        assert_eq!(interrupts.isr(), 3);
+        assert!(interrupts.wants_pin());
         assert_eq!(interrupts.take_isr(), 3);
         assert_eq!(log.take(), [Wire::Pin(false)]);
+        assert!(!interrupts.wants_pin());
         assert_eq!(interrupts.take_isr(), 0);
         assert_eq!(log.take(), []);
     }
@@ -305,7 +312,7 @@ mod tests {
         let (log, interrupts) = interrupts();
         interrupts.configure(0, false);
         interrupts.raise(Cause::Queue(1));
-        assert_eq!((log.take(), interrupts.isr()), (vec![], 1));
+        assert_eq!((log.take(), interrupts.wants_pin()), (vec![], true));
         interrupts.configure(0, true);
         assert_eq!(log.take(), [Wire::Pin(true)]);
         interrupts.configure(MSIX_ENABLE, true);
@@ -313,7 +320,7 @@ mod tests {
         interrupts.configure(0, true);
         assert_eq!(log.take(), [Wire::Pin(true)]);
         interrupts.reset();
-        assert_eq!((log.take(), interrupts.isr()), (vec![Wire::Pin(false)], 0));
+        assert_eq!((log.take(), interrupts.take_isr()), (vec![Wire::Pin(false)], 0));
     }
 
     #[test]
@@ -322,7 +329,9 @@ mod tests {
         interrupts.configure(MSIX_ENABLE, true);
         interrupts.raise(Cause::Queue(1));
         interrupts.raise(Cause::Config);
-        assert_eq!((log.take(), interrupts.isr()), (vec![], 2), "unmapped, but for the bit of the configuration");
+        assert_eq!(log.take(), [], "unmapped");
+        assert!(!interrupts.wants_pin(), "messages are used");
+        assert_eq!(interrupts.take_isr(), 2, "the bit of the configuration alone");
         set_entry(&interrupts, 2, MESSAGE, 0);
         log.take();
         interrupts.set_vector(Cause::Queue(1), 2);
@@ -352,6 +361,19 @@ mod tests {
             assert_eq!(log.take(), [Wire::Route(1, MESSAGE), Wire::Signal(1)]);
             assert_eq!(pending(&interrupts), 0);
         }
+    }
+
+    #[test]
+    fn what_was_held_back_is_forgotten_at_a_reset() {
+        let (log, interrupts) = interrupts();
+        interrupts.configure(MSIX_ENABLE, true);
+        interrupts.set_vector(Cause::Queue(0), 0);
+        interrupts.raise(Cause::Queue(0));
+        assert_eq!(pending(&interrupts), 1);
+        interrupts.reset();
+        assert_eq!(pending(&interrupts), 0);
+        set_entry(&interrupts, 0, MESSAGE, 0);
+        assert_eq!(log.take(), [Wire::Route(0, MESSAGE)]);
     }
 
     #[test]

@@ -19,6 +19,8 @@ mod interrupts;
 #[cfg(feature = "std")]
 mod legacy;
 mod legacy_driver;
+#[cfg(feature = "std")]
+mod modern;
 pub mod registers;
 #[cfg(feature = "std")]
 mod root;

@@ -33,8 +33,10 @@ struct Lines {
 struct Line {
     call: Option<OwnedFd>,
     error: Option<OwnedFd>,
-    /// Whether a message waits for room.
+    /// Whether a call waits for room, as a message.
     due: bool,
+    /// Whether a message waits for room that says that it is broken.
+    error_due: bool,
 }
 
 impl Calls {
@@ -72,9 +74,14 @@ impl Calls {
 
     /// Queue `index` is broken.
     pub(super) fn broken(&self, index: usize) {
-        if let Some(fd) = self.lock().rings.get(index).and_then(|line| line.error.as_ref()) {
-            signal(fd.as_fd());
+        let mut lines = self.lock();
+        let in_band = lines.in_band;
+        match lines.rings.get_mut(index) {
+            Some(Line { error: Some(fd), .. }) => signal(fd.as_fd()),
+            Some(line) => line.error_due = in_band,
+            None => {}
         }
+        lines.flush();
     }
 
     /// Asks for translations.
@@ -86,7 +93,8 @@ impl Calls {
     pub(super) fn flush(&self) -> Option<OwnedFd> {
         let mut lines = self.lock();
         lines.flush();
-        let waiting = lines.config_due || !lines.misses.is_empty() || lines.rings.iter().any(|line| line.due);
+        let waiting =
+            lines.config_due || !lines.misses.is_empty() || lines.rings.iter().any(|line| line.due || line.error_due);
         let backend = lines.backend.as_ref().filter(|_| waiting)?;
         backend.as_fd().try_clone_to_owned().ok()
     }
@@ -120,8 +128,9 @@ impl Lines {
         }
         self.config_due = self.config_due && !send(BackendRequest::ConfigChange, &[]);
         for (index, line) in self.rings.iter_mut().enumerate() {
-            let call = VringState { index: index as u32, num: 0 };
-            line.due = line.due && !send(BackendRequest::VringCall, &call.to_bytes());
+            let which = VringState { index: index as u32, num: 0 }.to_bytes();
+            line.due = line.due && !send(BackendRequest::VringCall, &which);
+            line.error_due = line.error_due && !send(BackendRequest::VringErr, &which);
         }
     }
 }

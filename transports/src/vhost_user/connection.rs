@@ -32,7 +32,7 @@ pub struct Message {
 }
 
 /// Why no message came, or none could be sent.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ConnectionError {
     /// The socket failed.
     #[error("{call}: {reason}")]

@@ -16,6 +16,8 @@ use super::body::{Body, needs};
 use super::calls::{Calls, never_block};
 use super::connection::{Connection, Message};
 use super::error::ServeError;
+use super::inflight;
+use super::log::UsedLog;
 use super::map::{is_lost, map};
 use super::memory::Memory;
 use super::messages::*;
@@ -61,6 +63,10 @@ pub(super) struct Ring {
     pub(super) running: bool,
     /// Whether its being broken was told.
     pub(super) broken: bool,
+    /// What [`Request::GetVringBase`] told.
+    pub(super) handed_back: Option<u32>,
+    /// Where writes to its used ring are logged besides.
+    pub(super) log: Arc<UsedLog>,
 }
 
 /// What a message is answered with.
@@ -90,15 +96,16 @@ impl Wake for News {
 }
 
 impl Backend {
-    /// Puts `device` behind a socket. `translated`: whether the front end may translate device addresses
-    /// (VIRTIO_F_ACCESS_PLATFORM). That is offered only on demand: User Mode Linux accepts it and cannot do it.
-    pub fn new(device: Box<dyn Device<Memory>>, translated: bool) -> Result<Self, ServeError> {
+    /// Puts `device` behind a socket, and offers `features` besides its own: those that not every front end is to be
+    /// offered. RING_PACKED, which User Mode Linux takes whenever it is; ACCESS_PLATFORM (the front end translates device
+    /// addresses), which User Mode Linux takes and cannot do.
+    pub fn new(device: Box<dyn Device<Memory>>, features: Features) -> Result<Self, ServeError> {
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let news = EventFd::from_flags(flags).map_err(|reason| ServeError::System { call: "eventfd", reason })?;
         let (news, memory, calls) = (Arc::new(news), Memory::new(), Arc::<Calls>::default());
-        let platform = if translated { Features::ACCESS_PLATFORM } else { Features::empty() };
+        let features = features & (Features::RING_PACKED | Features::ACCESS_PLATFORM);
         let mut state = VirtioDevice::new(device, memory.clone(), calls.clone(), Interface::Modern)
-            .with_features(Features::RING_RESET | Features::RING_PACKED | platform)
+            .with_features(Features::RING_RESET | features)
             .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
         let mut backend =
@@ -202,6 +209,10 @@ impl Backend {
             R::SetVringBase => {
                 let VringState { num, .. } = self.idle(&body)?;
                 let index = self.index(&body)?.0;
+                // What was handed back is where it goes on; anything else begins anew.
+                if self.rings[index].handed_back.is_some_and(|base| base != num) {
+                    self.forget_inflight(index);
+                }
                 self.rings[index].base = Some(num);
             }
             R::GetVringBase => {
@@ -211,6 +222,7 @@ impl Backend {
                 self.rings[index].started = false;
                 self.rings[index].kick = None;
                 let num = self.rings[index].base.unwrap_or_else(|| self.first_base());
+                self.rings[index].handed_back = Some(num);
                 return Ok(Reply::new(&VringState { index: index as u32, num }));
             }
             R::SetVringKick => {
@@ -236,6 +248,10 @@ impl Backend {
                 let features = ProtocolFeatures::from_bits_retain(body.number()?);
                 if !OFFERED.contains(features) {
                     return Err(body.refused(format!("{:#x} was not offered", (features - OFFERED).bits())));
+                }
+                let others = ProtocolFeatures::BACKEND_REQ | ProtocolFeatures::REPLY_ACK;
+                if features.contains(ProtocolFeatures::INBAND_NOTIFICATIONS) && !features.contains(others) {
+                    return Err(body.refused("INBAND_NOTIFICATIONS without BACKEND_REQ and REPLY_ACK"));
                 }
                 self.protocol = features;
                 let has = |feature| features.contains(feature);
@@ -278,6 +294,7 @@ impl Backend {
                 body.fixed::<VringState>()?;
                 let index = self.index(&body)?.0;
                 self.rings[index].started = true;
+                self.memory.ask_again();
                 if self.kick(index)? {
                     let _ = self.news.write(1);
                 }
@@ -309,7 +326,10 @@ impl Backend {
                 // This is answered even if nobody asks for an acknowledgement.
                 return Ok(Reply::new(&0u64));
             }
-            R::SetLogFd => fds.into_iter().for_each(|fd| self.memory.log().set_event(fd)),
+            R::SetLogFd => {
+                body.empty()?;
+                fds.into_iter().for_each(|fd| self.memory.log().set_event(fd));
+            }
             R::IotlbMsg => self.set_translation(&body)?,
             R::GetInflightFd => return self.new_inflight(&body),
             R::SetInflightFd => self.set_inflight(&body, fds)?,
@@ -368,6 +388,8 @@ impl Backend {
         let index = self.index(body)?.0;
         let ring = &mut self.rings[index];
         let place = |a: &VringAddr| (a.descriptors, a.available, a.used);
+        // This may change while the queue runs: so logging begins, and ends.
+        ring.log.set((addresses.flags & VRING_LOG != 0).then_some(addresses.log));
         if ring.running && ring.addresses.as_ref().map(place) != Some(place(&addresses)) {
             return Err(body.refused("a queue that runs cannot be moved"));
         }
@@ -394,9 +416,22 @@ impl Backend {
     /// Back to the beginning, but for memory and descriptors.
     fn reset(&mut self) {
         self.stop_all();
-        self.state.reset();
-        for ring in &mut self.rings {
+        for index in 0..self.rings.len() {
+            self.forget_inflight(index);
+            let ring = &mut self.rings[index];
             (ring.started, ring.enabled, ring.base) = (false, false, None);
+        }
+        self.state.reset();
+    }
+
+    /// Nothing of queue `index` is in flight, and nobody is to think so.
+    fn forget_inflight(&mut self, index: usize) {
+        // The features tell the layout.
+        if let Some((memory, area)) = &self.inflight
+            && index < usize::from(area.queues)
+            && !self.state.driver_features().is_empty()
+        {
+            inflight::forget(memory, index as u16, area.entries, self.packed());
         }
     }
 

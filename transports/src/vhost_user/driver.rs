@@ -1,67 +1,27 @@
 //! The guest's side: a driver's transport over a socket. It is guest and VMM at once.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::eventfd::{EfdFlags, EventFd};
-use polyvirt_core::hypervisor::{HypervisorError, Share};
-use polyvirt_core::memory::Pages;
+use nix::sys::eventfd::EventFd;
+use polyvirt_core::hypervisor::Share;
 use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
-use super::connection::Connection;
 use super::iommu::Iommu;
 use super::link::{Link, refused};
-use super::listener::{Listener, News};
 use super::messages::*;
+use super::session::{Dial, Guest, Options, Session, event};
 use crate::areas::Areas;
 
 /// Entries of a queue at most. The protocol has no way to ask; this is what every back end takes.
 const QUEUE_SIZE: u16 = 256;
 /// How often a back end that keeps no status is asked whether it is still there.
 const PROBE: Duration = Duration::from_millis(100);
-/// What is accepted if it is offered, unless told otherwise.
-const WANTED: ProtocolFeatures = ProtocolFeatures::MQ
-    .union(ProtocolFeatures::REPLY_ACK)
-    .union(ProtocolFeatures::BACKEND_REQ)
-    .union(ProtocolFeatures::CONFIG)
-    .union(ProtocolFeatures::RESET_DEVICE)
-    .union(ProtocolFeatures::CONFIGURE_MEM_SLOTS)
-    .union(ProtocolFeatures::STATUS);
-
-/// The memory of the guest, for handing over.
-pub struct Guest {
-    /// Where rings and buffers are allocated: out of the regions.
-    pub share: Arc<dyn Share>,
-    /// Guest-physical start, file, and the memory as it is mapped here.
-    pub regions: Vec<(u64, OwnedFd, Pages)>,
-}
-
-/// How to talk to the back end.
-#[derive(Clone, Copy, Debug)]
-pub struct Options {
-    /// Protocol features to accept, as far as they are offered.
-    pub protocol: ProtocolFeatures,
-    /// How many queues there are, if the back end cannot be asked.
-    pub queues: u16,
-    /// Whether device addresses are translated: only for drivers that accept VIRTIO_F_ACCESS_PLATFORM.
-    pub iommu: bool,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        Self { protocol: WANTED, queues: 1, iommu: false }
-    }
-}
-
-/// How to get a connection.
-pub type Dial = Box<dyn Fn() -> std::io::Result<UnixStream> + Send>;
-
 /// The driver side, connected to a back end.
 ///
 /// What the protocol leaves to the VMM is done here: the device status, if the back end does not want it, and a queue is
@@ -79,16 +39,6 @@ pub struct Driver {
     queues: BTreeMap<u16, Queue>,
 }
 
-/// What belongs to one connection.
-struct Session {
-    link: Arc<Link>,
-    news: Arc<News>,
-    _listener: Option<Listener>,
-    offered: u64,
-    protocol: ProtocolFeatures,
-    queues: u16,
-}
-
 struct Queue {
     areas: Areas,
     kick: Arc<EventFd>,
@@ -96,6 +46,12 @@ struct Queue {
     error: EventFd,
     /// Whether the back end has it.
     started: bool,
+}
+
+impl Queue {
+    fn doorbell(&self, index: u16, by_message: Option<Arc<Link>>) -> Doorbell {
+        Doorbell { kick: Arc::clone(&self.kick), by_message, index }
+    }
 }
 
 impl Driver {
@@ -180,6 +136,11 @@ impl Driver {
         }
         if let Some(queue) = self.queues.get_mut(&index) {
             queue.started = true;
+            // A back end may begin with a queue only when it is kicked. For what was made available before now, the
+            // driver kicked nobody.
+            if queue.areas.has_available() {
+                queue.doorbell(index, in_band.then_some(link)).notify()?;
+            }
         }
         Ok(())
     }
@@ -219,87 +180,6 @@ impl Driver {
         // The events stay: the queues stay broken.
         let mut fds: Vec<_> = self.queues.values().map(|queue| input(&queue.error)).collect();
         poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
-    }
-}
-
-impl Session {
-    /// The features that the device offers, without those of the protocol.
-    fn features(&self) -> Features {
-        Features::from_bits_retain((self.offered & !(LOG_ALL | PROTOCOL_FEATURES)).into())
-    }
-
-    fn open(dial: &Dial, guest: &Guest, options: Options, iommu: Option<Arc<Iommu>>) -> Result<Self, TransportError> {
-        let system = |call| move |reason: String| HypervisorError::Refused { call, reason };
-        let socket = dial().map_err(|error| system("connect")(error.to_string()))?;
-        let connection = Connection::new(socket).map_err(|error| system("connect")(error.to_string()))?;
-        let link = Arc::new(Link::new(connection).map_err(|error| system("dup")(error.to_string()))?);
-        if let Some(iommu) = &iommu {
-            iommu.connect(&link);
-        }
-        let news = Arc::new(News::new(event()?, iommu));
-        link.tell(Request::SetOwner, &[], &[])?;
-        let offered: u64 = link.ask_for(Request::GetFeatures, &[])?;
-        let mut protocol = ProtocolFeatures::empty();
-        if offered & PROTOCOL_FEATURES != 0 {
-            let theirs: u64 = link.ask_for(Request::GetProtocolFeatures, &[])?;
-            protocol = ProtocolFeatures::from_bits_retain(theirs) & options.protocol;
-            link.tell(Request::SetProtocolFeatures, &protocol.bits().to_bytes(), &[])?;
-        }
-        let has = |feature| protocol.contains(feature);
-        if has(ProtocolFeatures::REPLY_ACK) {
-            link.acknowledge();
-        }
-        let mut queues = options.queues;
-        if has(ProtocolFeatures::MQ) {
-            let theirs: u64 = link.ask_for(Request::GetQueueNum, &[])?;
-            queues = u16::try_from(theirs).map_err(|_| refused(Request::GetQueueNum, format!("{theirs} queues")))?;
-        }
-        let mut listener = None;
-        if has(ProtocolFeatures::BACKEND_REQ) {
-            let (ours, theirs) = UnixStream::pair().map_err(|error| system("socketpair")(error.to_string()))?;
-            link.tell(Request::SetBackendReqFd, &[], &[theirs.as_fd()])?;
-            let stop = Arc::new(event()?);
-            let spawned = Listener::spawn(ours, Arc::clone(&link), Arc::clone(&news), stop);
-            listener = Some(spawned.map_err(|error| system("thread")(error.to_string()))?);
-        }
-        guest.hand_over(&link, has(ProtocolFeatures::CONFIGURE_MEM_SLOTS))?;
-        Ok(Self { link, news, _listener: listener, offered, protocol, queues })
-    }
-}
-
-impl Guest {
-    fn hand_over(&self, link: &Link, one_by_one: bool) -> Result<(), TransportError> {
-        let regions = self.regions.iter().map(|(guest, file, pages)| {
-            let region = Region { guest: *guest, size: pages.len() as u64, user: place(pages), offset: 0 };
-            (region, file.as_fd())
-        });
-        if one_by_one {
-            for (region, file) in regions {
-                link.tell(Request::AddMemReg, &[0u64.to_bytes(), region.to_bytes()].concat(), &[file])?;
-            }
-            return Ok(());
-        }
-        let mut payload = (self.regions.len() as u64).to_bytes();
-        let mut files = Vec::new();
-        for (region, file) in regions {
-            payload.extend(region.to_bytes());
-            files.push(file);
-        }
-        link.tell(Request::SetMemTable, &payload, &files)
-    }
-
-    /// What a ring's address is for the back end: ours, but a device address if those are translated.
-    fn user(&self, address: u64, accepted: Features) -> Result<u64, TransportError> {
-        if accepted.contains(Features::ACCESS_PLATFORM) {
-            return Ok(address);
-        }
-        let of = |(guest, _, pages): &(u64, OwnedFd, Pages)| {
-            let offset = address.checked_sub(*guest)?;
-            (offset < pages.len() as u64).then(|| place(pages) + offset)
-        };
-        let found = self.regions.iter().find_map(of);
-        let reason = || format!("{address:#x} is not guest memory");
-        found.ok_or_else(|| HypervisorError::Refused { call: "SET_VRING_ADDR", reason: reason() }.into())
     }
 }
 
@@ -434,10 +314,10 @@ impl Transport for Driver {
         }
         let areas = Areas::allocate(&self.guest.share, index, size, max, self.accepted)?;
         let (kick, call, error) = (Arc::new(event()?), event()?, event()?);
+        let queue = Queue { areas, kick, call, error, started: false };
         let by_message = self.in_band().then(|| Arc::clone(&self.session.link));
-        let doorbell = Doorbell { kick: Arc::clone(&kick), by_message, index };
-        let virtqueue = areas.virtqueue(Box::new(doorbell));
-        self.queues.insert(index, Queue { areas, kick, call, error, started: false });
+        let virtqueue = queue.areas.virtqueue(Box::new(queue.doorbell(index, by_message)));
+        self.queues.insert(index, queue);
         if self.status.contains(Status::DRIVER_OK) {
             self.start(index)?;
         }
@@ -527,16 +407,6 @@ impl Notify for Doorbell {
     }
 }
 
-/// Where `pages` are, as the back end is told.
-fn place(pages: &Pages) -> u64 {
-    pages.as_ptr().addr() as u64
-}
-
 fn input(event: &EventFd) -> PollFd<'_> {
     PollFd::new(event.as_fd(), PollFlags::POLLIN)
-}
-
-fn event() -> Result<EventFd, HypervisorError> {
-    EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)
-        .map_err(|error| HypervisorError::Refused { call: "eventfd", reason: error.to_string() })
 }

@@ -5,7 +5,7 @@ use nix::errno::Errno;
 use super::connection::ConnectionError;
 
 /// Why a session ended before the front end wanted it to.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ServeError {
     /// The connection failed.
     #[error(transparent)]

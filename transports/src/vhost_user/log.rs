@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use polyvirt_core::memory::Pages;
@@ -88,6 +88,29 @@ impl DirtyLog {
 
     fn lock(&self) -> MutexGuard<'_, Parts> {
         self.parts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Where writes to a used ring are logged besides: the front end may have it elsewhere than where it is.
+#[derive(Default)]
+pub(super) struct UsedLog {
+    wanted: AtomicBool,
+    address: AtomicU64,
+}
+
+impl UsedLog {
+    /// From now on at `address`; or nowhere.
+    pub(super) fn set(&self, address: Option<u64>) {
+        self.address.store(address.unwrap_or_default(), Ordering::Relaxed);
+        self.wanted.store(address.is_some(), Ordering::Relaxed);
+    }
+
+    /// `len` bytes at `offset` of the used ring were written.
+    #[cold]
+    pub(super) fn mark(&self, log: &DirtyLog, offset: usize, len: usize) {
+        if self.wanted.load(Ordering::Relaxed) {
+            log.mark(self.address.load(Ordering::Relaxed).saturating_add(offset as u64), len as u64);
+        }
     }
 }
 

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Lease, MemoryError, Pages, Segment, Translated};
 
-use super::inflight::Tracker;
-use super::log::DirtyLog;
+use super::inflight::{packed, split};
+use super::log::{DirtyLog, UsedLog};
 use super::map::{MapError, is_lost, map};
 use super::messages::{Iotlb, MEM_SLOTS, Region};
 
@@ -115,28 +115,46 @@ pub struct Mapped {
     watch: Option<Watch>,
 }
 
-/// Who wants to see accesses to a ring, and which of its areas this is.
+/// Which area of a ring this is, and who wants to see accesses to it.
 #[derive(Clone)]
-enum Watch {
-    Available(Arc<Tracker>),
-    Used(Arc<Tracker>),
+pub(super) enum Watch {
+    /// An available ring.
+    Available(Arc<split::Tracker>),
+    /// A used ring, which is logged at an address of its own.
+    Used(Arc<UsedLog>, Option<Arc<split::Tracker>>),
+    /// A packed ring.
+    Packed(Arc<packed::Tracker>),
 }
 
 impl Lease for Mapped {
     #[inline(always)]
-    fn before_load(&self, offset: usize, len: usize) {
-        if let Some(Watch::Available(tracker)) = &self.watch {
-            tracker.reads_available(offset, len);
+    fn after_load(&self, offset: usize, len: usize) {
+        match &self.watch {
+            None | Some(Watch::Used(..)) => {}
+            Some(Watch::Available(tracker)) => tracker.read_available(offset, len),
+            Some(Watch::Packed(tracker)) => tracker.read_ring(offset, len),
+        }
+    }
+
+    #[inline(always)]
+    fn before_store(&self, offset: usize, len: usize, word: u64) {
+        if let Some(Watch::Packed(tracker)) = &self.watch {
+            tracker.writes_ring(offset, len, word);
         }
     }
 
     #[inline(always)]
     fn after_store(&self, offset: usize, len: usize) {
-        if let Some(Watch::Used(tracker)) = &self.watch {
-            tracker.wrote_used(offset, len);
+        match &self.watch {
+            None | Some(Watch::Available(_)) => {}
+            Some(Watch::Used(_, tracker)) => tracker.iter().for_each(|tracker| tracker.wrote_used(offset, len)),
+            Some(Watch::Packed(tracker)) => tracker.wrote_ring(),
         }
         if self.table.log.is_active() {
             self.table.log_write(self.start + offset, len);
+            if let Some(Watch::Used(log, _)) = &self.watch {
+                log.mark(&self.table.log, offset, len);
+            }
         }
     }
 }
@@ -225,7 +243,7 @@ impl Memory {
             translated = Translated::new(table.flat.clone(), []);
         }
         translated.map(iova, size, guest, Access::from_bits_truncate(access));
-        lock(&self.shared.misses).clear();
+        lock(&self.shared.misses).retain(|miss| miss.iova.wrapping_sub(iova) >= size);
         self.install(Table::new(table.slots.clone(), Some(translated), self.shared.log.clone()));
         Ok(())
     }
@@ -238,7 +256,12 @@ impl Memory {
         self.install(Table::new(table.slots.clone(), Some(translated), self.shared.log.clone()));
     }
 
-    /// Translations that are to be asked for; each once, until something is learnt.
+    /// What was asked for and not learnt is asked for again: the driver may have mapped it meanwhile.
+    pub(super) fn ask_again(&self) {
+        lock(&self.shared.misses).retain(|miss| miss.kind == 0);
+    }
+
+    /// Translations that are to be asked for; each once.
     pub(super) fn misses(&self) -> Vec<Iotlb> {
         let mut misses = lock(&self.shared.misses);
         let new =
@@ -256,11 +279,9 @@ impl Memory {
         }
     }
 
-    /// The next two ring areas that are resolved, at these addresses, are the available and the used ring of a queue
-    /// whose chains `tracker` keeps book of.
-    pub(super) fn watch(&self, available: u64, used: u64, tracker: &Arc<Tracker>) {
-        let areas = [(available, Watch::Available(tracker.clone())), (used, Watch::Used(tracker.clone()))];
-        *lock(&self.shared.watched) = areas.into();
+    /// The ring areas that are resolved next, at these addresses, are watched.
+    pub(super) fn watch(&self, areas: Vec<(u64, Watch)>) {
+        *lock(&self.shared.watched) = areas;
     }
 
     /// Nobody wants to see accesses to what is resolved from now on.

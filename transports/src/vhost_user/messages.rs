@@ -27,6 +27,9 @@ pub const LOG_ALL: u64 = 1 << 26;
 /// Feature bit of [`Request::GetFeatures`]: there are protocol features (VHOST_USER_F_PROTOCOL_FEATURES).
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 
+/// In [`VringAddr::flags`]: writes to the used ring are logged at [`VringAddr::log`] (VHOST_VRING_F_LOG).
+pub const VRING_LOG: u32 = 1;
+
 /// In the payload of [`Request::SetVringKick`] and its like: the queue.
 pub const VRING_INDEX_MASK: u64 = 0xff;
 /// In the payload of [`Request::SetVringKick`] and its like: no file descriptor comes with it.
@@ -256,7 +259,7 @@ payload!(VringState: index: u32, num: u32; 0);
 pub struct VringAddr {
     /// The queue.
     pub index: u32,
-    /// Bit 0: writes to the used ring are logged.
+    /// [`VRING_LOG`].
     pub flags: u32,
     /// Descriptor area.
     pub descriptors: u64,

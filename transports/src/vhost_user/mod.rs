@@ -20,12 +20,14 @@ mod memory;
 pub mod messages;
 mod rings;
 mod serve;
+mod session;
 
 pub use connection::{Connection, ConnectionError, Message};
 pub use device::Backend;
-pub use driver::{Dial, Driver, Guest, Options};
+pub use driver::Driver;
 pub use error::ServeError;
 pub use guard::outlive_truncation;
 pub use map::{MapError, map, memory_file};
 pub use memory::{Mapped, Memory, RegionError};
 pub use serve::{Ended, Stop, listen};
+pub use session::{Dial, Guest, Options};

@@ -2,11 +2,12 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
-use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, USED};
+use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, Position, USED};
 use polyvirt_core::queue::split::layout::{descriptors_len, device_len, driver_len};
 use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState, SavedQueue};
 use polyvirt_core::state::Area;
@@ -15,8 +16,9 @@ use polyvirt_core::{Features, Status};
 use super::body::Body;
 use super::device::{Backend, Reply, Ring};
 use super::error::ServeError;
-use super::inflight::{self, Tracker};
+use super::inflight::{self, packed, split};
 use super::map::{map, memory_file};
+use super::memory::Watch;
 use super::messages::*;
 
 /// The areas of a queue: address, bytes, and what the device does there.
@@ -55,21 +57,9 @@ impl Backend {
         }
         let entries = self.rings[index].entries;
         let Some(areas) = self.areas(index)? else { return Ok(()) };
-        let [(descriptors, ..), (available, driver_len, _), (used, device_len, _)] = areas;
-        let mut saved =
-            SavedQueue { state: self.resumed(self.rings[index].base, descriptors, used), in_flight: vec![] };
-        if let Some((memory, InflightArea { queues, entries: most, .. })) = &self.inflight
-            && index < usize::from(*queues)
-            && !self.packed()
-        {
-            let rings = self.memory.pages(available, driver_len).zip(self.memory.pages(used, device_len));
-            let rings = rings.ok_or_else(|| failed("its rings are in several pieces".into()))?;
-            let size = entries.min(u16::MAX.into()) as u16;
-            let tracker = Tracker::new(memory, index as u16, *most, size, rings);
-            let tracker = Arc::new(tracker.map_err(|error| failed(error.to_string()))?);
-            saved = tracker.recover().unwrap_or(saved);
-            self.memory.watch(available, used, &tracker);
-        }
+        let [(descriptors, ..), _, (used, ..)] = areas;
+        let state = self.resumed(self.rings[index].base, descriptors, used);
+        let saved = self.book(index, areas, SavedQueue { state, in_flight: vec![] }).map_err(failed)?;
         tracing::info!(index, entries, ?saved, "a queue starts");
         let queue = index as u16;
         self.state.set_queue_size(queue, entries);
@@ -86,6 +76,54 @@ impl Backend {
         (self.rings[index].running, self.rings[index].broken) = (true, false);
         self.tell_broken();
         Ok(())
+    }
+
+    /// Has a book kept of what is in flight of queue `index`, if there is memory for it: where the queue goes on, which is
+    /// `saved` if nothing else is known.
+    fn book(&mut self, index: usize, areas: Areas, mut saved: SavedQueue) -> Result<SavedQueue, String> {
+        let [(descriptors, descriptors_len, _), (available, driver_len, _), (used, device_len, _)] = areas;
+        let log = self.rings[index].log.clone();
+        let packed = self.packed();
+        let Some((memory, area)) = self.inflight.as_ref().filter(|(_, area)| index < usize::from(area.queues)) else {
+            if !packed {
+                self.memory.watch(vec![(used, Watch::Used(log, None))]);
+            }
+            return Ok(saved);
+        };
+        let pages = |address, len| {
+            self.memory.pages(address, len).ok_or_else(|| String::from("it is not in memory, or in several pieces"))
+        };
+        let (queue, size) = (index as u16, self.rings[index].entries.min(u16::MAX.into()) as u16);
+        if packed {
+            let ring = pages(descriptors, descriptors_len)?;
+            let tracker = packed::Tracker::new(memory, queue, area.entries, size, ring);
+            let tracker = Arc::new(tracker.map_err(|error| error.to_string())?);
+            let found = tracker.recover(Position::unpack(saved.state.used)).map_err(|error| error.to_string())?;
+            saved.state = self.put_back(descriptors, size, &found).map_err(|error| error.to_string())?;
+            self.memory.watch(vec![(descriptors, Watch::Packed(tracker))]);
+        } else {
+            let rings = (pages(available, driver_len)?, pages(used, device_len)?);
+            let tracker = split::Tracker::new(memory, queue, area.entries, size, rings);
+            let tracker = Arc::new(tracker.map_err(|error| error.to_string())?);
+            saved = tracker.recover().unwrap_or(saved);
+            let used_watch = Watch::Used(log, Some(tracker.clone()));
+            self.memory.watch(vec![(available, Watch::Available(tracker)), (used, used_watch)]);
+        }
+        Ok(saved)
+    }
+
+    /// Writes what is in flight to where the driver had it: behind what is used. There it is taken again like everything
+    /// that is available; what stands there now may be overwritten.
+    fn put_back(&self, ring: u64, size: u16, found: &packed::Recovered) -> Result<QueueState, MemoryError> {
+        let len = DESCRIPTOR_LEN * u64::from(size);
+        let words = self.memory.resolve_words::<u64>(ring, len, Access::READ | Access::WRITE)?;
+        let mut at = found.used;
+        for descriptor in &found.descriptors {
+            words.store_pair(2 * usize::from(at.index), *descriptor, Ordering::Release);
+            at = at.advanced(1, size);
+        }
+        let used = found.used.pack();
+        Ok(QueueState { available: used, used })
     }
 
     /// The areas of queue `index`: device address, bytes, what the device does there. None if they are not known yet.
@@ -160,14 +198,10 @@ impl Backend {
         Ok(())
     }
 
-    /// New memory for what is in flight. Packed rings have none: what a crash leaves of them cannot be told from what
-    /// was overwritten.
+    /// New memory for what is in flight.
     pub(super) fn new_inflight(&mut self, body: &Body<'_>) -> Result<Option<Reply>, ServeError> {
         let InflightArea { queues, entries, .. } = self.inflight_area(body)?;
-        if self.packed() {
-            return Ok(Reply::new(&InflightArea { size: 0, offset: 0, queues, entries }));
-        }
-        let size = inflight::size(queues, entries) as u64;
+        let size = inflight::size(queues, entries, self.packed()) as u64;
         let (file, memory) = memory_file("inflight", size).map_err(|error| body.refused(error))?;
         let area = InflightArea { size, offset: 0, queues, entries };
         self.inflight = Some((memory, area));
@@ -176,9 +210,12 @@ impl Backend {
 
     pub(super) fn set_inflight(&mut self, body: &Body<'_>, fds: Vec<OwnedFd>) -> Result<(), ServeError> {
         let area = self.inflight_area(body)?;
-        let needed = inflight::size(area.queues, area.entries) as u64;
+        let needed = inflight::size(area.queues, area.entries, self.packed()) as u64;
         if area.size < needed || !area.offset.is_multiple_of(8) {
             return Err(body.refused(format!("{} bytes at {}, expected {needed}", area.size, area.offset)));
+        }
+        if self.rings.iter().any(|ring| ring.running) {
+            return Err(body.refused("a queue runs"));
         }
         for fd in fds {
             self.inflight = Some((map(fd, area.offset, area.size).map_err(|error| body.refused(error))?, area));

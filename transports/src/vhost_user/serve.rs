@@ -131,7 +131,10 @@ impl Backend {
                 self.rings[index].kick = None;
                 true
             }
-            Ok(_) => true,
+            Ok(_) => {
+                self.memory.ask_again();
+                true
+            }
         }
     }
 

@@ -104,6 +104,11 @@ impl<M: GuestMemory> Ring<M> {
         self.chains.in_flight()
     }
 
+    /// How much is in flight, in descriptors.
+    pub(in crate::queue) fn taken(&self) -> usize {
+        (self.size - self.free).into()
+    }
+
     pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
         self.chains.own(chain)
     }

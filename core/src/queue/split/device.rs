@@ -102,6 +102,11 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.chains.in_flight()
     }
 
+    /// How much is in flight, in chains.
+    pub(in crate::queue) fn taken(&self) -> usize {
+        self.next_available.wrapping_sub(self.completed as u16).into()
+    }
+
     pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
         self.chains.own(chain)
     }

@@ -1,8 +1,6 @@
-//! Memory that knows which chains are in flight and outlives the connection (INFLIGHT_SHMFD), for split rings.
+//! What is in flight of a split ring: a header, and an entry for each descriptor.
 //!
-//! Its layout is the protocol's: for each queue a header and an entry for each descriptor. Before a chain's completion is
-//! visible its head is noted, afterwards the chain is crossed out: whenever the back end dies, what is not used yet and
-//! only that is known to be in flight.
+//! Before a chain's completion is visible its head is noted, afterwards the chain is crossed out.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,32 +8,19 @@ use polyvirt_core::memory::{MemoryError, Owner, Pages, Words};
 use polyvirt_core::queue::split::layout::{INDEX, available_entry, used_entry};
 use polyvirt_core::queue::{QueueState, SavedQueue};
 
-/// Bytes of a queue's header: u64 features, u16 version, u16 entries, u16 head of the last completion, u16 used index.
-const HEADER: usize = 16;
-/// Bytes of an entry: u8 in flight, 5 unused, u16 next, u64 counter.
-const ENTRY: usize = 16;
-/// Every queue begins at a multiple of this.
-const ALIGN: usize = 64;
-/// The layout's version.
-const VERSION: u16 = 1;
+use super::{AT_ENTRIES, AT_VERSION, VERSION, part};
 
-/// In units of u16 from the start of a queue.
-const AT_VERSION: usize = 4;
-const AT_ENTRIES: usize = 5;
+/// Bytes of a header: u64 features, u16 version, u16 entries, u16 head of the last completion, u16 used index.
+pub(super) const HEADER: usize = 16;
+/// Bytes of an entry: u8 in flight, 5 unused, u16 next, u64 counter.
+pub(super) const ENTRY: usize = 16;
+
+/// In units of u16 from the start of a queue's part.
 const AT_LAST_HEAD: usize = 6;
 const AT_USED_INDEX: usize = 7;
 
-/// Bytes for `queues` queues of `entries` entries.
-pub(super) fn size(queues: u16, entries: u16) -> usize {
-    usize::from(queues) * queue_size(entries)
-}
-
-fn queue_size(entries: u16) -> usize {
-    (HEADER + ENTRY * usize::from(entries)).next_multiple_of(ALIGN)
-}
-
 /// What is known of one queue. The driver and device areas' leases see the device take and complete chains, and tell.
-pub(super) struct Tracker {
+pub(in super::super) struct Tracker {
     /// The queue's part of the memory.
     words: Words<u64, Owner>,
     entries: u16,
@@ -49,18 +34,15 @@ pub(super) struct Tracker {
 impl Tracker {
     /// The part of queue `index` in `memory`, which is divided for queues of `entries`; the queue has `size` entries, and
     /// its rings are there.
-    pub(super) fn new(
+    pub(in super::super) fn new(
         memory: &Pages,
         index: u16,
         entries: u16,
         size: u16,
         (available, used): (Pages, Pages),
     ) -> Result<Self, MemoryError> {
-        let (offset, len) = (usize::from(index) * queue_size(entries), queue_size(entries));
-        let part = memory.slice(offset, len);
-        let missing = MemoryError::OutOfBounds { offset, len, size: memory.len() };
         Ok(Self {
-            words: Words::new(part.ok_or(missing)?)?,
+            words: part(memory, index, entries, false)?,
             entries: entries.min(size),
             available: Words::new(available)?,
             used: Words::new(used)?,
@@ -68,13 +50,16 @@ impl Tracker {
         })
     }
 
-    /// Where the device goes on: behind what is used, with what was in flight before all others. None if nothing was.
-    pub(super) fn recover(&self) -> Option<SavedQueue> {
+    /// Where the device goes on: behind what is used, with what was in flight before all others. None if the memory does
+    /// not say.
+    pub(in super::super) fn recover(&self) -> Option<SavedQueue> {
         let used = u16::from_le(self.used.load::<u16>(INDEX, Ordering::Acquire));
-        if self.half(AT_VERSION) != VERSION {
-            self.set_half(AT_VERSION, VERSION);
+        let known = self.half(AT_VERSION) == VERSION;
+        if !known {
+            (0..self.entries).for_each(|head| self.cross_out(head));
             self.set_half(AT_ENTRIES, self.entries);
             self.set_half(AT_USED_INDEX, used);
+            self.set_half(AT_VERSION, VERSION);
         }
         if self.half(AT_USED_INDEX) != used {
             // The completion was seen, and the end came before it was crossed out.
@@ -86,11 +71,11 @@ impl Tracker {
         let last = heads.last().map_or(0, |&head| self.words.load::<u64>(at(head) + 1, Ordering::Relaxed));
         self.counter.store(last.wrapping_add(1), Ordering::Relaxed);
         let available = used.wrapping_add(heads.len() as u16);
-        (!heads.is_empty()).then_some(SavedQueue { state: QueueState { available, used }, in_flight: heads })
+        known.then_some(SavedQueue { state: QueueState { available, used }, in_flight: heads })
     }
 
-    /// `len` bytes at `offset` of the available ring are about to be read: an entry of it is a chain that is taken.
-    pub(super) fn reads_available(&self, offset: usize, len: usize) {
+    /// `len` bytes at `offset` of the available ring were read: an entry of it is a chain that is taken.
+    pub(in super::super) fn read_available(&self, offset: usize, len: usize) {
         let first = 2 * available_entry(0);
         if len == 2 && offset >= first && offset < first + 2 * usize::from(self.entries) {
             let head = u16::from_le(self.available.load::<u16>(offset / 2, Ordering::Relaxed));
@@ -104,7 +89,7 @@ impl Tracker {
     }
 
     /// `len` bytes at `offset` of the used ring were written: an element, or the index that makes it visible.
-    pub(super) fn wrote_used(&self, offset: usize, len: usize) {
+    pub(in super::super) fn wrote_used(&self, offset: usize, len: usize) {
         let first = 4 * used_entry(0);
         if len == 8 && offset >= first {
             let head = u32::from_le(self.used.load::<u32>(offset / 4, Ordering::Relaxed));
@@ -141,6 +126,7 @@ fn at(head: u16) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::size;
     use super::*;
 
     struct Rig {
@@ -151,7 +137,7 @@ mod tests {
 
     impl Rig {
         fn new() -> Self {
-            let memory = Pages::allocate(size(2, 8));
+            let memory = Pages::allocate(size(2, 8, false));
             Self { memory, available: Pages::allocate(4096), used: Pages::allocate(4096) }
         }
 
@@ -161,7 +147,7 @@ mod tests {
 
         fn take(&self, tracker: &Tracker, slot: usize, head: u16) {
             self.available.write(4 + 2 * slot, &head.to_le_bytes()).unwrap();
-            tracker.reads_available(4 + 2 * slot, 2);
+            tracker.read_available(4 + 2 * slot, 2);
         }
 
         fn put(&self, tracker: &Tracker, slot: usize, head: u32) {

@@ -1,0 +1,116 @@
+//! Memory that knows what is in flight, as it is handed over; `conformance/tests/killed` shows what it is for.
+
+use std::os::fd::AsFd;
+
+use polyvirt_core::Features;
+use polyvirt_transports::vhost_user::messages::*;
+use polyvirt_transports::vhost_user::{Ended, ServeError, map, memory_file};
+
+use crate::front::{Front, SIZE, Server};
+
+const FORMATS: [Features; 2] = [Features::VERSION_1, Features::VERSION_1.union(Features::RING_PACKED)];
+
+fn begun(server: &Server, features: Features) -> Front {
+    let mut front = server.connect();
+    front.begin(features, ProtocolFeatures::INFLIGHT_SHMFD | ProtocolFeatures::RESET_DEVICE);
+    front
+}
+
+/// What is asked for.
+const ASKED: InflightArea = InflightArea { size: 0, offset: 0, queues: 2, entries: SIZE };
+
+#[test]
+fn it_is_as_large_as_the_protocol_says_and_knows_what_was_taken() {
+    let server = Server::start();
+    for (features, size, first) in [(FORMATS[0], 2 * 192, 16), (FORMATS[1], 2 * 320, 32)] {
+        let mut front = begun(&server, features);
+        front.send(Request::GetInflightFd, &ASKED.to_bytes(), &[]);
+        let mut answer = front.answer();
+        assert_eq!(InflightArea::from_bytes(&answer.payload), InflightArea { size, ..ASKED });
+        let pages = map(answer.fds.remove(0), 0, size).unwrap();
+        let mut queue = front.queue(1);
+        server.device.keep(true);
+        queue.send(&front.ram, 5, b"in flight");
+        // Answered after the kick was seen.
+        while server.device.read().len() < FORMATS.iter().position(|format| *format == features).unwrap() + 1 {
+            front.ask::<u64>(Request::GetFeatures, &[]);
+        }
+        let mut bytes = vec![0; size as usize];
+        pages.read(0, &mut bytes).unwrap();
+        let (none, part) = bytes.split_at(size as usize / 2);
+        assert!(none.iter().all(|byte| *byte == 0), "queue 0 does not run");
+        assert_eq!(part[8..12], [1, 0, SIZE as u8, 0], "version, entries");
+        assert_eq!(part[first], 1, "in flight");
+        server.device.keep(false);
+        queue.wait(1);
+        front.stop(1);
+        pages.read(size as usize / 2, &mut bytes[..64]).unwrap();
+        assert_eq!(bytes[first], 0, "nothing is");
+        // A reset forgets it.
+        front.tell(Request::ResetDevice, &[], &[]);
+        pages.read(size as usize / 2 + 8, &mut bytes[..2]).unwrap();
+        assert_eq!(bytes[..2], [0, 0]);
+        drop(front);
+        assert_eq!(server.ended(), Ok(Ended::Closed));
+    }
+}
+
+#[test]
+fn what_is_too_small_or_for_queues_that_are_not_there_is_refused() {
+    let server = Server::start();
+    let (file, _pages) = memory_file("inflight", 4096).unwrap();
+    for features in FORMATS {
+        for area in [
+            InflightArea { size: 100, ..ASKED },
+            InflightArea { size: 1024, offset: 4, ..ASKED },
+            InflightArea { size: 1024, offset: 4096, ..ASKED },
+            InflightArea { size: 1024, queues: 0, ..ASKED },
+            InflightArea { size: 1024, queues: 3, ..ASKED },
+            InflightArea { size: 1024, entries: 0, ..ASKED },
+            InflightArea { size: 1024, entries: u16::MAX, ..ASKED },
+            InflightArea { size: u64::MAX, offset: 8, ..ASKED },
+        ] {
+            let mut front = begun(&server, features);
+            front.send(Request::SetInflightFd, &area.to_bytes(), &[file.as_fd()]);
+            front.closed();
+            let ended = server.ended();
+            assert!(matches!(ended, Err(ServeError::Refused { request: "SET_INFLIGHT_FD", .. })), "{ended:?}");
+        }
+    }
+    server.check();
+}
+
+#[test]
+fn it_is_not_exchanged_under_a_queue_that_runs() {
+    let server = Server::start();
+    let mut front = begun(&server, FORMATS[0]);
+    let _queue = front.queue(0);
+    let (file, _pages) = memory_file("inflight", 4096).unwrap();
+    front.send(Request::SetInflightFd, &InflightArea { size: 4096, ..ASKED }.to_bytes(), &[file.as_fd()]);
+    front.closed();
+    let reason = String::from("a queue runs");
+    assert_eq!(server.ended(), Err(ServeError::Refused { request: "SET_INFLIGHT_FD", reason }));
+    server.check();
+}
+
+#[test]
+fn a_queue_that_begins_elsewhere_than_it_ended_begins_anew() {
+    let server = Server::start();
+    for features in FORMATS {
+        let mut front = begun(&server, features);
+        front.send(Request::GetInflightFd, &ASKED.to_bytes(), &[]);
+        front.answer();
+        for _ in 0..3 {
+            // The driver has reset the queue: its memory is zeroed.
+            front.ram.pages.fill(0, 0x4000, 0).unwrap();
+            let mut queue = front.queue(0);
+            for slot in 0..3 {
+                queue.send(&front.ram, slot, b"again");
+                assert_eq!(queue.wait(1), [slot]);
+            }
+            front.stop(0);
+        }
+        drop(front);
+        assert_eq!(server.ended(), Ok(Ended::Closed));
+    }
+}

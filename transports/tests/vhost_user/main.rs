@@ -1,0 +1,13 @@
+//! vhost-user, message by message: what a front end may send, what it may not, and what becomes of its memory.
+#![cfg(target_os = "linux")]
+
+mod faults;
+mod features;
+mod front;
+mod inflight;
+mod iotlb;
+mod log;
+mod memory;
+mod negotiation;
+mod order;
+mod toy;

@@ -1,0 +1,181 @@
+//! Right messages at the wrong time, and places where no queue can be.
+
+use std::os::fd::AsFd;
+
+use polyvirt_core::Features;
+use polyvirt_core::queue::Buffer;
+use polyvirt_transports::vhost_user::messages::*;
+use polyvirt_transports::vhost_user::{Ended, ServeError, memory_file};
+
+use crate::front::{Front, Queue, RAM, RAM_AT, SIZE, Server, wait_for};
+
+/// With memory handed over, but no queue.
+fn begun(server: &Server, features: Features) -> Front {
+    let mut front = server.connect();
+    front.begin(Features::VERSION_1 | features, ProtocolFeatures::INFLIGHT_SHMFD);
+    front
+}
+
+/// Starts `queue`, which fails: why.
+fn fails(server: &Server, mut front: Front, queue: &Queue) -> String {
+    front.send(Request::SetVringKick, &u64::from(queue.index).to_bytes(), &[queue.kick.as_fd()]);
+    front.send(Request::SetVringEnable, &VringState { index: queue.index, num: 1 }.to_bytes(), &[]);
+    front.closed();
+    match server.ended() {
+        Err(ServeError::Queue { reason, .. }) => reason,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn a_queue_that_lacks_something_does_not_run() {
+    let server = Server::start();
+    let front = begun(&server, Features::empty());
+    let queue = Queue::new(&front, 0);
+    assert_eq!(fails(&server, front, &queue), "it has no addresses");
+
+    let mut front = begun(&server, Features::empty());
+    let queue = Queue::new(&front, 0);
+    front.tell(Request::SetVringAddr, &front.addresses(&queue).to_bytes(), &[]);
+    let reason = fails(&server, front, &queue);
+    assert!(reason.contains("size 0"), "{reason}");
+
+    let mut front = server.connect();
+    front.negotiate(Features::VERSION_1, ProtocolFeatures::empty());
+    let queue = Queue::new(&front, 0);
+    front.set_up(&queue, 0);
+    let reason = fails(&server, front, &queue);
+    assert!(reason.ends_with("is in no memory region"), "{reason}");
+    server.check();
+}
+
+#[test]
+fn a_queue_is_enabled_before_it_is_set_up_and_runs_once_it_is() {
+    let server = Server::start();
+    let mut front = begun(&server, Features::empty());
+    front.enable(0, 1);
+    let mut queue = front.queue(0);
+    queue.send(&front.ram, 0, b"late");
+    assert_eq!(queue.wait(1), [0]);
+    drop(front);
+    assert_eq!(server.ended(), Ok(Ended::Closed));
+}
+
+#[test]
+fn a_queue_that_runs_is_not_changed() {
+    let server = Server::start();
+    type Change = fn(&Front, &Queue) -> (Request, Vec<u8>);
+    let changes: [Change; 3] = [
+        |_, _| (Request::SetVringNum, VringState { index: 0, num: 4 }.to_bytes()),
+        |_, _| (Request::SetVringBase, VringState { index: 0, num: 4 }.to_bytes()),
+        |front, queue| {
+            let addresses = front.addresses(queue);
+            (Request::SetVringAddr, VringAddr { used: addresses.used + 0x100, ..addresses }.to_bytes())
+        },
+    ];
+    for change in changes {
+        let mut front = begun(&server, Features::empty());
+        let queue = front.queue(0);
+        let (request, payload) = change(&front, &queue);
+        front.send(request, &payload, &[]);
+        front.closed();
+        assert!(matches!(server.ended(), Err(ServeError::Refused { request: of, .. }) if of == request.name()));
+    }
+    server.check();
+}
+
+#[test]
+fn rings_outside_of_memory_or_across_its_end_end_the_session() {
+    let server = Server::start();
+    for features in [Features::empty(), Features::RING_PACKED] {
+        for wrong in [RAM, RAM - 8, u64::MAX / 2, u64::MAX - 7] {
+            for area in 0..3 {
+                let mut front = begun(&server, features);
+                let queue = Queue::new(&front, 0);
+                front.set_up(&queue, if features.is_empty() { 0 } else { 0x8000_8000 });
+                let mut addresses = front.addresses(&queue);
+                let place = [&mut addresses.descriptors, &mut addresses.available, &mut addresses.used];
+                // The last bytes of memory are too few for all areas but the event structures of packed rings.
+                let wrong =
+                    if wrong == RAM - 8 { front.ram.user(RAM - 2) } else { front.ram.user(0).wrapping_add(wrong) };
+                *place.into_iter().nth(area).unwrap() = wrong;
+                front.tell(Request::SetVringAddr, &addresses.to_bytes(), &[]);
+                fails(&server, front, &queue);
+            }
+        }
+    }
+    server.check();
+}
+
+#[test]
+fn rings_that_are_not_aligned_end_the_session() {
+    let server = Server::start();
+    let mut front = begun(&server, Features::empty());
+    let queue = Queue::new(&front, 0);
+    front.set_up(&queue, 0);
+    let addresses = front.addresses(&queue);
+    let odd = VringAddr { descriptors: addresses.descriptors + 1, ..addresses };
+    front.tell(Request::SetVringAddr, &odd.to_bytes(), &[]);
+    let reason = fails(&server, front, &queue);
+    assert!(reason.contains("not aligned"), "{reason}");
+    server.check();
+}
+
+#[test]
+fn bases_that_no_ring_has_end_the_session() {
+    let server = Server::start();
+    let packed = [0x8008_8008, 0x8000_8008, 0xffff_ffff, 0x8008_8000].map(|base| (Features::RING_PACKED, base));
+    // On a split ring nothing is known to be in flight, so the next to take is the next to use.
+    let split = [4, 0x4000, 0xffff].map(|base| (Features::empty(), base));
+    for (features, base) in packed.into_iter().chain(split) {
+        let mut front = begun(&server, features);
+        let queue = Queue::new(&front, 0);
+        front.set_up(&queue, base);
+        fails(&server, front, &queue);
+    }
+    server.check();
+}
+
+#[test]
+fn what_the_driver_breaks_is_told_and_ends_no_session() {
+    let server = Server::start();
+    for features in [Features::empty(), Features::RING_PACKED] {
+        let mut front = begun(&server, features);
+        let mut queue = front.queue(0);
+        // Partly outside of memory.
+        let buffer = Buffer { address: RAM_AT + RAM - 8, len: 16 };
+        queue.ring.add_buf(&[], &[buffer], 0).unwrap();
+        queue.ring.kick().unwrap();
+        wait_for(&queue.error);
+        // Another queue, and the messages, go on.
+        front.ask::<u64>(Request::GetFeatures, &[]);
+        drop(front);
+        assert_eq!(server.ended(), Ok(Ended::Closed));
+    }
+    server.check();
+}
+
+#[test]
+fn absurd_bytes_about_what_is_in_flight_end_the_session_or_break_the_queue() {
+    let server = Server::start();
+    for features in [Features::empty(), Features::RING_PACKED] {
+        // Version 1, and nonsense.
+        for byte in [0x01, 0x7f, 0xff] {
+            let mut front = begun(&server, features);
+            let (file, pages) = memory_file("inflight", 4096).unwrap();
+            pages.fill(0, 4096, byte).unwrap();
+            pages.write(8, &1u16.to_ne_bytes()).unwrap();
+            let area = InflightArea { size: 4096, offset: 0, queues: 1, entries: SIZE };
+            front.tell(Request::SetInflightFd, &area.to_bytes(), &[file.as_fd()]);
+            let queue = Queue::new(&front, 0);
+            front.set_up(&queue, if features.is_empty() { 0 } else { 0x8000_8000 });
+            front.send(Request::SetVringKick, &0u64.to_bytes(), &[queue.kick.as_fd()]);
+            front.send(Request::SetVringEnable, &VringState { index: 0, num: 1 }.to_bytes(), &[]);
+            drop(front);
+            // Whatever it made of that, it is alive.
+            let ended = server.ended();
+            assert!(matches!(ended, Ok(Ended::Closed) | Err(ServeError::Queue { .. })), "{ended:?}");
+        }
+    }
+    server.check();
+}
