@@ -7,8 +7,9 @@
 //! | interrupt | MSI-X: the message that the driver wrote, injected by XEN_DMOP_inject_msi |
 //! | discovery | a PCI bus behind ports 0xcf8 to 0xcff, whose functions are placed as firmware would |
 //!
-//! There is the host half only, but for a [`model`]: the guest half is any operating system with drivers for virtio over PCI, which needs no
-//! change. All that the host half does is a call of [`Calls`]; the real ones are [`Domain`]'s.
+//! On a real Xen there is the host half only: the guest half is any operating system with drivers for virtio over PCI,
+//! which needs no change. All that the host half does is a call of [`Calls`]; the real ones are [`Domain`]'s, and a
+//! [`model`] of what Xen does below them has a guest half too.
 
 pub mod abi;
 mod domain;

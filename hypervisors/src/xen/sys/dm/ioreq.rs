@@ -88,16 +88,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server for `ranges` of domain `domain`, whose processors may be paused, but not running in them yet. From now on
-    /// each access there waits for an answer.
+    /// A server for `ranges` of domain `domain`. From now on each access there waits for an answer.
     pub fn new(domain: u16, ranges: &[Range]) -> Result<Self, HypervisorError> {
         super::super::available()?;
-        let privcmd = open("privcmd")?;
+        let (privcmd, events) = (open("privcmd")?, Evtchn::open()?);
+        let (releases, stop) = (Releases::open()?, Stop::new()?);
         let mut create = CreateServer::default();
         dm_op(&privcmd, domain, &mut create)?;
         let id = create.id;
         let page = map_requests(&privcmd, domain, id).inspect_err(|_| destroy(&privcmd, domain, id))?;
-        let (events, releases, stop) = (Evtchn::open()?, Releases::open()?, Stop::new()?);
         let mut new = Self { domain, id, privcmd, page, events, releases, processors: BTreeMap::new(), stop };
         for range in ranges {
             new.claim(*range)?;
