@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use polyvirt_core::device::Device;
+use polyvirt_core::memory::GuestMemory;
 use polyvirt_devices::{blk, console, rng};
 use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen, outlive_truncation};
 
@@ -57,18 +58,84 @@ enum Served {
 #[derive(Args)]
 struct At {
     /// The socket that front ends connect to, one after another; one that nobody listens on is replaced
-    #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present = "xen_domain")]
+    socket: Option<PathBuf>,
     /// Offer to have device addresses translated by the front end (VIRTIO_F_ACCESS_PLATFORM): for guests behind an IOMMU
-    #[arg(long)]
+    #[arg(long, conflicts_with = "xen_domain")]
     iommu: bool,
+    /// In domain 0 of Xen, in place of a socket: put the device on a PCI bus of this PVH domain, which must not run yet
+    /// (xl create -p), and serve it until the domain is gone
+    #[arg(long, value_name = "ID", conflicts_with = "socket")]
+    xen_domain: Option<u16>,
 }
 
-/// Serves what `args` say until the process is ended.
+/// Serves what `args` say until the process is ended, or the domain is gone.
 pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
-    let mut terminal = None;
-    let (device, told, At { socket, iommu }): (Box<dyn Device<Memory>>, _, _) = match &args.device {
-        Served::Blk { image, read_only, queues, at } => {
+    let (Served::Blk { at, .. } | Served::Console { at } | Served::Rng { at }) = &args.device;
+    match (&at.socket, at.xen_domain) {
+        (_, Some(domain)) => xen(args, domain, output),
+        (Some(socket), None) => vhost_user(args, socket, at.iommu, output),
+        (None, None) => Err(CliError::Mistake("neither --socket nor --xen-domain says for whom".into())),
+    }
+}
+
+/// Serves whoever connects to `socket`.
+fn vhost_user(args: &ServeArgs, socket: &Path, iommu: bool, output: &mut Output) -> Result<u8, CliError> {
+    let (device, told, terminal) = device::<Memory>(args)?;
+    let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", socket.display()));
+    let listener = bind(socket).map_err(|error| mistake(&error))?;
+    let stop = Stop::new().map_err(|error| mistake(&error))?;
+    outlive_truncation().map_err(|error| mistake(&error))?;
+    let mut backend = Backend::new(device, iommu).map_err(|error| mistake(&error))?;
+    ready(&told, &socket.display(), terminal, output)?;
+    listen(&listener, &mut backend, &stop, |_| {}).map_err(|error| mistake(&error))?;
+    Ok(SUCCESS)
+}
+
+/// Serves domain `id` of Xen, until it is gone.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn xen(args: &ServeArgs, id: u16, output: &mut Output) -> Result<u8, CliError> {
+    use polyvirt_core::hypervisor::{Host as _, HypervisorError};
+    use polyvirt_hypervisors::xen_hvm;
+    use polyvirt_transports::pci::{Generation, attach};
+
+    let (device, told, terminal) = device(args)?;
+    let mistake = |error: HypervisorError| CliError::Mistake(format!("Xen's domain {id}: {error}"));
+    let (domain, mut host) = xen_hvm::open(id).map_err(mistake)?;
+    let memory = host.memory();
+    attach(&mut host, memory, device, Generation::Modern).map_err(mistake)?;
+    ready(&told, &format_args!("domain {id}"), terminal, output)?;
+    domain.wait_for_its_end();
+    Ok(SUCCESS)
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn xen(_: &ServeArgs, _: u16, _: &mut Output) -> Result<u8, CliError> {
+    Err(CliError::Mistake("--xen-domain needs Linux on x86_64".into()))
+}
+
+/// Says that a device can be used at `place`, and lends it the terminal if it wants one.
+fn ready(
+    told: &str,
+    place: &dyn std::fmt::Display,
+    terminal: Option<console::Handle>,
+    output: &mut Output,
+) -> Result<(), CliError> {
+    output.text(&format!("{told}: ready at {place}\n"))?;
+    output.flush()?;
+    if let Some(handle) = terminal {
+        super::terminal::connect(handle);
+    }
+    Ok(())
+}
+
+/// The device that `args` ask for, a few words about it, and what a terminal is connected to.
+#[allow(clippy::type_complexity)]
+fn device<M: GuestMemory + Send + 'static>(
+    args: &ServeArgs,
+) -> Result<(Box<dyn Device<M>>, String, Option<console::Handle>), CliError> {
+    Ok(match &args.device {
+        Served::Blk { image, read_only, queues, .. } => {
             let (backend, told) = disk(image, *read_only)?;
             let options = blk::Options {
                 read_only: *read_only,
@@ -76,27 +143,15 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
                 seg_max: Some(SEG_MAX),
                 ..blk::Options::default()
             };
-            (Box::new(blk::Device::new(backend, options)), told, at)
+            (Box::new(blk::Device::new(backend, options)), told, None)
         }
-        Served::Console { at } => {
+        Served::Console { .. } => {
             let device = console::Device::new(80, 25);
-            terminal = Some(device.handle());
-            (Box::new(device), "console".into(), at)
+            let terminal = device.handle();
+            (Box::new(device), "console".into(), Some(terminal))
         }
-        Served::Rng { at } => (Box::new(rng::Device::new(rng::HostEntropy)), "rng".into(), at),
-    };
-    let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", socket.display()));
-    let listener = bind(socket).map_err(|error| mistake(&error))?;
-    let stop = Stop::new().map_err(|error| mistake(&error))?;
-    outlive_truncation().map_err(|error| mistake(&error))?;
-    let mut backend = Backend::new(device, *iommu).map_err(|error| mistake(&error))?;
-    output.text(&format!("{told}: ready at {}\n", socket.display()))?;
-    output.flush()?;
-    if let Some(handle) = terminal {
-        super::terminal::connect(handle);
-    }
-    listen(&listener, &mut backend, &stop, |_| {}).map_err(|error| mistake(&error))?;
-    Ok(SUCCESS)
+        Served::Rng { .. } => (Box::new(rng::Device::new(rng::HostEntropy)), "rng".into(), None),
+    })
 }
 
 /// The image as a backend, and a few words about it.

@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Display, Formatter};
 
+use super::parts::{EMULATORS, Part};
+
 /// A guest: one boot of one kernel, with one or several devices.
 #[derive(Debug)]
 pub(crate) struct Guest {
@@ -40,7 +42,7 @@ impl Guest {
     pub(super) fn queues(&self) -> u32 {
         match &self.machine {
             Machine::Qemu(machine) => machine.processors,
-            Machine::UserMode => 1,
+            Machine::Xen(_) | Machine::UserMode => 1,
         }
     }
 }
@@ -50,6 +52,8 @@ impl Guest {
 pub(super) enum Machine {
     /// A machine that QEMU emulates instruction by instruction.
     Qemu(Qemu),
+    /// A machine of QEMU's whose kernel is Xen: domain 0 serves the guest, which is another domain.
+    Xen(Xen),
     /// The kernel is a process of the host: User Mode Linux.
     UserMode,
 }
@@ -80,6 +84,35 @@ pub(super) struct Qemu {
     /// How the line begins in which firmware with a virtio driver of its own tells a disk that it has set up; it ends
     /// with `s=` and the disk's sectors.
     pub(super) firmware: Option<&'static str>,
+}
+
+impl Qemu {
+    /// What emulates it.
+    pub(super) fn emulator(&self) -> Part {
+        Part::Emulator(self.package, EMULATORS)
+    }
+}
+
+/// A machine of QEMU's that runs Xen.
+#[derive(Debug)]
+pub(super) struct Xen {
+    /// Debian's package.
+    pub(super) package: &'static str,
+    /// The release that it is from.
+    pub(super) suite: &'static str,
+    /// The program in it.
+    pub(super) program: &'static str,
+    /// `-cpu`.
+    pub(super) cpu: &'static str,
+    /// The guest's configuration, as xl has it.
+    pub(super) domain: &'static str,
+}
+
+impl Xen {
+    /// What emulates it.
+    pub(super) fn emulator(&self) -> Part {
+        Part::Emulator(self.package, self.suite)
+    }
 }
 
 /// What a machine's devices are plugged into.
@@ -178,8 +211,8 @@ const SPLIT: Device = blk("split", "", &[VERSION_1]);
 const IOMMU: Device = blk("split", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
 const IOMMU_PACKED: Device = blk("packed", ",iommu_platform=on,packed=on", &[VERSION_1, ACCESS_PLATFORM, RING_PACKED]);
 const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
-/// User Mode Linux takes whatever is offered.
-const UML_DISK: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
+/// User Mode Linux takes whatever is offered, and so does virtio-pci on Xen.
+const OFFERED_PACKED: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
 /// And so does QEMU for this one.
 const RNG: Device = Device { kind: Kind::Rng, variant: "packed", options: "", features: &[VERSION_1, RING_PACKED] };
 
@@ -204,6 +237,24 @@ static X86: Kernel = Kernel {
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
     modules: &["virtio_pci", "virtio_mmio"],
+};
+/// Of both domains.
+static XEN: Kernel = Kernel {
+    package: "linux-image-amd64",
+    architecture: "amd64",
+    suite: STABLE,
+    image: ("boot", "vmlinuz-"),
+    modules: &[
+        "xen_privcmd",
+        "xen_evtchn",
+        "xen_gntdev",
+        "xen_gntalloc",
+        "xenfs",
+        "nvme",
+        "crc32c_generic",
+        "ext4",
+        "virtio_pci",
+    ],
 };
 static S390X: Kernel = Kernel {
     package: "linux-image-s390x",
@@ -256,14 +307,14 @@ const PSERIES: Qemu = Qemu {
     firmware: None,
 };
 
-static GUESTS: [Guest; 8] = [
+static GUESTS: [Guest; 9] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
         transport: "vhost-user",
         kernel: &UML,
         machine: Machine::UserMode,
-        devices: &[UML_DISK, RNG],
+        devices: &[OFFERED_PACKED, RNG],
     },
     Guest {
         name: "x86-pc",
@@ -390,6 +441,22 @@ static GUESTS: [Guest; 8] = [
             firmware: None,
         }),
         devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "xen-pvh",
+        about: "a PVH domain of Xen's, served by its device model in domain 0",
+        transport: "pci",
+        kernel: &XEN,
+        machine: Machine::Xen(Xen {
+            package: "qemu-system-x86",
+            // Later ones cannot run PVH domains: a read of CR2 is taken for one of CR0.
+            suite: STABLE,
+            program: "qemu-system-x86_64",
+            // Without these, domain 0 starts, and PVH domains run.
+            cpu: "qemu64,+svm,+npt",
+            domain: include_str!("scripts/pvh.cfg"),
+        }),
+        devices: &[OFFERED_PACKED],
     },
 ];
 

@@ -20,6 +20,7 @@ mod server;
 mod setup;
 mod tool;
 mod transcript;
+mod xen;
 
 pub(crate) use cache::Cache;
 pub(crate) use guests::{Guest, guests};

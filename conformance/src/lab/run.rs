@@ -11,7 +11,7 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::server::Server;
 use super::transcript::Transcript;
-use super::{Cache, LabError, initramfs, machine};
+use super::{Cache, LabError, initramfs, machine, xen};
 use crate::report::{Case, Cell, Failure, Outcome, Skipped};
 
 /// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
@@ -50,17 +50,24 @@ struct Served {
     device: &'static Device,
     image: Option<Image>,
     socket: PathBuf,
-    server: Server,
+    /// None where the guest's machine runs it.
+    server: Option<Server>,
 }
 
 impl Served {
-    fn start(folder: &Path, device: &'static Device, queues: u32) -> Result<Self, LabError> {
+    fn start(folder: &Path, device: &'static Device, guest: &Guest) -> Result<Self, LabError> {
         let image = match device.kind {
             Kind::Blk => Some(Image::create(folder, device.variant).map_err(LabError::file(folder))?),
             Kind::Rng => None,
         };
         let socket = folder.join(format!("{device}.sock"));
-        let server = Server::start(device, image.as_ref().map(|image| &*image.path), queues, &socket)?;
+        let server = match &guest.machine {
+            Machine::Xen(_) => None,
+            Machine::Qemu(_) | Machine::UserMode => {
+                let image = image.as_ref().map(|image| &*image.path);
+                Some(Server::start(device, image, guest.queues(), &socket)?)
+            }
+        };
         Ok(Self { device, image, socket, server })
     }
 
@@ -86,20 +93,26 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     let (driven, lacking): (Vec<_>, Vec<_>) = guest.devices.iter().partition(|device| kernel.drives(device.kind));
     let mut served = driven
         .iter()
-        .map(|device| Served::start(folder, device, guest.queues()))
+        .map(|device| Served::start(folder, device, guest))
         .collect::<Result<Vec<_>, LabError>>()?;
     let lines: String = served.iter().map(Served::line).collect();
     let busybox = Part::tools(guest).place(cache).join("busybox");
     let archive = initramfs::build(&kernel, &busybox, &lines, &disk::pattern())?;
-    let initramfs = folder.join("initramfs");
-    fs::write(&initramfs, archive).map_err(LabError::file(&initramfs))?;
-
-    let devices: Vec<_> = served.iter().map(|served| (served.device, served.socket.clone())).collect();
-    let boot_with = machine::Boot { kernel: &kernel.image, initramfs: &initramfs, devices: &devices, folder };
-    let command = machine::command(guest, cache, &boot_with)?;
+    let command = if let Machine::Xen(xen) = &guest.machine {
+        let disk = served.iter().find_map(|served| served.image.as_ref());
+        let image = &*disk.ok_or_else(|| LabError::Host("a guest on Xen needs a disk".to_owned()))?.path;
+        let boot = xen::Boot { kernel: &kernel, initramfs: &archive, busybox: &busybox, image, folder };
+        xen::command(xen, cache, &boot)?
+    } else {
+        let initramfs = folder.join("initramfs");
+        fs::write(&initramfs, archive).map_err(LabError::file(&initramfs))?;
+        let devices: Vec<_> = served.iter().map(|served| (served.device, served.socket.clone())).collect();
+        let boot = machine::Boot { kernel: &kernel.image, initramfs: &initramfs, devices: &devices, folder };
+        machine::command(guest, cache, &boot)?
+    };
     let firmware = match &guest.machine {
         Machine::Qemu(machine) => machine.firmware,
-        Machine::UserMode => None,
+        Machine::Xen(_) | Machine::UserMode => None,
     };
     let told = boot(&command, firmware, &mut |event| {
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
@@ -108,13 +121,16 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     let Some(version) = told.kernel() else {
         return Ok(guest.devices.iter().map(|device| broken(guest, device, &told)).collect());
     };
-    let versions: Vec<_> = [format!("Linux {version}")].into_iter().chain(machine::version(guest, cache)).collect();
+    let xen = told.event("dom0", "xen").map(|event| format!("Xen {}", event.details));
+    let linux = Some(format!("Linux {version}"));
+    let versions: Vec<_> = linux.into_iter().chain(xen).chain(machine::version(guest, cache)).collect();
     let disks = driven.iter().filter(|device| device.kind == Kind::Blk).count();
     let mut cells = Vec::new();
     for Served { device, image, server, .. } in &mut served {
         let after = image.as_ref().map(|image| image.after().map_err(LabError::file(&image.path))).transpose()?;
         let disk = image.as_ref().zip(after.as_ref());
-        let (queues, server_runs) = (guest.queues(), server.runs());
+        let in_order = || told.event("dom0", "served").is_some_and(|event| event.details == "0");
+        let (queues, server_runs) = (guest.queues(), server.as_mut().map_or_else(in_order, Server::runs));
         cells.push(cell(guest, &Evidence { device, queues, disks, disk, told: &told, server_runs }, &versions));
     }
     let why = |kind: Kind| format!("{} has no driver {}", guest.kernel.package, kind.driver());

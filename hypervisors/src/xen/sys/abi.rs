@@ -9,7 +9,7 @@ use std::mem::offset_of;
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr};
 
 /// The number of the ioctl that takes a `T`.
-const fn number<T>(device: u8, number: u32) -> c_ulong {
+pub(super) const fn number<T>(device: u8, number: u32) -> c_ulong {
     ioctl_expr(_IOC_NONE, device as u32, number, size_of::<T>() as u32)
 }
 

@@ -13,6 +13,7 @@
 //! owns the grants, the ports and the connection to xenstored, and does what it is told.
 
 mod abi;
+pub mod dm;
 mod evtchn;
 mod gntalloc;
 mod gntdev;

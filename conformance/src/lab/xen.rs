@@ -1,0 +1,191 @@
+//! A guest on Xen: the machine's kernel is Xen, the guest's kernel is domain 0 too, and domain 0 is the host.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::cpio::Archive;
+use super::guests::Xen;
+use super::kernel::Kept;
+use super::parts::Part;
+use super::{Cache, LabError, machine, tool};
+
+/// Debian's packages, all of one release: the hypervisor, its tools, their libraries.
+pub(super) const PACKAGES: [&str; 14] = [
+    "xen-hypervisor-4.17-amd64",
+    "xen-utils-4.17",
+    "xenstore-utils",
+    "libxencall1",
+    "libxendevicemodel1",
+    "libxenevtchn1",
+    "libxenforeignmemory1",
+    "libxengnttab1",
+    "libxenhypfs1",
+    "libxenmisc4.17",
+    "libxenstore4",
+    "libxentoolcore1",
+    "libxentoollog1",
+    "libyajl2",
+];
+/// The release that they are from.
+pub(super) const SUITE: &str = "bookworm";
+
+/// The hypervisor, as it is in its package.
+const COMPRESSED: &str = "boot/xen-4.17-amd64.gz";
+/// Where the packages have the tools, which look for each other there.
+const TOOLS: &str = "usr/lib/xen-4.17/bin";
+const USED: [&str; 4] = ["xl", "xenstored", "xenconsoled", "xen-init-dom0"];
+/// Domain 0's first process.
+const INIT: &str = include_str!("scripts/dom0.sh");
+/// What programs find there at the least.
+const ACCOUNTS: [(&str, &str); 4] =
+    [("passwd", "root:x:0:0::/:/bin/sh\n"), ("group", "root:x:0:\n"), ("fstab", ""), ("xen/xl.conf", "")];
+
+/// What a boot needs.
+pub(super) struct Boot<'a> {
+    /// The kernel of both domains.
+    pub(super) kernel: &'a Kept,
+    /// The guest's first file system.
+    pub(super) initramfs: &'a [u8],
+    /// The static program that is domain 0's tools.
+    pub(super) busybox: &'a Path,
+    /// The disk.
+    pub(super) image: &'a Path,
+    /// A folder for what is made for this boot.
+    pub(super) folder: &'a Path,
+}
+
+/// The command that boots the machine.
+pub(super) fn command(xen: &Xen, cache: &Cache, boot: &Boot<'_>) -> Result<Command, LabError> {
+    if cfg!(not(target_arch = "x86_64")) {
+        return Err(LabError::Host("the lab's Xen runs this program on x86_64 only".to_owned()));
+    }
+    let write = |name: &str, content: &[u8]| {
+        let path = boot.folder.join(name);
+        fs::write(&path, content).map_err(LabError::file(&path)).map(|()| path)
+    };
+    let image = fs::read(&boot.kernel.image).map_err(LabError::file(&boot.kernel.image))?;
+    // Unpacked here, since an emulated processor takes seconds for it, twice.
+    let kernel = match payload(&image) {
+        Some(payload) => {
+            let packed = write("vmlinux.xz", payload)?;
+            tool::run(Command::new("xz").args(["--decompress", "--single-stream"]).arg(&packed))?;
+            packed.with_extension("")
+        }
+        None => boot.kernel.image.clone(),
+    };
+    let initramfs = write("dom0", &archive(xen, cache, boot, &kernel)?)?;
+    let mut modules = kernel.into_os_string();
+    // A comma ends a module.
+    modules.push(" console=hvc0 rdinit=/init quiet panic=-1,");
+    modules.push(initramfs);
+    let mut drive = std::ffi::OsString::from("if=none,id=disk,format=raw,file=");
+    drive.push(boot.image);
+    let mut command = machine::program(&xen.emulator(), xen.program, cache);
+    command
+        .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot", "-cpu", xen.cpu])
+        .args(["-m", "2048M", "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
+        .arg("-kernel")
+        .arg(Part::Xen.place(cache).join("xen"))
+        .args(["-append", "console=com1 com1=115200,8n1 dom0_mem=1024M,max:1024M"])
+        .arg("-initrd")
+        .arg(modules)
+        .arg("-drive")
+        .arg(drive)
+        .args(["-device", "nvme,drive=disk,serial=lab"]);
+    Ok(command)
+}
+
+/// Domain 0's first file system.
+fn archive(xen: &Xen, cache: &Cache, boot: &Boot<'_>, kernel: &Path) -> Result<Vec<u8>, LabError> {
+    let unpacked = Part::Xen.place(cache);
+    let mut archive = Archive::default();
+    for folder in ["bin", "etc", "etc/xen", "guest", "lib", "lib64", "modules", "var", "var/lib", "var/log", "var/log/xen"] {
+        archive.folder(folder);
+    }
+    for (end, _) in TOOLS.match_indices('/').chain([(TOOLS.len(), "")]) {
+        archive.folder(&TOOLS[..end]);
+    }
+    let mut add = |name: &str, permissions: u32, path: &Path| {
+        let content = fs::read(path).map_err(LabError::file(path))?;
+        archive.file(name, permissions, &content);
+        Ok::<_, LabError>(())
+    };
+    let this = std::env::current_exe().map_err(LabError::file(Path::new("/proc/self/exe")))?;
+    let tools = USED.map(|name| unpacked.join(TOOLS).join(name));
+    let store = unpacked.join("usr/bin/xenstore");
+    add("bin/busybox", 0o755, boot.busybox)?;
+    add("bin/polyvirt", 0o755, &this)?;
+    // One program, which goes by the name it was called by.
+    add("bin/xenstore-exists", 0o755, &store)?;
+    for (name, path) in USED.iter().zip(&tools) {
+        add(&format!("{TOOLS}/{name}"), 0o755, path)?;
+    }
+    let programs: Vec<&Path> = tools.iter().map(PathBuf::as_path).chain([&*store, &*this]).collect();
+    for library in libraries(&unpacked, &programs)? {
+        let name = library.file_name().unwrap_or_default().to_string_lossy();
+        let folder = if name.starts_with("ld-linux") { "lib64" } else { "lib" };
+        add(&format!("{folder}/{name}"), 0o755, &library)?;
+    }
+    for module in &boot.kernel.modules {
+        let name = module.file_name().unwrap_or_default().to_string_lossy();
+        add(&format!("modules/{name}"), 0o644, module)?;
+    }
+    add("guest/kernel", 0o644, kernel)?;
+    for (name, content) in ACCOUNTS {
+        archive.file(&format!("etc/{name}"), 0o644, content.as_bytes());
+    }
+    archive.file("guest/initramfs", 0o644, boot.initramfs);
+    archive.file("guest/domain.cfg", 0o644, xen.domain.as_bytes());
+    archive.file("init", 0o755, INIT.as_bytes());
+    Ok(archive.finish())
+}
+
+/// The shared libraries of `programs`: those of the packages in `unpacked`, the others from the host.
+fn libraries(unpacked: &Path, programs: &[&Path]) -> Result<Vec<PathBuf>, LabError> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    let mut list = Command::new("ldd");
+    list.env("LD_LIBRARY_PATH", unpacked.join("usr/lib/x86_64-linux-gnu")).args(programs);
+    // It fails if one of them is static, and lists the others all the same; what is missing shows in the guest.
+    let told = list.output().map_err(|error| LabError::Missing { program: "ldd".to_owned(), error })?;
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    // xl opens it when a thread ends.
+    let unwinder = ["/lib/x86_64-linux-gnu/libgcc_s.so.1", "/usr/lib/x86_64-linux-gnu/libgcc_s.so.1"];
+    let unwinder = unwinder.iter().map(Path::new).find(|path| path.exists());
+    for path in told.lines().filter_map(library).chain(unwinder) {
+        if !found.iter().any(|known| known.file_name() == path.file_name()) {
+            found.push(path.to_owned());
+        }
+    }
+    Ok(found)
+}
+
+/// The file that a line of ldd's names.
+fn library(line: &str) -> Option<&Path> {
+    // "  libz.so.1 => /lib/libz.so.1 (0x…)", or for the loader "  /lib64/ld-linux-x86-64.so.2 (0x…)"
+    let (_, path) = line.split_once("=> ").unwrap_or(("", line.trim()));
+    path.split(' ').next().map(Path::new).filter(|path| path.is_absolute() && path.is_file())
+}
+
+/// The kernel's own file inside a bzImage, if it is compressed with xz (Documentation/x86/boot.rst).
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    let word = |at: usize| Some(u32::from_le_bytes(*image.get(at..)?.first_chunk()?) as usize);
+    let sectors = match *image.get(0x1f1)? {
+        0 => 4,
+        sectors => usize::from(sectors),
+    };
+    let start = (sectors + 1) * 512 + word(0x248)?;
+    let payload = image.get(start..)?.get(..word(0x24c)?)?;
+    payload.starts_with(b"\xfd7zXZ\0").then_some(payload)
+}
+
+/// Unpacks the hypervisor of the packages in `unpacked` to where [`command`] looks for it.
+pub(super) fn unpack(unpacked: &Path) -> Result<(), LabError> {
+    let packed = unpacked.join(COMPRESSED);
+    if !packed.is_file() {
+        return Err(LabError::Package { package: PACKAGES[0].to_owned(), missing: COMPRESSED.to_owned() });
+    }
+    tool::run(Command::new("gzip").args(["--decompress", "--force"]).arg(&packed))?;
+    let (plain, place) = (packed.with_extension(""), unpacked.join("xen"));
+    fs::rename(&plain, &place).map_err(LabError::file(&plain))
+}

@@ -1,0 +1,33 @@
+//! Xen, for guests that know nothing of grants: full virtualisation (PVH, HVM), as a device model does it.
+//!
+//! | mechanism | here |
+//! |---|---|
+//! | memory | all memory of the domain, mapped where it is accessed: device-visible addresses are guest-physical ones |
+//! | kick | a write to the notification register, which Xen hands to the ioreq server |
+//! | interrupt | MSI-X: the message that the driver wrote, injected by XEN_DMOP_inject_msi |
+//! | discovery | a PCI bus behind ports 0xcf8 to 0xcff, whose functions are placed as firmware would |
+//!
+//! There is the host half only: the guest half is any operating system with drivers for virtio over PCI, which needs no
+//! change. All that the host half does is a call of [`Calls`]; the real ones are [`Domain`]'s.
+
+pub mod abi;
+mod domain;
+mod host;
+#[cfg(test)]
+mod tests;
+
+use std::sync::Arc;
+
+use polyvirt_core::hypervisor::HypervisorError;
+use polyvirt_transports::pci;
+
+pub use abi::Calls;
+pub use domain::Domain;
+pub use host::Host;
+
+/// Makes this process the device model of domain `id`, with an empty bus: devices are [attached](pci::attach) to what
+/// this returns before the domain runs. Needs domain 0, or another domain that has the right.
+pub fn open(id: u16) -> Result<(Arc<Domain>, pci::Host<Host<Domain>>), HypervisorError> {
+    let domain = Arc::new(Domain::open(id)?);
+    Ok((Arc::clone(&domain), host::start(domain)))
+}
