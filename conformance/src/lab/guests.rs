@@ -42,7 +42,7 @@ impl Guest {
     pub(super) fn queues(&self) -> u32 {
         match &self.machine {
             Machine::Qemu(machine) => machine.processors,
-            Machine::Xen(_) | Machine::UserMode => 1,
+            Machine::Xen(_) | Machine::Dom0(_) | Machine::UserMode => 1,
         }
     }
 }
@@ -54,6 +54,8 @@ pub(super) enum Machine {
     Qemu(Qemu),
     /// A machine of QEMU's whose kernel is Xen: domain 0 serves the guest, which is another domain.
     Xen(Xen),
+    /// A machine of QEMU's whose kernel is Xen: the suite runs in domain 0, cell by cell.
+    Dom0(Qemu),
     /// The kernel is a process of the host: User Mode Linux.
     UserMode,
 }
@@ -307,7 +309,23 @@ const PSERIES: Qemu = Qemu {
     firmware: None,
 };
 
-static GUESTS: [Guest; 9] = [
+/// With Xen in place of a kernel.
+const DOM0: Qemu = Qemu {
+    package: "qemu-system-x86",
+    program: "qemu-system-x86_64",
+    machine: "pc",
+    // Every processor feature that has a state is saved and restored at each turn of a domain.
+    cpu: "qemu64",
+    processors: 1,
+    memory: 768,
+    arguments: &[],
+    console: SERIAL,
+    tty: "hvc0",
+    bus: Bus::Pci,
+    firmware: None,
+};
+
+static GUESTS: [Guest; 10] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
@@ -441,6 +459,15 @@ static GUESTS: [Guest; 9] = [
             firmware: None,
         }),
         devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "xen-dom0",
+        about: "the suite in domain 0 of Xen, whose two halves grant to each other through the hypervisor",
+        transport: "xenbus",
+        kernel: &XEN,
+        machine: Machine::Dom0(DOM0),
+        // Its cells are those of the suite.
+        devices: &[],
     },
     Guest {
         name: "xen-pvh",

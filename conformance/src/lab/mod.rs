@@ -9,6 +9,7 @@ mod boot;
 mod cache;
 mod cpio;
 mod disk;
+mod dom0;
 mod guests;
 mod initramfs;
 mod judge;

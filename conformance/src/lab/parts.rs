@@ -31,6 +31,7 @@ impl Part {
         let machine = match &guest.machine {
             Machine::Qemu(qemu) => vec![qemu.emulator()],
             Machine::Xen(xen) => vec![xen.emulator(), Self::Xen],
+            Machine::Dom0(qemu) => vec![qemu.emulator(), Self::Xen],
             Machine::UserMode => Vec::new(),
         };
         machine.into_iter().chain([Self::Kernel(guest.kernel), Self::tools(guest)]).collect()

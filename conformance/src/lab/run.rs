@@ -11,11 +11,11 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::server::Server;
 use super::transcript::Transcript;
-use super::{Cache, LabError, initramfs, machine, xen};
+use super::{Cache, LabError, dom0, initramfs, machine, xen};
 use crate::report::{Case, Cell, Failure, Outcome, Skipped};
 
 /// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
-const EVIDENCE: &str = "emulated";
+pub(super) const EVIDENCE: &str = "emulated";
 
 /// How far a run is.
 pub(crate) enum Step {
@@ -34,6 +34,9 @@ pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn F
             Ok(these) => cells.extend(these),
             Err(error) => {
                 let told = Transcript::without_a_start(&error);
+                if matches!(guest.machine, Machine::Dom0(_)) {
+                    cells.extend(dom0::without(guest, &error));
+                }
                 cells.extend(guest.devices.iter().map(|device| match error.is_absence() {
                     true => skipped(guest, device, &error.to_string()),
                     false => broken(guest, device, &told),
@@ -62,7 +65,7 @@ impl Served {
         };
         let socket = folder.join(format!("{device}.sock"));
         let server = match &guest.machine {
-            Machine::Xen(_) => None,
+            Machine::Xen(_) | Machine::Dom0(_) => None,
             Machine::Qemu(_) | Machine::UserMode => {
                 let image = image.as_ref().map(|image| &*image.path);
                 Some(Server::start(device, image, guest.queues(), &socket)?)
@@ -83,6 +86,9 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     if let Some(missing) = Part::all(guest).into_iter().find(|part| !part.is_there(cache)) {
         return Err(LabError::NotSetUp { what: missing.name(), guest: guest.name });
     }
+    if let Machine::Dom0(machine) = &guest.machine {
+        return dom0::run(cache, guest, machine, progress);
+    }
     let place = Part::Kernel(guest.kernel).place(cache);
     let not_there = || LabError::NotSetUp { what: place.display().to_string(), guest: guest.name };
     let kernel = Kept::open(&place, guest.kernel).ok_or_else(not_there)?;
@@ -91,10 +97,8 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let (driven, lacking): (Vec<_>, Vec<_>) = guest.devices.iter().partition(|device| kernel.drives(device.kind));
-    let mut served = driven
-        .iter()
-        .map(|device| Served::start(folder, device, guest))
-        .collect::<Result<Vec<_>, LabError>>()?;
+    let mut served =
+        driven.iter().map(|device| Served::start(folder, device, guest)).collect::<Result<Vec<_>, LabError>>()?;
     let lines: String = served.iter().map(Served::line).collect();
     let busybox = Part::tools(guest).place(cache).join("busybox");
     let archive = initramfs::build(&kernel, &busybox, &lines, &disk::pattern())?;
@@ -112,7 +116,7 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     };
     let firmware = match &guest.machine {
         Machine::Qemu(machine) => machine.firmware,
-        Machine::Xen(_) | Machine::UserMode => None,
+        Machine::Xen(_) | Machine::Dom0(_) | Machine::UserMode => None,
     };
     let told = boot(&command, firmware, &mut |event| {
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));

@@ -91,15 +91,17 @@ fn debian_architecture() -> Result<&'static str, LabError> {
 #[cfg(test)]
 mod tests {
     use super::super::guests::guests;
+    use super::super::parts::EMULATORS;
     use super::*;
 
     #[test]
     fn a_part_that_two_guests_need_is_fetched_once() {
         let all: Vec<_> = guests().iter().collect();
         let parts = parts(&all);
-        let emulator = parts.iter().filter(|(part, _)| *part == Part::Emulator("qemu-system-x86", EMULATORS)).collect::<Vec<_>>();
+        let emulator =
+            parts.iter().filter(|(part, _)| *part == Part::Emulator("qemu-system-x86", EMULATORS)).collect::<Vec<_>>();
         assert_eq!(emulator.len(), 1);
-        assert_eq!(emulator[0].1, ["x86-pc", "x86-microvm"]);
+        assert_eq!(emulator[0].1, ["x86-pc", "x86-microvm", "xen-dom0"]);
         let mut names: Vec<_> = parts.iter().map(|(part, _)| part.name()).collect();
         names.sort();
         names.dedup();

@@ -1,4 +1,4 @@
-//! A guest on Xen: the machine's kernel is Xen, the guest's kernel is domain 0 too, and domain 0 is the host.
+//! Machines whose kernel is Xen. Domain 0 has the same kernel as the guest, if there is one, and is the host.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -57,50 +57,68 @@ pub(super) struct Boot<'a> {
 
 /// The command that boots the machine.
 pub(super) fn command(xen: &Xen, cache: &Cache, boot: &Boot<'_>) -> Result<Command, LabError> {
-    if cfg!(not(target_arch = "x86_64")) {
-        return Err(LabError::Host("the lab's Xen runs this program on x86_64 only".to_owned()));
-    }
-    let write = |name: &str, content: &[u8]| {
-        let path = boot.folder.join(name);
-        fs::write(&path, content).map_err(LabError::file(&path)).map(|()| path)
-    };
-    let image = fs::read(&boot.kernel.image).map_err(LabError::file(&boot.kernel.image))?;
-    // Unpacked here, since an emulated processor takes seconds for it, twice.
-    let kernel = match payload(&image) {
-        Some(payload) => {
-            let packed = write("vmlinux.xz", payload)?;
-            tool::run(Command::new("xz").args(["--decompress", "--single-stream"]).arg(&packed))?;
-            packed.with_extension("")
-        }
-        None => boot.kernel.image.clone(),
-    };
-    let initramfs = write("dom0", &archive(xen, cache, boot, &kernel)?)?;
-    let mut modules = kernel.into_os_string();
-    // A comma ends a module.
-    modules.push(" console=hvc0 rdinit=/init quiet panic=-1,");
-    modules.push(initramfs);
+    let kernel = vmlinux(boot.kernel, boot.folder)?;
+    let mut archive = domain0(cache, boot.kernel, boot.busybox, INIT, &USED)?;
+    archive.folder("guest");
+    archive.file("guest/kernel", 0o644, &fs::read(&kernel).map_err(LabError::file(&kernel))?);
+    archive.file("guest/initramfs", 0o644, boot.initramfs);
+    archive.file("guest/domain.cfg", 0o644, xen.domain.as_bytes());
+    let initramfs = write(boot.folder, "dom0", &archive.finish())?;
+    let mut command = machine::program(&xen.emulator(), xen.program, cache);
+    command.args(["-cpu", xen.cpu, "-m", "2048M"]);
+    boots(&mut command, cache, "1024M", &kernel, "", &initramfs);
     let mut drive = std::ffi::OsString::from("if=none,id=disk,format=raw,file=");
     drive.push(boot.image);
-    let mut command = machine::program(&xen.emulator(), xen.program, cache);
-    command
-        .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot", "-cpu", xen.cpu])
-        .args(["-m", "2048M", "-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
-        .arg("-kernel")
-        .arg(Part::Xen.place(cache).join("xen"))
-        .args(["-append", "console=com1 com1=115200,8n1 dom0_mem=1024M,max:1024M"])
-        .arg("-initrd")
-        .arg(modules)
-        .arg("-drive")
-        .arg(drive)
-        .args(["-device", "nvme,drive=disk,serial=lab"]);
+    command.arg("-drive").arg(drive).args(["-device", "nvme,drive=disk,serial=lab"]);
     Ok(command)
 }
 
-/// Domain 0's first file system.
-fn archive(xen: &Xen, cache: &Cache, boot: &Boot<'_>, kernel: &Path) -> Result<Vec<u8>, LabError> {
+/// Adds to `command`, a QEMU, that it boots Xen with a domain 0 of so much `memory`, whose kernel gets `words` besides.
+pub(super) fn boots(command: &mut Command, cache: &Cache, memory: &str, kernel: &Path, words: &str, initramfs: &Path) {
+    let mut modules = kernel.as_os_str().to_owned();
+    // A comma ends a module.
+    modules.push(format!(" console=hvc0 rdinit=/init quiet panic=-1 {words},"));
+    modules.push(initramfs);
+    command
+        .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"])
+        .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
+        .arg("-kernel")
+        .arg(Part::Xen.place(cache).join("xen"))
+        .args(["-append", &format!("console=com1 com1=115200,8n1 dom0_mem={memory},max:{memory}")])
+        .arg("-initrd")
+        .arg(modules);
+}
+
+/// The kernel's own file, which is made in `folder` if the image is compressed: an emulated processor takes seconds to
+/// unpack it, at each boot.
+pub(super) fn vmlinux(kernel: &Kept, folder: &Path) -> Result<PathBuf, LabError> {
+    let image = fs::read(&kernel.image).map_err(LabError::file(&kernel.image))?;
+    let Some(payload) = payload(&image) else { return Ok(kernel.image.clone()) };
+    let packed = write(folder, "vmlinux.xz", payload)?;
+    tool::run(Command::new("xz").args(["--decompress", "--single-stream"]).arg(&packed))?;
+    Ok(packed.with_extension(""))
+}
+
+pub(super) fn write(folder: &Path, name: &str, content: &[u8]) -> Result<PathBuf, LabError> {
+    let path = folder.join(name);
+    fs::write(&path, content).map_err(LabError::file(&path)).map(|()| path)
+}
+
+/// What is in domain 0's first file system anyway: busybox, the modules, `tools` of Xen's, this program, the libraries
+/// of all of them; `init` is the first process.
+pub(super) fn domain0(
+    cache: &Cache,
+    kernel: &Kept,
+    busybox: &Path,
+    init: &str,
+    tools: &[&str],
+) -> Result<Archive, LabError> {
+    if cfg!(not(target_arch = "x86_64")) {
+        return Err(LabError::Host("the lab's Xen runs this program on x86_64 only".to_owned()));
+    }
     let unpacked = Part::Xen.place(cache);
     let mut archive = Archive::default();
-    for folder in ["bin", "etc", "etc/xen", "guest", "lib", "lib64", "modules", "var", "var/lib", "var/log", "var/log/xen"] {
+    for folder in ["bin", "etc", "etc/xen", "lib", "lib64", "modules", "var", "var/lib", "var/log", "var/log/xen"] {
         archive.folder(folder);
     }
     for (end, _) in TOOLS.match_indices('/').chain([(TOOLS.len(), "")]) {
@@ -112,33 +130,30 @@ fn archive(xen: &Xen, cache: &Cache, boot: &Boot<'_>, kernel: &Path) -> Result<V
         Ok::<_, LabError>(())
     };
     let this = std::env::current_exe().map_err(LabError::file(Path::new("/proc/self/exe")))?;
-    let tools = USED.map(|name| unpacked.join(TOOLS).join(name));
+    let paths: Vec<_> = tools.iter().map(|name| unpacked.join(TOOLS).join(name)).collect();
     let store = unpacked.join("usr/bin/xenstore");
-    add("bin/busybox", 0o755, boot.busybox)?;
+    add("bin/busybox", 0o755, busybox)?;
     add("bin/polyvirt", 0o755, &this)?;
     // One program, which goes by the name it was called by.
     add("bin/xenstore-exists", 0o755, &store)?;
-    for (name, path) in USED.iter().zip(&tools) {
+    for (name, path) in tools.iter().zip(&paths) {
         add(&format!("{TOOLS}/{name}"), 0o755, path)?;
     }
-    let programs: Vec<&Path> = tools.iter().map(PathBuf::as_path).chain([&*store, &*this]).collect();
+    let programs: Vec<&Path> = paths.iter().map(PathBuf::as_path).chain([&*store, &*this]).collect();
     for library in libraries(&unpacked, &programs)? {
         let name = library.file_name().unwrap_or_default().to_string_lossy();
         let folder = if name.starts_with("ld-linux") { "lib64" } else { "lib" };
         add(&format!("{folder}/{name}"), 0o755, &library)?;
     }
-    for module in &boot.kernel.modules {
+    for module in &kernel.modules {
         let name = module.file_name().unwrap_or_default().to_string_lossy();
         add(&format!("modules/{name}"), 0o644, module)?;
     }
-    add("guest/kernel", 0o644, kernel)?;
     for (name, content) in ACCOUNTS {
         archive.file(&format!("etc/{name}"), 0o644, content.as_bytes());
     }
-    archive.file("guest/initramfs", 0o644, boot.initramfs);
-    archive.file("guest/domain.cfg", 0o644, xen.domain.as_bytes());
-    archive.file("init", 0o755, INIT.as_bytes());
-    Ok(archive.finish())
+    archive.file("init", 0o755, init.as_bytes());
+    Ok(archive)
 }
 
 /// The shared libraries of `programs`: those of the packages in `unpacked`, the others from the host.
