@@ -13,6 +13,7 @@ mod progress;
 mod select;
 mod serve;
 mod terminal;
+mod xen_guest;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -67,6 +68,9 @@ enum Command {
     /// Do what the one says who holds the other end of standard input: the guest's half of a cell on a real Xen
     #[command(name = xen::HANDS, hide = true)]
     XenHands,
+    /// Drive the disk of a domain of the lab
+    #[command(hide = true)]
+    XenGuest(xen_guest::XenGuestArgs),
     /// The statements of VIRTIO 1.4 that cases judge
     Ledger {
         /// How to tell it
@@ -184,6 +188,7 @@ fn run_command() -> ExitCode {
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
         Some(Command::Lab(command)) => lab::run(&command, &mut output),
         Some(Command::XenHands) => xen::hands().map(|()| SUCCESS).map_err(|error| CliError::Mistake(error.to_string())),
+        Some(Command::XenGuest(args)) => xen_guest::run(&args, &mut output),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
     let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));

@@ -58,7 +58,7 @@ enum Served {
 #[derive(Args)]
 struct At {
     /// The socket that front ends connect to, one after another; one that nobody listens on is replaced
-    #[arg(long, value_name = "PATH", required_unless_present = "xen_domain")]
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["xen_domain", "xenbus"])]
     socket: Option<PathBuf>,
     /// Offer to have device addresses translated by the front end (VIRTIO_F_ACCESS_PLATFORM): for guests behind an IOMMU
     #[arg(long, conflicts_with = "xen_domain")]
@@ -67,15 +67,22 @@ struct At {
     /// (xl create -p), and serve it until the domain is gone
     #[arg(long, value_name = "ID", conflicts_with = "socket")]
     xen_domain: Option<u16>,
+    /// In domain 0 of Xen, in place of a socket: serve domains over grants, event channels and xenstore, one after
+    /// another, each until it is gone; their numbers come on standard input, one a line
+    #[arg(long, conflicts_with_all = ["socket", "xen_domain", "iommu"])]
+    xenbus: bool,
 }
 
 /// Serves what `args` say until the process is ended, or the domain is gone.
 pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
     let (Served::Blk { at, .. } | Served::Console { at } | Served::Rng { at }) = &args.device;
+    if at.xenbus {
+        return xenbus(args, output);
+    }
     match (&at.socket, at.xen_domain) {
         (_, Some(domain)) => xen(args, domain, output),
         (Some(socket), None) => vhost_user(args, socket, at.iommu, output),
-        (None, None) => Err(CliError::Mistake("neither --socket nor --xen-domain says for whom".into())),
+        (None, None) => Err(CliError::Mistake("none of --socket, --xen-domain and --xenbus says for whom".into())),
     }
 }
 
@@ -107,6 +114,36 @@ fn xen(args: &ServeArgs, id: u16, output: &mut Output) -> Result<u8, CliError> {
     ready(&told, &format_args!("domain {id}"), terminal, output)?;
     domain.wait_for_its_end();
     Ok(SUCCESS)
+}
+
+/// Serves domains of Xen over its own bus, one after another.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn xenbus(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
+    use polyvirt_core::hypervisor::{Host as _, HypervisorError};
+    use polyvirt_hypervisors::xen;
+    use polyvirt_transports::xenbus::attach;
+
+    for line in std::io::stdin().lines() {
+        let line = line.map_err(|error| CliError::Mistake(format!("standard input: {error}")))?;
+        let id = line.trim().parse::<u16>();
+        let id = id.map_err(|error| CliError::Mistake(format!("'{line}' is no number of a domain: {error}")))?;
+        let mistake = |error: HypervisorError| CliError::Mistake(format!("Xen's domain {id}: {error}"));
+        let (device, told, terminal) = device(args)?;
+        let mut host = xen::serve(id).map_err(mistake)?;
+        let memory = host.memory();
+        attach(&mut host, memory, device).map_err(mistake)?;
+        ready(&told, &format_args!("domain {id}"), terminal, output)?;
+        xen::wait_for_its_end(&host).map_err(mistake)?;
+        drop(host);
+        output.text(&format!("domain {id} is gone\n"))?;
+        output.flush()?;
+    }
+    Ok(SUCCESS)
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn xenbus(_: &ServeArgs, _: &mut Output) -> Result<u8, CliError> {
+    Err(CliError::Mistake("--xenbus needs Linux on x86_64".into()))
 }
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]

@@ -37,7 +37,7 @@ pub(super) fn run(
     let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let busybox = Part::tools(guest).place(cache).join("busybox");
-    let archive = xen::domain0(cache, &kernel, &busybox, INIT, &TOOLS)?;
+    let archive = xen::first_files(cache, &kernel, &busybox, INIT, &TOOLS)?;
     let initramfs = xen::write(folder, "initramfs", &archive.finish())?;
     let kernel = xen::vmlinux(&kernel, folder)?;
     let command = |batch: &Batch| {

@@ -25,7 +25,7 @@ pub(super) struct Boot<'a> {
 pub(super) fn command(guest: &Guest, cache: &Cache, boot: &Boot<'_>) -> Result<Command, LabError> {
     match &guest.machine {
         Machine::Qemu(machine) => Ok(qemu(machine, cache, boot)),
-        Machine::Xen(_) | Machine::Dom0(_) => {
+        Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) => {
             Err(LabError::Host("domain 0 serves the devices of a guest on Xen".to_owned()))
         }
         Machine::Nested(_) | Machine::KvmHost(_) => {
@@ -41,7 +41,9 @@ pub(super) fn command(guest: &Guest, cache: &Cache, boot: &Boot<'_>) -> Result<C
 /// The name and version of what emulates the machine; none for a kernel that is a process.
 pub(super) fn version(guest: &Guest, cache: &Cache) -> Option<String> {
     let mut emulator = match &guest.machine {
-        Machine::Qemu(machine) | Machine::Dom0(machine) => program(&machine.emulator(), machine.program, cache),
+        Machine::Qemu(machine) | Machine::Dom0(machine) | Machine::DomU(machine) => {
+            program(&machine.emulator(), machine.program, cache)
+        }
         Machine::Xen(machine) => program(&machine.emulator(), machine.program, cache),
         Machine::Nested(machine) | Machine::KvmHost(machine) => program(&machine.emulator(), machine.program, cache),
         Machine::UserMode => return None,

@@ -10,6 +10,7 @@ mod cache;
 mod cpio;
 mod disk;
 mod dom0;
+mod domu;
 mod guests;
 mod initramfs;
 mod judge;

@@ -31,7 +31,7 @@ impl Part {
         let machine = match &guest.machine {
             Machine::Qemu(qemu) => vec![qemu.emulator()],
             Machine::Xen(xen) => vec![xen.emulator(), Self::Xen],
-            Machine::Dom0(qemu) => vec![qemu.emulator(), Self::Xen],
+            Machine::Dom0(qemu) | Machine::DomU(qemu) => vec![qemu.emulator(), Self::Xen],
             Machine::Nested(host) | Machine::KvmHost(host) => vec![host.emulator(), Self::Kernel(host.kernel)],
             Machine::UserMode => Vec::new(),
         };

@@ -11,11 +11,11 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::server::Server;
 use super::transcript::Transcript;
-use super::{Cache, LabError, dom0, initramfs, machine, nested, suite, xen};
+use super::{Cache, LabError, dom0, domu, initramfs, machine, nested, suite, xen};
 use crate::report::{Case, Cell, Failure, Outcome, Skipped};
 
 /// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
-pub(super) const EVIDENCE: &str = "emulated";
+const EVIDENCE: &str = "emulated";
 
 /// How far a run is.
 pub(crate) enum Step {
@@ -36,8 +36,9 @@ pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn F
                 let told = Transcript::without_a_start(&error);
                 match guest.machine {
                     Machine::Dom0(_) => cells.extend(suite::without(guest, &dom0::CELLS, &error)),
+                    Machine::DomU(_) => cells.extend(domu::without(guest, &error)),
                     Machine::KvmHost(_) => cells.extend(suite::without(guest, &nested::CELLS, &error)),
-                    Machine::Qemu(_) | Machine::Xen(_) | Machine::Nested(_) | Machine::UserMode => {}
+                    _ => {}
                 }
                 cells.extend(guest.devices.iter().map(|device| match error.is_absence() {
                     true => skipped(guest, device, &error.to_string()),
@@ -67,7 +68,7 @@ impl Served {
         };
         let socket = folder.join(format!("{device}.sock"));
         let server = match &guest.machine {
-            Machine::Xen(_) | Machine::Dom0(_) | Machine::Nested(_) | Machine::KvmHost(_) => None,
+            Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) | Machine::Nested(_) | Machine::KvmHost(_) => None,
             Machine::Qemu(_) | Machine::UserMode => {
                 let image = image.as_ref().map(|image| &*image.path);
                 Some(Server::start(device, image, guest.queues(), &socket)?)
@@ -90,8 +91,9 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     }
     match &guest.machine {
         Machine::Dom0(machine) => return dom0::run(cache, guest, machine, progress),
+        Machine::DomU(machine) => return domu::run(cache, guest, machine, progress),
         Machine::KvmHost(machine) => return nested::run(cache, guest, machine, progress),
-        Machine::Qemu(_) | Machine::Xen(_) | Machine::Nested(_) | Machine::UserMode => {}
+        _ => {}
     }
     let kernel = Kept::of(guest.kernel, guest, cache)?;
 
@@ -122,7 +124,7 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     };
     let firmware = match &guest.machine {
         Machine::Qemu(machine) => machine.firmware,
-        Machine::Xen(_) | Machine::Dom0(_) | Machine::Nested(_) | Machine::KvmHost(_) | Machine::UserMode => None,
+        _ => None,
     };
     let told = boot(&command, firmware, &mut |event| {
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
@@ -173,7 +175,7 @@ fn cell(guest: &Guest, evidence: &Evidence<'_>, versions: &[String]) -> Cell {
     cell
 }
 
-fn failure(case: &str, Wrong { expected, observed }: Wrong, told: &Transcript) -> Failure {
+pub(super) fn failure(case: &str, Wrong { expected, observed }: Wrong, told: &Transcript) -> Failure {
     // What else there was on the console is where a failed boot begins to be understood.
     Failure {
         case: case.into(),
@@ -206,17 +208,22 @@ fn broken(guest: &Guest, device: &Device, told: &Transcript) -> Cell {
     cell
 }
 
-fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
+pub(super) fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
     Case { case: name.into(), about: about.into(), outcome, statements: Vec::new(), seconds }
 }
 
 /// A cell in which nothing has happened yet.
 fn empty(guest: &Guest, device: &Device) -> Cell {
+    Cell { transport: device.transport(guest), ..empty_cell(guest, (device.kind.name(), device.ring())) }
+}
+
+/// As [`empty`], for a device with a format of rings.
+pub(super) fn empty_cell(guest: &Guest, (device, ring): (&str, &str)) -> Cell {
     Cell {
         hypervisor: guest.name.into(),
-        transport: device.transport(guest),
-        device: device.kind.name().into(),
-        ring: device.ring().into(),
+        transport: guest.transport.into(),
+        device: device.into(),
+        ring: ring.into(),
         evidence: EVIDENCE.into(),
         versions: Vec::new(),
         passed: 0,

@@ -11,9 +11,10 @@ use serde::Deserialize;
 use super::LabError;
 use super::boot::boot;
 use super::guests::Guest;
-use super::run::{EVIDENCE, Step};
+use super::judge::Wrong;
+use super::run::{Step, empty_cell, failure, told_case};
 use super::transcript::Transcript;
-use crate::report::{Case, Cell, Failure, Outcome, Skipped};
+use crate::report::{Cell, Outcome, Skipped};
 
 /// Cells that one machine runs.
 #[derive(Debug)]
@@ -44,25 +45,8 @@ impl Batch {
     /// A cell for each of its devices, of nothing but the case [`START`].
     fn cells(&self, guest: &Guest, outcome: Outcome, fill: impl Fn(&mut Cell)) -> Vec<Cell> {
         let cell = |device: &&str| {
-            let (case, about) = START;
-            let case = Case { case: case.into(), about: about.into(), outcome, statements: Vec::new(), seconds: 0.0 };
-            let mut cell = Cell {
-                hypervisor: guest.name.into(),
-                transport: self.transport.into(),
-                device: (*device).into(),
-                ring: self.ring.into(),
-                evidence: EVIDENCE.into(),
-                versions: Vec::new(),
-                passed: 0,
-                failed: 0,
-                rejected: 0,
-                wedged: 0,
-                skipped: Vec::new(),
-                failures: Vec::new(),
-                seconds: 0.0,
-                cases: vec![case],
-                image: None,
-            };
+            let mut cell = Cell { transport: self.transport.into(), ..empty_cell(guest, (device, self.ring)) };
+            cell.cases.push(told_case(START.0, START.1, outcome, 0.0));
             fill(&mut cell);
             cell
         };
@@ -125,14 +109,8 @@ fn cells(guest: &Guest, batch: &Batch, told: &Transcript, emulator: Option<&str>
     let observed = format!("{} {} {complaints}", told.ending(), said.join("; "));
     batch.cells(guest, Outcome::Failed, |cell| {
         cell.failed = 1;
-        cell.failures.push(Failure {
-            case: START.0.into(),
-            outcome: Outcome::Failed,
-            statements: Vec::new(),
-            expected: START.1.into(),
-            observed: observed.trim().into(),
-            reproduction: told.tail(),
-        });
+        let wrong = Wrong { expected: START.1.into(), observed: observed.trim().into() };
+        cell.failures.push(failure(START.0, wrong, told));
     })
 }
 

@@ -58,7 +58,7 @@ pub(super) struct Boot<'a> {
 /// The command that boots the machine.
 pub(super) fn command(xen: &Xen, cache: &Cache, boot: &Boot<'_>) -> Result<Command, LabError> {
     let kernel = vmlinux(boot.kernel, boot.folder)?;
-    let mut archive = domain0(cache, boot.kernel, boot.busybox, INIT, &USED)?;
+    let mut archive = first_files(cache, boot.kernel, boot.busybox, INIT, &USED)?;
     archive.folder("guest");
     archive.file("guest/kernel", 0o644, &fs::read(&kernel).map_err(LabError::file(&kernel))?);
     archive.file("guest/initramfs", 0o644, boot.initramfs);
@@ -104,9 +104,9 @@ pub(super) fn write(folder: &Path, name: &str, content: &[u8]) -> Result<PathBuf
     fs::write(&path, content).map_err(LabError::file(&path)).map(|()| path)
 }
 
-/// What is in domain 0's first file system anyway: busybox, the modules, `tools` of Xen's, this program, the libraries
+/// What is in a domain's first file system anyway: busybox, the modules, `tools` of Xen's, this program, the libraries
 /// of all of them; `init` is the first process.
-pub(super) fn domain0(
+pub(super) fn first_files(
     cache: &Cache,
     kernel: &Kept,
     busybox: &Path,
