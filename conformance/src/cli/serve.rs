@@ -93,14 +93,14 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
     output.text(&format!("{told}: ready at {}\n", socket.display()))?;
     output.flush()?;
     if let Some(handle) = terminal {
-        super::terminal::connect(handle);
+        super::terminal::connect(handle, <[u8]>::to_vec);
     }
     listen(&listener, &mut backend, &stop, |_| {}).map_err(|error| mistake(&error))?;
     Ok(SUCCESS)
 }
 
 /// The image as a backend, and a few words about it.
-fn disk(image: &Path, read_only: bool) -> Result<(blk::FileBackend, String), CliError> {
+pub(super) fn disk(image: &Path, read_only: bool) -> Result<(blk::FileBackend, String), CliError> {
     let mistake = |error: io::Error| CliError::Mistake(format!("image {}: {error}", image.display()));
     let file = File::options().read(true).write(!read_only).open(image).map_err(mistake)?;
     let metadata = file.metadata().map_err(mistake)?;
