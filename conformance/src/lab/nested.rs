@@ -95,7 +95,7 @@ fn boots(nested: &Nested, cache: &Cache, kernel: &PathBuf, initramfs: &Path, wor
         .arg(kernel)
         .arg("-initrd")
         .arg(initramfs)
-        .args(["-append", &format!("console=ttyS0 rdinit=/init quiet panic=-1 {words}")]);
+        .args(["-append", &format!("console=ttyS0 rdinit=/init quiet panic=-1 no_timer_check {words}")]);
     command
 }
 

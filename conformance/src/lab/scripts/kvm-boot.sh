@@ -36,6 +36,6 @@ wait $follower
 for disk in /dev/nvme*n1; do
     dd if="/${disk##*/}.img" of="$disk" bs=1M conv=fsync 2>/dev/null || tell guest complaint "$disk cannot be written"
 done
-dmesg | grep -E 'segfault|WARNING: CPU|BUG:|Oops|kvm.*unhandled' | head -n 5 | while read -r line; do tell guest complaint "$line"; done
+dmesg | grep -E 'segfault|WARNING: CPU|BUG:|Oops' | head -n 5 | while read -r line; do tell guest complaint "$line"; done
 [ -e /ended ] && tell guest end
 poweroff -f

@@ -58,7 +58,7 @@ pub struct SerialInput(pub(super) Arc<Ports>);
 impl SerialInput {
     /// Types `bytes`: waits as long as the guest has not read what was typed before.
     pub fn type_in(&self, mut bytes: &[u8]) {
-        let Ports { serial, room } = &*self.0;
+        let Ports { serial, room, .. } = &*self.0;
         while !bytes.is_empty() {
             let mut port = lock(serial);
             *lock(&room.read) = false;
