@@ -23,6 +23,8 @@ use polyvirt_core::transport::{Transport, TransportError};
 pub use devices::Kind;
 use guard::Guarded;
 pub use pci::{OnPci, Pci, PciLegacy};
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub use ports::XenHvm;
 pub use ports::{Kvm, Lguest, Loopback, Xen};
 pub use wires::{LguestPage, Mmio, MmioLegacy, Xenbus};
 
@@ -56,6 +58,8 @@ pub fn models() -> Vec<Arc<dyn Target>> {
         targets::<Loopback, MmioLegacy>(),
         targets::<OnPci<Loopback>, Pci>(),
         targets::<OnPci<Loopback>, PciLegacy>(),
+        #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+        targets::<XenHvm, Pci>(),
     ]
     .concat()
 }

@@ -99,8 +99,8 @@ mod tests {
     fn a_part_that_two_guests_need_is_fetched_once() {
         let all: Vec<_> = guests().iter().collect();
         let parts = parts(&all);
-        let emulator =
-            parts.iter().filter(|(part, _)| *part == Part::Emulator("qemu-system-x86", EMULATORS)).collect::<Vec<_>>();
+        let backported = Part::Emulator("qemu-system-x86", EMULATORS);
+        let emulator = parts.iter().filter(|(part, _)| *part == backported).collect::<Vec<_>>();
         assert_eq!(emulator.len(), 1);
         assert_eq!(emulator[0].1, ["x86-pc", "x86-microvm", "xen-dom0", "xen-domu", "kvm-nested", "kvm-nested-suite"]);
         let mut names: Vec<_> = parts.iter().map(|(part, _)| part.name()).collect();

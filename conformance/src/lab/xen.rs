@@ -169,3 +169,24 @@ pub(super) fn unpack(unpacked: &Path) -> Result<(), LabError> {
     let (plain, place) = (packed.with_extension(""), unpacked.join("xen"));
     fs::rename(&plain, &place).map_err(LabError::file(&plain))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_is_found_inside_its_image_and_nothing_is_found_in_a_short_one() {
+        const XZ: &[u8] = b"\xfd7zXZ\0kernel";
+        let mut image = vec![0; 5 * 512 + 64];
+        image[0x1f1] = 3;
+        image[0x248..0x24c].copy_from_slice(&16u32.to_le_bytes());
+        image[0x24c..0x250].copy_from_slice(&(XZ.len() as u32).to_le_bytes());
+        let start = 4 * 512 + 16;
+        assert_eq!(payload(&image), None, "not compressed with xz");
+        image[start..start + XZ.len()].copy_from_slice(XZ);
+        assert_eq!(payload(&image), Some(XZ));
+        for len in [0, 0x1f2, 0x24e, start + XZ.len() - 1] {
+            assert_eq!(payload(&image[..len]), None, "{len}");
+        }
+    }
+}

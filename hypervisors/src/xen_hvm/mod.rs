@@ -1,4 +1,4 @@
-//! Xen, for guests that know nothing of grants: full virtualisation (PVH, HVM), as a device model does it.
+//! Xen, for guests that know nothing of grants: PVH domains, whose device model this is.
 //!
 //! | mechanism | here |
 //! |---|---|
@@ -7,23 +7,41 @@
 //! | interrupt | MSI-X: the message that the driver wrote, injected by XEN_DMOP_inject_msi |
 //! | discovery | a PCI bus behind ports 0xcf8 to 0xcff, whose functions are placed as firmware would |
 //!
-//! There is the host half only: the guest half is any operating system with drivers for virtio over PCI, which needs no
+//! There is the host half only, but for a [`model`]: the guest half is any operating system with drivers for virtio over PCI, which needs no
 //! change. All that the host half does is a call of [`Calls`]; the real ones are [`Domain`]'s.
 
 pub mod abi;
 mod domain;
 mod host;
-#[cfg(test)]
-mod tests;
+pub mod model;
 
 use std::sync::Arc;
 
-use polyvirt_core::hypervisor::HypervisorError;
-use polyvirt_transports::pci;
+use polyvirt_core::hypervisor::{Hypervisor, HypervisorError};
+use polyvirt_transports::pci::{self, Bus};
 
 pub use abi::Calls;
 pub use domain::Domain;
 pub use host::Host;
+
+/// The two halves on the [`model`]; on a real Xen the guest half is an operating system.
+pub struct XenHvm;
+
+impl Hypervisor for XenHvm {
+    type Host = pci::Host<Host<model::Model>>;
+    type Guest = Bus<model::Guest>;
+}
+
+/// What [`start`] starts: the model, which needs nothing.
+pub fn available() -> Result<String, HypervisorError> {
+    Ok("a model of the hypervisor".into())
+}
+
+/// A domain on the model with `ram` bytes of memory: its two halves.
+pub fn start(ram: usize) -> Result<(pci::Host<Host<model::Model>>, Bus<model::Guest>), HypervisorError> {
+    let (host, guest) = model::start(ram)?;
+    Ok((host, Bus::new(Arc::new(guest))))
+}
 
 /// Makes this process the device model of domain `id`, with an empty bus: devices are [attached](pci::attach) to what
 /// this returns before the domain runs. Needs domain 0, or another domain that has the right.

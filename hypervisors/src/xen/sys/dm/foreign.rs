@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -109,18 +110,19 @@ impl Map {
         (first / size..=last / size).all(|number| {
             let from = first.saturating_sub(number * size).min(size - 1) as usize;
             let to = (last - number * size).min(size - 1) as usize;
-            if !chunks.contains_key(&number) {
-                match self.map(of, number) {
-                    Ok(pages) if pages.contains(&true) => _ = chunks.insert(number, pages),
+            let pages = match chunks.entry(number) {
+                Entry::Occupied(mapped) => mapped.into_mut(),
+                Entry::Vacant(place) => match self.map(of, number) {
+                    Ok(pages) if pages.contains(&true) => place.insert(pages),
                     // Not remembered: a guest has many addresses.
                     Ok(_) => return false,
                     Err(error) => {
                         tracing::error!(%error, chunk = number, "memory of the domain cannot be mapped");
                         return false;
                     }
-                }
-            }
-            chunks.get(&number).is_some_and(|pages| pages[from..=to].iter().all(|there| *there))
+                },
+            };
+            pages[from..=to].iter().all(|there| *there)
         })
     }
 
