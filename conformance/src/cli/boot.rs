@@ -124,7 +124,9 @@ pub(super) fn run(args: &BootArgs, output: &mut Output) -> Result<u8, CliError> 
         Some(handle) => connect(handle, heard),
         None => _ = type_into(vmm.serial_input(), heard),
     }
-    let ended = vmm.run(boot);
+    let ended = vmm.run(boot, || {
+        complain("nothing has come from the kernel yet: the KVM of this host may be unable to run a stock kernel");
+    });
     terminal.restore();
     _ = io::stdout().flush();
     Ok(match ended {

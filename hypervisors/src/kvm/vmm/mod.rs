@@ -12,9 +12,10 @@ mod tables;
 
 use std::fs::File;
 use std::io::Write;
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VmFd};
@@ -28,6 +29,9 @@ use super::machine::{KVM_TSS, Routes, memory_slot, refused};
 use crate::event_loop::event_fd;
 use ports::Ports;
 use processor::Processor;
+
+/// How long a kernel may take until it first touches a port.
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What is to be booted.
 #[derive(Debug)]
@@ -137,7 +141,10 @@ impl Vmm {
     }
 
     /// Boots `boot` and runs it to its end. Its processors stay where they are then: they stop with the process.
-    pub fn run(mut self, boot: Boot) -> Result<Ended, VmmError> {
+    ///
+    /// If the kernel has not so much as touched a port after [`PATIENCE`], `tell_of_silence` is called: on the KVM of some
+    /// hosts, which is software, stock kernels spin for ever without a fault.
+    pub fn run(mut self, boot: Boot, tell_of_silence: impl FnOnce()) -> Result<Ended, VmmError> {
         let places = if boot.pci { None } else { Some(self.bus.places()) };
         tables::write(&self.ram, self.processors.len() as u8, places.as_deref())?;
         let entry = kernel::load(&self.ram, boot)?;
@@ -155,6 +162,11 @@ impl Vmm {
             spawned.map_err(failed("a processor's thread"))?;
         }
         drop(ended);
+        match end.recv_timeout(PATIENCE) {
+            Ok(end) => return end,
+            Err(RecvTimeoutError::Timeout) if self.ports.is_untouched() => tell_of_silence(),
+            Err(_) => {}
+        }
         end.recv().unwrap_or_else(|_| Err(VmmError::Stopped("all processors are gone".into())))
     }
 }

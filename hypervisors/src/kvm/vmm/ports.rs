@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 
 use vm_superio::serial::{self, SerialEvents};
@@ -19,6 +19,8 @@ const PM_WANTED_HIGH: u16 = PM_WANTED + 1;
 pub(super) struct Ports {
     serial: Mutex<Serial<Line, Arc<Room>, Box<dyn Write + Send>>>,
     room: Arc<Room>,
+    /// Whether the guest has touched any port.
+    touched: AtomicBool,
     /// Which of ACPI's events the guest wants, a byte each: none of them ever comes.
     wanted: [AtomicU8; 2],
 }
@@ -82,12 +84,19 @@ impl Ports {
         Self {
             serial: Mutex::new(Serial::with_events(Line(line), Arc::clone(&room), out)),
             room,
+            touched: AtomicBool::new(false),
             wanted: Default::default(),
         }
     }
 
+    /// Whether the guest has not come to any port, of these or others.
+    pub(super) fn is_untouched(&self) -> bool {
+        !self.touched.load(Ordering::Relaxed)
+    }
+
     /// The guest reads. False if nothing of this is there.
     pub(super) fn read(&self, port: u16, data: &mut [u8]) -> bool {
+        self.touched.store(true, Ordering::Relaxed);
         match port {
             map::SERIAL..0x400 => data.fill(lock(&self.serial).read((port - map::SERIAL) as u8)),
             map::PM_EVENTS..=map::PM_CONTROL => {
@@ -109,6 +118,7 @@ impl Ports {
 
     /// The guest writes. None if nothing of this is there; it may be the end.
     pub(super) fn write(&self, port: u16, data: &[u8]) -> Option<ControlFlow<Ended>> {
+        self.touched.store(true, Ordering::Relaxed);
         match (port, data) {
             (map::SERIAL..0x400, bytes) => {
                 let mut serial = lock(&self.serial);

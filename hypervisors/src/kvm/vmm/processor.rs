@@ -19,6 +19,9 @@ const MISC_ENABLE: (u32, u64) = (0x1a0, 1);
 /// IA32_MTRR_DEF_TYPE: MTRRs are on, and memory is cached.
 const MTRR_DEFAULT: (u32, u64) = (0x2ff, 1 << 11 | 6);
 
+/// CPUID leaf 1, ECX: under a hypervisor, which leaf 0x4000_0000 names.
+const HYPERVISOR: u32 = 1 << 31;
+
 /// A processor; all but the first wait for the kernel to start them.
 pub(super) struct Processor {
     fd: VcpuFd,
@@ -109,8 +112,9 @@ fn identified(cpuid: &CpuId, id: u8, count: u8, deadline: bool) -> CpuId {
         match entry.function {
             1 => {
                 entry.ebx = entry.ebx & 0xffff | u32::from(count) << 16 | id << 24;
-                // The timer of KVM's local APIC can do it, but that is told apart.
-                entry.ecx |= u32::from(deadline) << 24;
+                // The timer of KVM's local APIC can do it, but that is told apart; and the guest may know whose it is: it takes
+                // its clock from there, and does not measure timers on a busy host.
+                entry.ecx |= u32::from(deadline) << 24 | HYPERVISOR;
             }
             0xb | 0x1f => entry.edx = id,
             0x8000_001e => entry.eax = id,
