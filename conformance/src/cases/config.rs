@@ -191,7 +191,7 @@ fn racing(session: &mut Session) -> Verdict {
                 // Every other time a change is under way. All the time would be another case: nothing settles then.
                 let raced = turn % 2 == 0;
                 let under_way =
-                    if raced { wanted.send(values[turn / 2 % 2 ^ 1]).is_ok() } else { changed.recv().is_ok() };
+                    if raced { wanted.send(values[(turn / 2 % 2) ^ 1]).is_ok() } else { changed.recv().is_ok() };
                 ensure(under_way, "the far side changes the configuration", "it does not")?;
                 // Two halves, one after the other: they are of one configuration if the generation says so.
                 let before = session.transport.config_generation()?;

@@ -38,6 +38,9 @@ const RAM: usize = 8 << 20;
 /// How long a case waits for what a saboteur may never do.
 const SABOTEUR_WATCHDOG: Duration = Duration::from_secs(1);
 
+/// How long any case waits for an event where an emulated processor does everything.
+const EMULATED_WATCHDOG: Duration = Duration::from_secs(60);
+
 /// The cells of the default matrix, in its order.
 pub fn cells() -> Vec<Arc<dyn Target>> {
     [
@@ -207,6 +210,9 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
         let (transport, registers) = W::connect(&guest, place).map_err(|error| error.to_string())?;
         let machine: Box<dyn Any + Send> = Box::new((guest, host));
         let mut session = Session::new(self.cell(), transport, machine);
+        if session.cell.evidence == Evidence::Emulated {
+            session.watchdog = EMULATED_WATCHDOG;
+        }
         session.probe = (!matches!(variant, Variant::Image(_))).then_some(probe);
         (session.far_side, session.registers) = (far_side, registers);
         (session.memory_end, session.alarm) = (memory_end, alarm);

@@ -15,6 +15,7 @@ mod select;
 mod serve;
 mod terminal;
 mod xen_guest;
+mod xen_refusals;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -74,6 +75,9 @@ enum Command {
     /// Drive the disk of a domain of the lab
     #[command(hide = true)]
     XenGuest(xen_guest::XenGuestArgs),
+    /// Try what Xen is to refuse
+    #[command(hide = true)]
+    XenRefusals,
     /// The statements of VIRTIO 1.4 that cases judge
     Ledger {
         /// How to tell it
@@ -192,6 +196,7 @@ fn run_command() -> ExitCode {
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
         Some(Command::Lab(command)) => lab::run(&command, &mut output),
         Some(Command::XenHands) => xen::hands().map(|()| SUCCESS).map_err(|error| CliError::Mistake(error.to_string())),
+        Some(Command::XenRefusals) => xen_refusals::run(&mut output),
         Some(Command::XenGuest(args)) => xen_guest::run(&args, &mut output),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };

@@ -77,7 +77,7 @@ pub(super) fn run(
     let initramfs = xen::write(folder.path(), "host", &archive.finish())?;
     let kernel = kernel(guest, nested, cache)?.image;
     let command = |batch: &Batch| boots(nested, cache, &kernel, &initramfs, &batch.words());
-    suite::run(guest, &CELLS, machine::version(guest, cache).as_deref(), &command, progress)
+    suite::run(guest, &CELLS, machine::version(guest, cache).as_deref(), &command, &|_, _| (), progress)
 }
 
 fn kernel(guest: &Guest, nested: &Nested, cache: &Cache) -> Result<Kept, LabError> {

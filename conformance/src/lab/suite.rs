@@ -54,12 +54,14 @@ impl Batch {
     }
 }
 
-/// Runs each of `batches` on the machine that `command` starts for it; as many at a time as there are processors.
+/// Runs each of `batches` on the machine that `command` starts for it; as many at a time as there are processors. What
+/// else a machine told of a cell is what `also` adds.
 pub(super) fn run(
     guest: &Guest,
     batches: &[Batch],
     emulator: Option<&str>,
     command: &(dyn Fn(&Batch) -> Command + Sync),
+    also: &(dyn Fn(&mut Cell, &Transcript) + Sync),
     progress: &mut dyn FnMut(Step),
 ) -> Result<Vec<Cell>, LabError> {
     let (send, heard) = channel();
@@ -73,7 +75,7 @@ pub(super) fn run(
                 // Nobody listens only if the program ends.
                 let _ = send.send(format!("{transport} {ring}: {} {}", event.subject, event.word));
             });
-            Some((number, told.map(|told| cells(guest, batch, &told, emulator))))
+            Some((number, told.map(|told| cells(guest, batch, &told, emulator, also))))
         });
         turns.collect::<Vec<_>>()
     };
@@ -92,7 +94,13 @@ pub(super) fn run(
 }
 
 /// What the suite told of the cells of `batch`.
-fn cells(guest: &Guest, batch: &Batch, told: &Transcript, emulator: Option<&str>) -> Vec<Cell> {
+fn cells(
+    guest: &Guest,
+    batch: &Batch,
+    told: &Transcript,
+    emulator: Option<&str>,
+    also: &dyn Fn(&mut Cell, &Transcript),
+) -> Vec<Cell> {
     let base64: String = told.all("report", "part").collect();
     let report = decode(&base64).and_then(|json| serde_json::from_slice::<Report>(&json).ok());
     let mut cells = report.map(|report| report.cells).unwrap_or_default();
@@ -102,6 +110,7 @@ fn cells(guest: &Guest, batch: &Batch, told: &Transcript, emulator: Option<&str>
         for cell in &mut cells {
             cell.hypervisor = guest.name.into();
             cell.versions.extend(emulator.map(str::to_owned));
+            also(cell, told);
         }
         return cells;
     }
@@ -118,7 +127,7 @@ fn cells(guest: &Guest, batch: &Batch, told: &Transcript, emulator: Option<&str>
 pub(super) fn without(guest: &Guest, batches: &[Batch], error: &LabError) -> Vec<Cell> {
     let cells = |batch: &Batch| {
         if !error.is_absence() {
-            return cells(guest, batch, &Transcript::without_a_start(error), None);
+            return cells(guest, batch, &Transcript::without_a_start(error), None, &|_, _| ());
         }
         let skipped = || Skipped { case: START.0.into(), reason: error.to_string() };
         batch.cells(guest, Outcome::Skipped, |cell| cell.skipped.push(skipped()))
@@ -182,9 +191,9 @@ mod tests {
         let encoded = encode(json.as_bytes());
         let (one, two) = encoded.split_at(100);
         let told = transcript(&[&format!("LAB report part {one}"), &format!("LAB report part {two}"), "LAB guest end"]);
-        let cells = cells(guest(), &BATCH, &told, Some("QEMU 1"));
+        let cells = cells(guest(), &BATCH, &told, Some("QEMU 1"), &|cell, _| cell.passed += 1);
         let [cell] = &cells[..] else { panic!("{cells:?}") };
-        assert_eq!((&*cell.hypervisor, &*cell.evidence, cell.passed), ("xen-dom0", "emulated", 1));
+        assert_eq!((&*cell.hypervisor, &*cell.evidence, cell.passed), ("xen-dom0", "emulated", 2));
         assert_eq!(cell.versions, ["Xen 4.17.7", "QEMU 1"]);
     }
 
@@ -207,7 +216,7 @@ mod tests {
             &["LAB report part eyJjZWxscyI6W10=", "LAB suite said no device", "LAB guest end"],
             &["LAB report part eyJjZWxscyI6W119", "LAB guest end"],
         ] {
-            let cells = cells(guest(), &batch, &transcript(lines), None);
+            let cells = cells(guest(), &batch, &transcript(lines), None, &|_, _| ());
             assert_eq!(
                 cells.iter().map(|cell| (&*cell.device, cell.failed)).collect::<Vec<_>>(),
                 [("blk", 1), ("rng", 1)]

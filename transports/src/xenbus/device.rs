@@ -5,7 +5,6 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::task::Wake;
-use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::task::Waker;
 use std::sync::{Mutex, PoisonError};
@@ -15,7 +14,7 @@ use polyvirt_core::memory::GuestMemory;
 use polyvirt_core::state::{Area, Interface, VirtioDevice};
 use polyvirt_core::{Features, device};
 
-use super::registers::{Description, HostPlace, Operation, Reply, Setup, State, decode_request};
+use super::registers::{Description, HostPlace, Operation, Reply, Request, Setup, State, decode_request};
 
 /// Puts `device` onto the bus of `host`. `memory` is [`Host::memory`], perhaps wrapped. The handle closes the connection
 /// from this side.
@@ -194,7 +193,7 @@ impl<M: GuestMemory> Device<M> {
         Ok(())
     }
 
-    fn request(&self) -> Result<Option<(u32, Option<Vec<Operation>>)>, HypervisorError> {
+    fn request(&self) -> Result<Option<Request>, HypervisorError> {
         Ok(self.read("request")?.and_then(|value| decode_request(&value)))
     }
 

@@ -221,9 +221,11 @@ pub fn encode_request(number: u32, operations: &[Operation]) -> String {
     format!("{number} {}", operations.join(";"))
 }
 
-/// The number of the request in a node's value, and what is asked for: none if one of its operations cannot be
-/// understood.
-pub fn decode_request(value: &str) -> Option<(u32, Option<Vec<Operation>>)> {
+/// The number of a request, and what is asked for: none if one of its operations cannot be understood.
+pub type Request = (u32, Option<Vec<Operation>>);
+
+/// The reverse of [`encode_request`].
+pub fn decode_request(value: &str) -> Option<Request> {
     let (number, operations) = value.split_once(' ').unwrap_or((value, ""));
     Some((number.parse().ok()?, operations.split(';').map(Operation::decode).collect()))
 }

@@ -26,6 +26,7 @@ until xenstore-exists / || [ $turn = 300 ]; do
     turn=$((turn + 1))
 done
 xen-init-dom0 >/dev/null
+polyvirt xen-refusals 2>&1 | while read -r line; do tell refusal "$line"; done
 
 # Memory that was used stays mapped: the page tables of a domain are Xen's to check, and to make and free them is slow.
 export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=8000000

@@ -42,8 +42,20 @@ impl Arena {
         })
     }
 
+    /// Has `map` map `size` bytes in the arena, or anywhere if there is no room: where it did.
+    pub(super) fn map(
+        &'static self,
+        size: NonZeroUsize,
+        map: impl FnOnce(Option<NonZeroUsize>, MapFlags) -> nix::Result<NonNull<c_void>>,
+    ) -> nix::Result<(NonNull<c_void>, Addresses)> {
+        match self.take(size.get().div_ceil(PAGE_SIZE)) {
+            Some(place) => Ok((map(Some(place.start().addr()), MapFlags::MAP_FIXED)?, Addresses::Arena(place))),
+            None => map(None, MapFlags::empty()).map(|start| (start, Addresses::Any(Mapping(start, size.get())))),
+        }
+    }
+
     /// A place of `count` pages; none if there is no room.
-    pub(super) fn take(&'static self, count: usize) -> Option<Place> {
+    fn take(&'static self, count: usize) -> Option<Place> {
         let region = self.0.as_ref()?;
         let mut taken = lock(&region.taken);
         let first = taken.windows(count.max(1)).position(|pages| !pages.contains(&true))?;
@@ -78,6 +90,12 @@ unsafe impl Send for Region {}
 // SAFETY: as above; who has which is behind a lock.
 unsafe impl Sync for Region {}
 
+/// Where something is mapped, until this is dropped.
+pub(super) enum Addresses {
+    Arena(#[allow(dead_code)] Place),
+    Any(#[allow(dead_code)] Mapping),
+}
+
 /// Addresses to map something at. Whatever is mapped there is unmapped when this is dropped.
 pub(super) struct Place {
     region: &'static Region,
@@ -86,7 +104,7 @@ pub(super) struct Place {
 
 impl Place {
     /// Where it is.
-    pub(super) fn start(&self) -> NonNull<c_void> {
+    fn start(&self) -> NonNull<c_void> {
         // SAFETY: inside the region.
         unsafe { self.region.start.byte_add(self.pages.start * PAGE_SIZE) }
     }

@@ -17,9 +17,8 @@ use vmm_sys_util::ioctl::{ioctl_with_mut_ptr, ioctl_with_ref};
 use super::super::abi::PAGE_SIZE;
 use super::super::lock;
 use super::abi::{GNTDEV_MAP_GRANT_REF, GNTDEV_UNMAP_GRANT_REF, GrantRef, MapGrantRef, UnmapGrantRef};
-use super::arena::{Arena, Place};
+use super::arena::{Addresses, Arena};
 use super::{open, refused};
-use crate::mapping::Mapping;
 
 const MAP: &str = "GNTTABOP_map_grant_ref";
 /// The most grants that one handle maps, if nobody set the module's parameter otherwise (`gntdev.c`).
@@ -76,25 +75,15 @@ pub(super) fn map(of: u16, first: u32, count: u32, access: Access) -> Result<Pag
     let offset = i64::try_from(index).map_err(|_| refused(io::ErrorKind::InvalidData.into()))?;
 
     let rights = if writing { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
-    let place = ARENA.take(count as usize);
-    let (at, fixed) = match &place {
-        Some(place) => (Some(place.start().addr()), MapFlags::MAP_SHARED | MapFlags::MAP_FIXED),
-        None => (None, MapFlags::MAP_SHARED),
-    };
-    // SAFETY: a new mapping, at a place that is this one's alone, or wherever there is room.
-    let start = unsafe { mmap(at, size, rights, fixed, &file, offset) }.map_err(|error| refused(error.into()))?;
-    let addresses = place.map_or_else(|| Addresses::Any(Mapping(start, size.get())), Addresses::Arena);
+    let (start, addresses) = ARENA
+        // SAFETY: a new mapping, at a place that is this one's alone, or wherever there is room.
+        .map(size, |at, fixed| unsafe { mmap(at, size, rights, MapFlags::MAP_SHARED | fixed, &file, offset) })
+        .map_err(|error| refused(error.into()))?;
     let unmap = UnmapGrantRef { index, count, pad: 0 };
     let mapped = Mapped { start, size: size.get(), addresses: Some(addresses), file: Some(file), unmap, grants };
     let mapped = Arc::new(mapped);
     lock(&MAPPED).insert(grants, Arc::downgrade(&mapped));
     Ok(mapped.pages())
-}
-
-/// Where something is mapped; until this is dropped.
-enum Addresses {
-    Arena(#[allow(dead_code)] Place),
-    Any(#[allow(dead_code)] Mapping),
 }
 
 /// Grants that are mapped by a handle.

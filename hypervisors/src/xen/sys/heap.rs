@@ -15,10 +15,9 @@ use polyvirt_core::memory::Pages;
 
 use super::super::abi::PAGE_SIZE;
 use super::super::lock;
-use super::arena::{Arena, Place};
+use super::arena::{Addresses, Arena};
 use super::gntalloc::Run;
 use super::refused;
-use crate::mapping::Mapping;
 
 const RIGHTS: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
 
@@ -41,11 +40,6 @@ struct Owner {
     _addresses: Addresses,
 }
 
-enum Addresses {
-    Arena(#[allow(dead_code)] Place),
-    Any(#[allow(dead_code)] Mapping),
-}
-
 impl Drop for Owner {
     fn drop(&mut self) {
         // Before it is unmapped: afterwards the place may be someone else's.
@@ -58,14 +52,10 @@ impl Heap {
     pub(super) fn allocate(&self, len: usize) -> Result<Pages, HypervisorError> {
         let len = len.max(1).checked_next_multiple_of(PAGE_SIZE).ok_or(HypervisorError::Exhausted("guest memory"))?;
         let size = NonZeroUsize::new(len).ok_or(HypervisorError::Exhausted("guest memory"))?;
-        let place = ARENA.take(len / PAGE_SIZE);
-        let (at, flags) = match &place {
-            Some(place) => (Some(place.start().addr()), PRIVATE_FIXED),
-            None => (None, MapFlags::MAP_PRIVATE),
-        };
-        // SAFETY: a new mapping, at a place that is this one's alone, or wherever there is room.
-        let start = unsafe { mmap_anonymous(at, size, RIGHTS, flags) }.map_err(|error| refused("mmap", error))?;
-        let addresses = place.map_or_else(|| Addresses::Any(Mapping(start, len)), Addresses::Arena);
+        let (start, addresses) = ARENA
+            // SAFETY: a new mapping, at a place that is this one's alone, or wherever there is room.
+            .map(size, |at, fixed| unsafe { mmap_anonymous(at, size, RIGHTS, MapFlags::MAP_PRIVATE | fixed) })
+            .map_err(|error| refused("mmap", error))?;
         lock(&self.allocated).insert(start.addr().get(), len);
         let owner = Owner { allocated: self.allocated.clone(), start: start.addr().get(), _addresses: addresses };
         // SAFETY: mapped until the owner is dropped; nobody has a reference to the bytes.
