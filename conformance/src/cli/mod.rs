@@ -3,6 +3,7 @@
 //! Exit codes: 0 if nothing failed or wedged, 1 if something did, 2 if the user has to change the command.
 
 mod bench;
+mod boot;
 mod check;
 mod daemon;
 mod lab;
@@ -63,6 +64,8 @@ enum Command {
     },
     /// Be a vhost-user device for any VMM: QEMU, User Mode Linux, …
     Serve(serve::ServeArgs),
+    /// Boot an unmodified Linux on our devices
+    Boot(boot::BootArgs),
     /// Real guests: unmodified Linux kernels whose own drivers use our devices
     #[command(subcommand)]
     Lab(lab::LabCommand),
@@ -188,6 +191,7 @@ fn run_command() -> ExitCode {
         None => check::run(&cli.check, None, &mut output),
         Some(Command::Check(command)) => check::run(&command.args, command.target(), &mut output),
         Some(Command::List { format }) => list::run(format, &mut output),
+        Some(Command::Boot(args)) => boot::run(&args, &mut output),
         Some(Command::Serve(args)) => serve::run(&args, &mut output),
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
         Some(Command::Lab(command)) => lab::run(&command, &mut output),

@@ -167,7 +167,7 @@ fn ready(
     output.text(&format!("{told}: ready at {place}\n"))?;
     output.flush()?;
     if let Some(handle) = terminal {
-        super::terminal::connect(handle);
+        super::terminal::connect(handle, <[u8]>::to_vec);
     }
     Ok(())
 }
@@ -198,7 +198,7 @@ fn device<M: GuestMemory + Send + 'static>(
 }
 
 /// The image as a backend, and a few words about it.
-fn disk(image: &Path, read_only: bool) -> Result<(blk::FileBackend, String), CliError> {
+pub(super) fn disk(image: &Path, read_only: bool) -> Result<(blk::FileBackend, String), CliError> {
     let mistake = |error: io::Error| CliError::Mistake(format!("image {}: {error}", image.display()));
     let file = File::options().read(true).write(!read_only).open(image).map_err(mistake)?;
     let metadata = file.metadata().map_err(mistake)?;

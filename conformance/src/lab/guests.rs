@@ -26,6 +26,8 @@ pub(crate) struct Guest {
 pub(super) struct Kernel {
     /// The package, or a package without content that depends on the current one.
     pub(super) package: &'static str,
+    /// What is special about its modules, so that it is kept beside others of its package.
+    pub(super) purpose: &'static str,
     /// The architecture by Debian's name.
     pub(super) architecture: &'static str,
     /// The release it is from.
@@ -42,7 +44,12 @@ impl Guest {
     pub(super) fn queues(&self) -> u32 {
         match &self.machine {
             Machine::Qemu(machine) => machine.processors,
-            Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) | Machine::UserMode => 1,
+            Machine::Xen(_)
+            | Machine::Dom0(_)
+            | Machine::DomU(_)
+            | Machine::Nested(_)
+            | Machine::KvmHost(_)
+            | Machine::UserMode => 1,
         }
     }
 }
@@ -58,6 +65,10 @@ pub(super) enum Machine {
     Dom0(Qemu),
     /// A machine of QEMU's whose kernel is Xen: domain 0 serves PV domains, which have our own drivers.
     DomU(Qemu),
+    /// A machine of QEMU's whose kernel has KVM: this program's VMM runs the guest there.
+    Nested(Nested),
+    /// A machine of QEMU's whose kernel has KVM: the suite runs there.
+    KvmHost(Nested),
     /// The kernel is a process of the host: User Mode Linux.
     UserMode,
 }
@@ -116,6 +127,28 @@ impl Xen {
     /// What emulates it.
     pub(super) fn emulator(&self) -> Part {
         Part::Emulator(self.package, self.suite)
+    }
+}
+
+/// A machine of QEMU's that is a host with KVM.
+#[derive(Debug)]
+pub(super) struct Nested {
+    /// Debian's package.
+    pub(super) package: &'static str,
+    /// The program in it.
+    pub(super) program: &'static str,
+    /// `-cpu`.
+    pub(super) cpu: &'static str,
+    /// The host's kernel.
+    pub(super) kernel: &'static Kernel,
+    /// Whether the guest's devices offer packed rings.
+    pub(super) packed: bool,
+}
+
+impl Nested {
+    /// What emulates it.
+    pub(super) fn emulator(&self) -> Part {
+        Part::Emulator(self.package, EMULATORS)
     }
 }
 
@@ -220,6 +253,11 @@ const OFFERED_PACKED: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
 /// And so does QEMU for this one.
 const RNG: Device = Device { kind: Kind::Rng, variant: "packed", options: "", features: &[VERSION_1, RING_PACKED] };
 
+const SPLIT_RNG: Device = Device { variant: "split", features: &[VERSION_1], ..RNG };
+/// Without VERSION_1.
+const LEGACY: Device = blk("split", "", &[]);
+const LEGACY_RNG: Device = Device { features: &[], ..SPLIT_RNG };
+
 const fn blk(variant: &'static str, options: &'static str, features: &'static [u32]) -> Device {
     Device { kind: Kind::Blk, variant, options, features }
 }
@@ -230,21 +268,27 @@ const NEXT: &str = "trixie";
 
 static UML: Kernel = Kernel {
     package: "user-mode-linux",
+    purpose: "",
     architecture: "amd64",
     suite: STABLE,
     image: ("usr/bin", "linux"),
     modules: &[],
 };
-static X86: Kernel = Kernel {
+static X86: Kernel = CLOUD;
+const CLOUD: Kernel = Kernel {
     package: "linux-image-cloud-amd64",
+    purpose: "",
     architecture: "amd64",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
     modules: &["virtio_pci", "virtio_mmio"],
 };
+/// A host with KVM. It has NVMe built in.
+static KVM: Kernel = Kernel { purpose: "kvm", modules: &["irqbypass", "kvm", "kvm_amd"], ..CLOUD };
 /// Of both domains.
 static XEN: Kernel = Kernel {
     package: "linux-image-amd64",
+    purpose: "",
     architecture: "amd64",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
@@ -262,6 +306,7 @@ static XEN: Kernel = Kernel {
 };
 static S390X: Kernel = Kernel {
     package: "linux-image-s390x",
+    purpose: "",
     architecture: "s390x",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
@@ -269,6 +314,7 @@ static S390X: Kernel = Kernel {
 };
 static PPC64LE: Kernel = Kernel {
     package: "linux-image-powerpc64le",
+    purpose: "",
     architecture: "ppc64el",
     suite: STABLE,
     image: ("boot", "vmlinux-"),
@@ -276,6 +322,7 @@ static PPC64LE: Kernel = Kernel {
 };
 static AARCH64: Kernel = Kernel {
     package: "linux-image-cloud-arm64",
+    purpose: "",
     architecture: "arm64",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
@@ -283,6 +330,7 @@ static AARCH64: Kernel = Kernel {
 };
 static RISCV64: Kernel = Kernel {
     package: "linux-image-riscv64",
+    purpose: "",
     architecture: "riscv64",
     suite: NEXT,
     image: ("boot", "vmlinu"),
@@ -328,7 +376,16 @@ const DOM0: Qemu = Qemu {
     firmware: None,
 };
 
-static GUESTS: [Guest; 11] = [
+const KVM_HOST: Nested = Nested {
+    package: "qemu-system-x86",
+    program: "qemu-system-x86_64",
+    // Without nested page tables Linux does not start as a guest.
+    cpu: "max,+svm,+npt",
+    kernel: &KVM,
+    packed: false,
+};
+
+static GUESTS: [Guest; 15] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
@@ -495,6 +552,39 @@ static GUESTS: [Guest; 11] = [
             domain: include_str!("scripts/pvh.cfg"),
         }),
         devices: &[OFFERED_PACKED],
+    },
+    Guest {
+        name: "kvm-nested",
+        about: "our VMM on KVM, with a PCI bus of modern devices",
+        transport: "pci",
+        kernel: &X86,
+        machine: Machine::Nested(Nested { packed: true, ..KVM_HOST }),
+        devices: &[OFFERED_PACKED, RNG],
+    },
+    Guest {
+        name: "kvm-nested",
+        about: "our VMM on KVM, with a PCI bus of devices driven by their legacy interface",
+        transport: "pci-legacy",
+        kernel: &X86,
+        machine: Machine::Nested(KVM_HOST),
+        devices: &[LEGACY, LEGACY_RNG],
+    },
+    Guest {
+        name: "kvm-nested",
+        about: "our VMM on KVM, with devices in memory, found by ACPI",
+        transport: "mmio",
+        kernel: &X86,
+        machine: Machine::Nested(KVM_HOST),
+        devices: &[SPLIT, SPLIT_RNG],
+    },
+    Guest {
+        name: "kvm-nested-suite",
+        about: "the suite on KVM",
+        transport: "pci",
+        kernel: &KVM,
+        machine: Machine::KvmHost(KVM_HOST),
+        // Its cells are those of the suite.
+        devices: &[],
     },
 ];
 

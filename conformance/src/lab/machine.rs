@@ -28,6 +28,9 @@ pub(super) fn command(guest: &Guest, cache: &Cache, boot: &Boot<'_>) -> Result<C
         Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) => {
             Err(LabError::Host("domain 0 serves the devices of a guest on Xen".to_owned()))
         }
+        Machine::Nested(_) | Machine::KvmHost(_) => {
+            Err(LabError::Host("the host serves the devices of a guest on KVM".to_owned()))
+        }
         Machine::UserMode if consts::ARCH == "x86_64" => Ok(user_mode(boot)),
         Machine::UserMode => {
             Err(LabError::Host(format!("Debian's User Mode Linux runs on x86_64, not on {}", consts::ARCH)))
@@ -42,6 +45,7 @@ pub(super) fn version(guest: &Guest, cache: &Cache) -> Option<String> {
             program(&machine.emulator(), machine.program, cache)
         }
         Machine::Xen(machine) => program(&machine.emulator(), machine.program, cache),
+        Machine::Nested(machine) | Machine::KvmHost(machine) => program(&machine.emulator(), machine.program, cache),
         Machine::UserMode => return None,
     };
     let told = tool::run(emulator.arg("--version")).ok()?;

@@ -32,6 +32,7 @@ impl Part {
             Machine::Qemu(qemu) => vec![qemu.emulator()],
             Machine::Xen(xen) => vec![xen.emulator(), Self::Xen],
             Machine::Dom0(qemu) | Machine::DomU(qemu) => vec![qemu.emulator(), Self::Xen],
+            Machine::Nested(host) | Machine::KvmHost(host) => vec![host.emulator(), Self::Kernel(host.kernel)],
             Machine::UserMode => Vec::new(),
         };
         machine.into_iter().chain([Self::Kernel(guest.kernel), Self::tools(guest)]).collect()
@@ -47,7 +48,8 @@ impl Part {
         match self {
             Self::Emulator(package, EMULATORS) => format!("emulators/{package}"),
             Self::Emulator(package, suite) => format!("emulators/{package}-{suite}"),
-            Self::Kernel(kernel) => format!("kernels/{}", kernel.package),
+            Self::Kernel(Kernel { package, purpose: "", .. }) => format!("kernels/{package}"),
+            Self::Kernel(Kernel { package, purpose, .. }) => format!("kernels/{package}-{purpose}"),
             Self::Tools(_, architecture) => format!("tools/{TOOLS}-{architecture}"),
             Self::Xen => "xen".to_owned(),
         }

@@ -11,7 +11,7 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::server::Server;
 use super::transcript::Transcript;
-use super::{Cache, LabError, dom0, domu, initramfs, machine, xen};
+use super::{Cache, LabError, dom0, domu, initramfs, machine, nested, suite, xen};
 use crate::report::{Case, Cell, Failure, Outcome, Skipped};
 
 /// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
@@ -35,8 +35,9 @@ pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn F
             Err(error) => {
                 let told = Transcript::without_a_start(&error);
                 match guest.machine {
-                    Machine::Dom0(_) => cells.extend(dom0::without(guest, &error)),
+                    Machine::Dom0(_) => cells.extend(suite::without(guest, &dom0::CELLS, &error)),
                     Machine::DomU(_) => cells.extend(domu::without(guest, &error)),
+                    Machine::KvmHost(_) => cells.extend(suite::without(guest, &nested::CELLS, &error)),
                     _ => {}
                 }
                 cells.extend(guest.devices.iter().map(|device| match error.is_absence() {
@@ -67,7 +68,7 @@ impl Served {
         };
         let socket = folder.join(format!("{device}.sock"));
         let server = match &guest.machine {
-            Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) => None,
+            Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) | Machine::Nested(_) | Machine::KvmHost(_) => None,
             Machine::Qemu(_) | Machine::UserMode => {
                 let image = image.as_ref().map(|image| &*image.path);
                 Some(Server::start(device, image, guest.queues(), &socket)?)
@@ -91,11 +92,10 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     match &guest.machine {
         Machine::Dom0(machine) => return dom0::run(cache, guest, machine, progress),
         Machine::DomU(machine) => return domu::run(cache, guest, machine, progress),
+        Machine::KvmHost(machine) => return nested::run(cache, guest, machine, progress),
         _ => {}
     }
-    let place = Part::Kernel(guest.kernel).place(cache);
-    let not_there = || LabError::NotSetUp { what: place.display().to_string(), guest: guest.name };
-    let kernel = Kept::open(&place, guest.kernel).ok_or_else(not_there)?;
+    let kernel = Kept::of(guest.kernel, guest, cache)?;
 
     // Not in the cache: a socket's path is short.
     let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
@@ -111,6 +111,10 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
         let image = &*disk.ok_or_else(|| LabError::Host("a guest on Xen needs a disk".to_owned()))?.path;
         let boot = xen::Boot { kernel: &kernel, initramfs: &archive, busybox: &busybox, image, folder };
         xen::command(xen, cache, &boot)?
+    } else if let Machine::Nested(host) = &guest.machine {
+        let disks: Vec<_> = served.iter().filter_map(|served| Some(&*served.image.as_ref()?.path)).collect();
+        let boot = nested::Boot { kernel: &kernel, initramfs: &archive, disks: &disks, folder };
+        nested::command(guest, host, cache, &boot)?
     } else {
         let initramfs = folder.join("initramfs");
         fs::write(&initramfs, archive).map_err(LabError::file(&initramfs))?;
@@ -120,7 +124,7 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     };
     let firmware = match &guest.machine {
         Machine::Qemu(machine) => machine.firmware,
-        Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) | Machine::UserMode => None,
+        _ => None,
     };
     let told = boot(&command, firmware, &mut |event| {
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
@@ -130,14 +134,16 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
         return Ok(guest.devices.iter().map(|device| broken(guest, device, &told)).collect());
     };
     let xen = told.event("dom0", "xen").map(|event| format!("Xen {}", event.details));
+    let kvm = told.event("host", "kvm").map(|event| format!("KVM of Linux {}", event.details));
     let linux = Some(format!("Linux {version}"));
-    let versions: Vec<_> = linux.into_iter().chain(xen).chain(machine::version(guest, cache)).collect();
+    let versions: Vec<_> = linux.into_iter().chain(xen).chain(kvm).chain(machine::version(guest, cache)).collect();
     let disks = driven.iter().filter(|device| device.kind == Kind::Blk).count();
     let mut cells = Vec::new();
     for Served { device, image, server, .. } in &mut served {
         let after = image.as_ref().map(|image| image.after().map_err(LabError::file(&image.path))).transpose()?;
         let disk = image.as_ref().zip(after.as_ref());
-        let in_order = || told.event("dom0", "served").is_some_and(|event| event.details == "0");
+        let served = ["dom0", "host"].iter().find_map(|host| told.event(host, "served"));
+        let in_order = || served.is_some_and(|event| event.details == "0");
         let (queues, server_runs) = (guest.queues(), server.as_mut().map_or_else(in_order, Server::runs));
         cells.push(cell(guest, &Evidence { device, queues, disks, disk, told: &told, server_runs }, &versions));
     }

@@ -8,7 +8,7 @@ use super::cpio::Archive;
 use super::guests::Xen;
 use super::kernel::Kept;
 use super::parts::Part;
-use super::{Cache, LabError, machine, tool};
+use super::{Cache, LabError, libraries, machine, tool};
 
 /// Debian's packages, all of one release: the hypervisor, its tools, their libraries.
 pub(super) const PACKAGES: [&str; 14] = [
@@ -118,68 +118,33 @@ pub(super) fn first_files(
     }
     let unpacked = Part::Xen.place(cache);
     let mut archive = Archive::default();
-    for folder in ["bin", "etc", "etc/xen", "lib", "lib64", "modules", "var", "var/lib", "var/log", "var/log/xen"] {
+    for folder in ["bin", "etc", "etc/xen", "modules", "var", "var/lib", "var/log", "var/log/xen"] {
         archive.folder(folder);
     }
     for (end, _) in TOOLS.match_indices('/').chain([(TOOLS.len(), "")]) {
         archive.folder(&TOOLS[..end]);
     }
-    let mut add = |name: &str, permissions: u32, path: &Path| {
-        let content = fs::read(path).map_err(LabError::file(path))?;
-        archive.file(name, permissions, &content);
-        Ok::<_, LabError>(())
-    };
     let this = std::env::current_exe().map_err(LabError::file(Path::new("/proc/self/exe")))?;
     let paths: Vec<_> = tools.iter().map(|name| unpacked.join(TOOLS).join(name)).collect();
     let store = unpacked.join("usr/bin/xenstore");
-    add("bin/busybox", 0o755, busybox)?;
-    add("bin/polyvirt", 0o755, &this)?;
+    archive.copy("bin/busybox", 0o755, busybox)?;
+    archive.copy("bin/polyvirt", 0o755, &this)?;
     // One program, which goes by the name it was called by.
-    add("bin/xenstore-exists", 0o755, &store)?;
+    archive.copy("bin/xenstore-exists", 0o755, &store)?;
     for (name, path) in tools.iter().zip(&paths) {
-        add(&format!("{TOOLS}/{name}"), 0o755, path)?;
+        archive.copy(&format!("{TOOLS}/{name}"), 0o755, path)?;
     }
     let programs: Vec<&Path> = paths.iter().map(PathBuf::as_path).chain([&*store, &*this]).collect();
-    for library in libraries(&unpacked, &programs)? {
-        let name = library.file_name().unwrap_or_default().to_string_lossy();
-        let folder = if name.starts_with("ld-linux") { "lib64" } else { "lib" };
-        add(&format!("{folder}/{name}"), 0o755, &library)?;
-    }
+    libraries::add(&mut archive, Some(&unpacked), &programs)?;
     for module in &kernel.modules {
         let name = module.file_name().unwrap_or_default().to_string_lossy();
-        add(&format!("modules/{name}"), 0o644, module)?;
+        archive.copy(&format!("modules/{name}"), 0o644, module)?;
     }
     for (name, content) in ACCOUNTS {
         archive.file(&format!("etc/{name}"), 0o644, content.as_bytes());
     }
     archive.file("init", 0o755, init.as_bytes());
     Ok(archive)
-}
-
-/// The shared libraries of `programs`: those of the packages in `unpacked`, the others from the host.
-fn libraries(unpacked: &Path, programs: &[&Path]) -> Result<Vec<PathBuf>, LabError> {
-    let mut found: Vec<PathBuf> = Vec::new();
-    let mut list = Command::new("ldd");
-    list.env("LD_LIBRARY_PATH", unpacked.join("usr/lib/x86_64-linux-gnu")).args(programs);
-    // It fails if one of them is static, and lists the others all the same; what is missing shows in the guest.
-    let told = list.output().map_err(|error| LabError::Missing { program: "ldd".to_owned(), error })?;
-    let told = String::from_utf8_lossy(&told.stdout).into_owned();
-    // xl opens it when a thread ends.
-    let unwinder = ["/lib/x86_64-linux-gnu/libgcc_s.so.1", "/usr/lib/x86_64-linux-gnu/libgcc_s.so.1"];
-    let unwinder = unwinder.iter().map(Path::new).find(|path| path.exists());
-    for path in told.lines().filter_map(library).chain(unwinder) {
-        if !found.iter().any(|known| known.file_name() == path.file_name()) {
-            found.push(path.to_owned());
-        }
-    }
-    Ok(found)
-}
-
-/// The file that a line of ldd's names.
-fn library(line: &str) -> Option<&Path> {
-    // "  libz.so.1 => /lib/libz.so.1 (0x…)", or for the loader "  /lib64/ld-linux-x86-64.so.2 (0x…)"
-    let (_, path) = line.split_once("=> ").unwrap_or(("", line.trim()));
-    path.split(' ').next().map(Path::new).filter(|path| path.is_absolute() && path.is_file())
 }
 
 /// The kernel's own file inside a bzImage, if it is compressed with xz (Documentation/x86/boot.rst).
@@ -222,19 +187,6 @@ mod tests {
         assert_eq!(payload(&image), Some(XZ));
         for len in [0, 0x1f2, 0x24e, start + XZ.len() - 1] {
             assert_eq!(payload(&image[..len]), None, "{len}");
-        }
-    }
-
-    #[test]
-    fn libraries_are_those_that_are_files() {
-        let this = std::env::current_exe().unwrap();
-        let (this, name) = (this.display(), "libany.so.1");
-        assert_eq!(library(&format!("\t{name} => {this} (0x7f00)")), Some(Path::new(&this.to_string())));
-        assert_eq!(library(&format!("\t{this} (0x7f00)")), Some(Path::new(&this.to_string())));
-        for line in
-            ["\tlinux-vdso.so.1 (0x7ffc)", "\tlibno.so => not found", "/bin/program:", "\tnot a dynamic executable", ""]
-        {
-            assert_eq!(library(line), None, "{line}");
         }
     }
 }

@@ -1,38 +1,10 @@
-#!/bin/busybox sh
-# The first process of domain 0 of Xen: runs one cell of the suite, which is $device and $ring of the kernel's command
-# line, and tells its result as base64, a line at a time.
-bin=/usr/lib/xen-4.17/bin
-export PATH=/bin:$bin LD_LIBRARY_PATH=/lib
-/bin/busybox --install -s /bin
-mkdir -p /proc /sys /dev /run/xen /run/xenstored /run/lock /var/lib/xen /var/lib/xenstored /tmp
-ln -s ../run /var/run
-ln -s ../run/lock /var/lock
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev 2>/dev/null
 
-tell() { echo "LAB $*"; }
-
-tell guest kernel "$(uname -r)"
-for module in /modules/*xen*.ko; do
-    insmod "$module" || tell guest complaint "insmod ${module##*/} failed"
-done
-# Pages that it grants at a time: the module's own limit is less than a case takes.
-echo 16384 >/sys/module/xen_gntalloc/parameters/limit
-mount -t xenfs xenfs /proc/xen
-xenstored --pid-file /run/xen/xenstored.pid
+# Runs the cells of the suite that $hypervisor, $transport, $device and $ring select, the last three from the kernel's
+# command line, and tells the result as base64, a line at a time.
+tell suite begins "$transport" "$device" "$ring"
 turn=0
-until xenstore-exists / || [ $turn = 300 ]; do
-    sleep 0.1
-    turn=$((turn + 1))
-done
-xen-init-dom0 >/dev/null
-tell suite begins "$device" "$ring"
-
-# Memory that was used stays mapped: the page tables of a domain are Xen's to check, and to make and free them is slow.
-export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=1000000000 MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_TOP_PAD_=8000000
-polyvirt xen-refusals 2>&1 | while read -r line; do tell refusal "$line"; done
-polyvirt check --hypervisor xen --device "$device" --ring "$ring" --quiet --format json >/report 2>/said &
+polyvirt check --hypervisor "$hypervisor" --transport "$transport" --device "$device" --ring "$ring" \
+    --quiet --format json >/report 2>/said &
 while [ -e /proc/$! ] && ! grep -q 'State:.*Z' /proc/$!/status 2>/dev/null; do
     sleep 1
     turn=$((turn + 1))
@@ -42,7 +14,8 @@ done
 wait $!
 status=$?
 head -n 5 /said | while read -r line; do tell suite said "$line"; done
-base64 -w 1500 /report | while read -r line; do tell report part "$line"; done
+# What it is indented by says nothing.
+sed 's/^ *//' /report | base64 -w 1500 | while read -r line; do tell report part "$line"; done
 dmesg | grep -E 'segfault|WARNING: CPU|BUG:|Oops' | head -n 5 | while read -r line; do tell guest complaint "$line"; done
 tell suite ended $status
 tell guest end
