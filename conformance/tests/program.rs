@@ -83,6 +83,18 @@ fn a_wrong_command_line_is_a_mistake() {
 }
 
 #[test]
+fn a_device_is_served_to_someone_who_is_there() {
+    assert_mistake(&run(&["serve", "rng"]), &["--socket"]);
+    assert_mistake(&run(&["serve", "rng", "--socket", "x", "--xen-domain", "1"]), &["--xen-domain"]);
+    assert_mistake(&run(&["serve", "rng", "--iommu", "--xen-domain", "1"]), &["--xen-domain"]);
+    if fs::read_to_string("/sys/hypervisor/type").is_ok_and(|kind| kind.trim() == "xen") {
+        println!("skipped: a domain that cannot be served, since this is Xen");
+        return;
+    }
+    assert_mistake(&run(&["serve", "rng", "--xen-domain", "1"]), &["domain 1"]);
+}
+
+#[test]
 fn an_image_that_is_none_is_a_mistake() {
     assert_mistake(&check(&BLOCK, &["--image", "/nowhere/disk.img"]), &["/nowhere/disk.img", "No such file"]);
     assert_mistake(&check(&BLOCK, &["--image", "/"]), &["not a regular file"]);

@@ -17,6 +17,12 @@ pub trait Device<M: GuestMemory>: Send {
     /// The device type's own features that it offers; the core adds those of rings and transports.
     fn features(&self) -> Features;
 
+    /// Features that are not offered, although the core or the transport could carry them out: for drivers that are to
+    /// show what they do without.
+    fn withheld(&self) -> Features {
+        Features::empty()
+    }
+
     /// The most entries of each queue; its length is the number of queues.
     fn queue_max_sizes(&self) -> &[u16];
 

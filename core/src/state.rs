@@ -152,13 +152,11 @@ impl<M: GuestMemory> VirtioDevice<M> {
     /// The features offered: the device type's, the transport's, and those that the core carries out for every device.
     pub fn device_features(&self) -> Features {
         let rings = Features::INDIRECT_DESC | Features::EVENT_IDX;
-        self.device.features()
-            | self.transport_features
-            | rings
-            | match self.interface {
-                Interface::Modern => Features::VERSION_1 | Features::IN_ORDER | Features::SUSPEND,
-                Interface::Legacy(_) => Features::ANY_LAYOUT,
-            }
+        let core = match self.interface {
+            Interface::Modern => Features::VERSION_1 | Features::IN_ORDER | Features::SUSPEND,
+            Interface::Legacy(_) => Features::ANY_LAYOUT,
+        };
+        (self.device.features() | self.transport_features | rings | core) - self.device.withheld()
     }
 
     /// The features accepted so far.

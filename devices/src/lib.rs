@@ -10,5 +10,9 @@ pub mod blk;
 pub mod console;
 mod driver;
 pub mod rng;
+#[cfg(feature = "std")]
+mod without;
 
 pub use driver::DriverError;
+#[cfg(feature = "std")]
+pub use without::Without;

@@ -19,6 +19,8 @@ pub mod loopback;
 pub use flat_share::FlatShare;
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 pub mod xen;
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub mod xen_hvm;
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 mod elsewhere {

@@ -24,6 +24,8 @@ pub use devices::Kind;
 use guard::Guarded;
 pub(crate) use pci::{MEMORY, PORTS};
 pub use pci::{OnPci, Pci, PciLegacy};
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+pub use ports::XenHvm;
 pub use ports::{Kvm, Lguest, Loopback, Xen};
 pub use wires::{LguestPage, Mmio, MmioLegacy, Xenbus};
 
@@ -36,6 +38,9 @@ use crate::suite::{
 const RAM: usize = 8 << 20;
 /// How long a case waits for what a saboteur may never do.
 const SABOTEUR_WATCHDOG: Duration = Duration::from_secs(1);
+
+/// How long any case waits for an event where an emulated processor does everything.
+const EMULATED_WATCHDOG: Duration = Duration::from_secs(60);
 
 /// The cells of the default matrix, in its order.
 pub fn cells() -> Vec<Arc<dyn Target>> {
@@ -57,6 +62,8 @@ pub fn models() -> Vec<Arc<dyn Target>> {
         targets::<Loopback, MmioLegacy>(),
         targets::<OnPci<Loopback>, Pci>(),
         targets::<OnPci<Loopback>, PciLegacy>(),
+        #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+        targets::<XenHvm, Pci>(),
     ]
     .concat()
 }
@@ -204,6 +211,9 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
         let (transport, registers) = W::connect(&guest, place).map_err(|error| error.to_string())?;
         let machine: Box<dyn Any + Send> = Box::new((guest, host));
         let mut session = Session::new(self.cell(), transport, machine);
+        if session.cell.evidence == Evidence::Emulated {
+            session.watchdog = EMULATED_WATCHDOG;
+        }
         session.probe = (!matches!(variant, Variant::Image(_))).then_some(probe);
         (session.far_side, session.registers) = (far_side, registers);
         (session.memory_end, session.alarm) = (memory_end, alarm);
@@ -261,10 +271,13 @@ fn memory_end(memory: &impl GuestMemory, guest: &impl Share) -> Option<u64> {
     let pages = guest.allocate(1).ok()?;
     let address = guest.share(&pages, Access::READ).ok()?;
     let reaches = |len| memory.resolve(address, len, Access::READ, |_| {}).is_ok();
+    let own = pages.len() as u64;
     // The largest length that can be resolved, bit by bit.
-    let len = (0..48).rev().map(|bit| 1 << bit).fold(0, |len, bit| if reaches(len + bit) { len + bit } else { len });
+    let longer = |len, bit| if reaches(len + bit) { len + bit } else { len };
+    // Looked for only where memory goes on: to be refused very many grants takes Xen a second.
+    let len = if reaches(own + 1) { (0..48).rev().map(|bit| 1 << bit).fold(0, longer) } else { 0 };
     let _ = guest.unshare(address);
-    (len > pages.len() as u64).then_some(address + len)
+    (len > own).then_some(address + len)
 }
 
 /// Reads guest memory in the device's place.

@@ -43,3 +43,9 @@ ports! {
     /// No hypervisor: both halves in one process.
     Loopback: loopback, Evidence::Model;
 }
+
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+ports! {
+    /// Xen as a device model meets it, over the model; the lab has the real one.
+    XenHvm: xen_hvm, Evidence::Model;
+}

@@ -11,8 +11,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use polyvirt_conformance::cells::{Port as _, Xen};
 use polyvirt_conformance::daemon::Expectations;
-use polyvirt_conformance::suite::{self, BLK, Case, Progress as Step, Target, run_cell_within};
+use polyvirt_conformance::suite::{self, BLK, Case, Evidence, Progress as Step, Target, run_cell_within};
 use polyvirt_conformance::{cases, cells};
 use tempfile::NamedTempFile;
 
@@ -24,8 +25,8 @@ use super::{CheckArgs, CheckFormat, CliError, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
 use crate::report::{self, Cell, Facts, ImageSource, Report};
 
-/// How long a case may take with a daemon: every kick wakes another process.
-const DAEMON_WATCHDOG: Duration = Duration::from_secs(120);
+/// How long a case may take with a daemon, where every kick wakes another process, and on an emulated processor.
+const FAR_WATCHDOG: Duration = Duration::from_secs(300);
 /// The page's name inside the directory of `--report`.
 const PAGE: &str = "report.html";
 
@@ -137,7 +138,8 @@ fn run_cells(
     let progress = Progress::new(steps, quiet);
     let run = |target: &Arc<dyn Target>| {
         let cell = target.cell();
-        let watchdog = if cell.hypervisor == daemon::HYPERVISOR { DAEMON_WATCHDOG } else { suite::CASE_WATCHDOG };
+        let far = cell.hypervisor == daemon::HYPERVISOR || cell.evidence == Evidence::Emulated;
+        let watchdog = if far { FAR_WATCHDOG } else { suite::CASE_WATCHDOG };
         let mut result = run_cell_within(target, &cases, watchdog, &mut |step| match step {
             Step::Started(case) => progress.at(format!("{cell}: {}", case.name)),
             Step::Finished(_) => progress.step(),
@@ -149,9 +151,14 @@ fn run_cells(
         told.versions = target.versions();
         told
     };
-    // A daemon has one driver at a time.
-    let ours = targets.iter().all(|target| target.cell().hypervisor != daemon::HYPERVISOR);
-    let at_once = if ours { thread::available_parallelism().map_or(1, NonZero::get) } else { 1 };
+    // A daemon has one driver at a time, and so has the bus of a real Xen's domain 0.
+    let alone = |cell: suite::Cell| match cell.hypervisor {
+        daemon::HYPERVISOR => true,
+        Xen::NAME => cell.evidence != Evidence::Model,
+        _ => false,
+    };
+    let alone = targets.iter().any(|target| alone(target.cell()));
+    let at_once = if alone { 1 } else { thread::available_parallelism().map_or(1, NonZero::get) };
     let mut cells = in_order(targets, at_once, run);
     // Alone, since it is about speed too.
     for (target, cell) in targets.iter().zip(&mut cells) {

@@ -54,7 +54,9 @@ pub(super) fn run(command: &LabCommand, output: &mut Output) -> Result<u8, CliEr
 
 /// The guests that were asked for, in the order of the lab.
 fn select(asked: &[String]) -> Result<Vec<&'static Guest>, CliError> {
-    let names: Vec<_> = lab::guests().iter().map(|guest| guest.name).collect();
+    let mut names: Vec<_> = lab::guests().iter().map(|guest| guest.name).collect();
+    // A name may stand for several.
+    names.dedup();
     let selection = Selection::new("guest", asked, &names)?;
     Ok(lab::guests().iter().filter(|guest| selection.has(guest.name)).collect())
 }

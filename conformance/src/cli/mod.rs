@@ -3,6 +3,7 @@
 //! Exit codes: 0 if nothing failed or wedged, 1 if something did, 2 if the user has to change the command.
 
 mod bench;
+mod boot;
 mod check;
 mod daemon;
 mod lab;
@@ -13,6 +14,8 @@ mod progress;
 mod select;
 mod serve;
 mod terminal;
+mod xen_guest;
+mod xen_refusals;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -61,12 +64,20 @@ enum Command {
     },
     /// Be a vhost-user device for any VMM: QEMU, User Mode Linux, …
     Serve(serve::ServeArgs),
+    /// Boot an unmodified Linux on our devices
+    Boot(boot::BootArgs),
     /// Real guests: unmodified Linux kernels whose own drivers use our devices
     #[command(subcommand)]
     Lab(lab::LabCommand),
     /// Do what the one says who holds the other end of standard input: the guest's half of a cell on a real Xen
     #[command(name = xen::HANDS, hide = true)]
     XenHands,
+    /// Drive the disk of a domain of the lab
+    #[command(hide = true)]
+    XenGuest(xen_guest::XenGuestArgs),
+    /// Try what Xen is to refuse
+    #[command(hide = true)]
+    XenRefusals,
     /// The statements of VIRTIO 1.4 that cases judge
     Ledger {
         /// How to tell it
@@ -180,10 +191,13 @@ fn run_command() -> ExitCode {
         None => check::run(&cli.check, None, &mut output),
         Some(Command::Check(command)) => check::run(&command.args, command.target(), &mut output),
         Some(Command::List { format }) => list::run(format, &mut output),
+        Some(Command::Boot(args)) => boot::run(&args, &mut output),
         Some(Command::Serve(args)) => serve::run(&args, &mut output),
         Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
         Some(Command::Lab(command)) => lab::run(&command, &mut output),
         Some(Command::XenHands) => xen::hands().map(|()| SUCCESS).map_err(|error| CliError::Mistake(error.to_string())),
+        Some(Command::XenRefusals) => xen_refusals::run(&mut output),
+        Some(Command::XenGuest(args)) => xen_guest::run(&args, &mut output),
         Some(Command::Ledger { format }) => ledger::run(format, &mut output),
     };
     let code = done.and_then(|code| output.finish().map(|()| code).map_err(CliError::Output));

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use polyvirt_core::Features;
 use polyvirt_core::device::Device;
+use polyvirt_core::memory::GuestMemory;
 use polyvirt_devices::{blk, console, rng};
 use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen, outlive_truncation};
 
@@ -58,21 +59,126 @@ enum Served {
 #[derive(Args)]
 struct At {
     /// The socket that front ends connect to, one after another; one that nobody listens on is replaced
-    #[arg(long, value_name = "PATH")]
-    socket: PathBuf,
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["xen_domain", "xenbus"])]
+    socket: Option<PathBuf>,
     /// Offer to have device addresses translated by the front end (VIRTIO_F_ACCESS_PLATFORM): for guests behind an IOMMU
-    #[arg(long)]
+    #[arg(long, conflicts_with = "xen_domain")]
     iommu: bool,
+    /// In domain 0 of Xen, in place of a socket: put the device on a PCI bus of this PVH domain, which must not run yet
+    /// (xl create -p), and serve it until the domain is gone
+    #[arg(long, value_name = "ID", conflicts_with = "socket")]
+    xen_domain: Option<u16>,
+    /// In domain 0 of Xen, in place of a socket: serve domains over grants, event channels and xenstore, one after
+    /// another, each until it is gone; their numbers come on standard input, one a line
+    #[arg(long, conflicts_with_all = ["socket", "xen_domain", "iommu"])]
+    xenbus: bool,
     /// The newest format of rings to offer: front ends such as User Mode Linux use packed rings whenever they can
     #[arg(long, value_name = "FORMAT", default_value = "packed", value_parser = ["split", "packed"])]
     ring: String,
 }
 
-/// Serves what `args` say until the process is ended.
+/// Serves what `args` say until the process is ended, or the domain is gone.
 pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
-    let mut terminal = None;
-    let (device, told, At { socket, iommu, ring }): (Box<dyn Device<Memory>>, _, _) = match &args.device {
-        Served::Blk { image, read_only, queues, at } => {
+    let (Served::Blk { at, .. } | Served::Console { at } | Served::Rng { at }) = &args.device;
+    if at.xenbus {
+        return xenbus(args, output);
+    }
+    match (&at.socket, at.xen_domain) {
+        (_, Some(domain)) => xen(args, domain, output),
+        (Some(socket), None) => vhost_user(args, socket, at, output),
+        (None, None) => Err(CliError::Mistake("none of --socket, --xen-domain and --xenbus says for whom".into())),
+    }
+}
+
+/// Serves whoever connects to `socket`.
+fn vhost_user(args: &ServeArgs, socket: &Path, at: &At, output: &mut Output) -> Result<u8, CliError> {
+    let (device, told, terminal) = device::<Memory>(args)?;
+    let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", socket.display()));
+    let listener = bind(socket).map_err(|error| mistake(&error))?;
+    let stop = Stop::new().map_err(|error| mistake(&error))?;
+    outlive_truncation().map_err(|error| mistake(&error))?;
+    let mut features = if at.ring == "packed" { Features::RING_PACKED } else { Features::empty() };
+    features.set(Features::ACCESS_PLATFORM, at.iommu);
+    let mut backend = Backend::new(device, features).map_err(|error| mistake(&error))?;
+    ready(&told, &socket.display(), terminal, output)?;
+    listen(&listener, &mut backend, &stop, |_| {}).map_err(|error| mistake(&error))?;
+    Ok(SUCCESS)
+}
+
+/// Serves domain `id` of Xen, until it is gone.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn xen(args: &ServeArgs, id: u16, output: &mut Output) -> Result<u8, CliError> {
+    use polyvirt_core::hypervisor::{Host as _, HypervisorError};
+    use polyvirt_hypervisors::xen_hvm;
+    use polyvirt_transports::pci::{Generation, attach};
+
+    let (device, told, terminal) = device(args)?;
+    let mistake = |error: HypervisorError| CliError::Mistake(format!("Xen's domain {id}: {error}"));
+    let (domain, mut host) = xen_hvm::open(id).map_err(mistake)?;
+    let memory = host.memory();
+    attach(&mut host, memory, device, Generation::Modern).map_err(mistake)?;
+    ready(&told, &format_args!("domain {id}"), terminal, output)?;
+    domain.wait_for_its_end();
+    Ok(SUCCESS)
+}
+
+/// Serves domains of Xen over its own bus, one after another.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn xenbus(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
+    use polyvirt_core::hypervisor::{Host as _, HypervisorError};
+    use polyvirt_hypervisors::xen;
+    use polyvirt_transports::xenbus::attach;
+
+    for line in std::io::stdin().lines() {
+        let line = line.map_err(|error| CliError::Mistake(format!("standard input: {error}")))?;
+        let id = line.trim().parse::<u16>();
+        let id = id.map_err(|error| CliError::Mistake(format!("'{line}' is no number of a domain: {error}")))?;
+        let mistake = |error: HypervisorError| CliError::Mistake(format!("Xen's domain {id}: {error}"));
+        let (device, told, terminal) = device(args)?;
+        let mut host = xen::serve(id).map_err(mistake)?;
+        let memory = host.memory();
+        attach(&mut host, memory, device).map_err(mistake)?;
+        ready(&told, &format_args!("domain {id}"), terminal, output)?;
+        xen::wait_for_its_end(&host).map_err(mistake)?;
+        drop(host);
+        output.text(&format!("domain {id} is gone\n"))?;
+        output.flush()?;
+    }
+    Ok(SUCCESS)
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn xenbus(_: &ServeArgs, _: &mut Output) -> Result<u8, CliError> {
+    Err(CliError::Mistake("--xenbus needs Linux on x86_64".into()))
+}
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+fn xen(_: &ServeArgs, _: u16, _: &mut Output) -> Result<u8, CliError> {
+    Err(CliError::Mistake("--xen-domain needs Linux on x86_64".into()))
+}
+
+/// Says that a device can be used at `place`, and lends it the terminal if it wants one.
+fn ready(
+    told: &str,
+    place: &dyn std::fmt::Display,
+    terminal: Option<console::Handle>,
+    output: &mut Output,
+) -> Result<(), CliError> {
+    output.text(&format!("{told}: ready at {place}\n"))?;
+    output.flush()?;
+    if let Some(handle) = terminal {
+        super::terminal::connect(handle, <[u8]>::to_vec);
+    }
+    Ok(())
+}
+
+/// The device that `args` ask for, a few words about it, and what a terminal is connected to.
+#[allow(clippy::type_complexity)]
+fn device<M: GuestMemory + Send + 'static>(
+    args: &ServeArgs,
+) -> Result<(Box<dyn Device<M>>, String, Option<console::Handle>), CliError> {
+    Ok(match &args.device {
+        Served::Blk { image, read_only, queues, .. } => {
             let (backend, told) = disk(image, *read_only)?;
             let options = blk::Options {
                 read_only: *read_only,
@@ -80,33 +186,19 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
                 seg_max: Some(SEG_MAX),
                 ..blk::Options::default()
             };
-            (Box::new(blk::Device::new(backend, options)), told, at)
+            (Box::new(blk::Device::new(backend, options)), told, None)
         }
-        Served::Console { at } => {
+        Served::Console { .. } => {
             let device = console::Device::new(80, 25);
-            terminal = Some(device.handle());
-            (Box::new(device), "console".into(), at)
+            let terminal = device.handle();
+            (Box::new(device), "console".into(), Some(terminal))
         }
-        Served::Rng { at } => (Box::new(rng::Device::new(rng::HostEntropy)), "rng".into(), at),
-    };
-    let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", socket.display()));
-    let listener = bind(socket).map_err(|error| mistake(&error))?;
-    let stop = Stop::new().map_err(|error| mistake(&error))?;
-    outlive_truncation().map_err(|error| mistake(&error))?;
-    let mut features = if ring == "packed" { Features::RING_PACKED } else { Features::empty() };
-    features.set(Features::ACCESS_PLATFORM, *iommu);
-    let mut backend = Backend::new(device, features).map_err(|error| mistake(&error))?;
-    output.text(&format!("{told}: ready at {}\n", socket.display()))?;
-    output.flush()?;
-    if let Some(handle) = terminal {
-        super::terminal::connect(handle);
-    }
-    listen(&listener, &mut backend, &stop, |_| {}).map_err(|error| mistake(&error))?;
-    Ok(SUCCESS)
+        Served::Rng { .. } => (Box::new(rng::Device::new(rng::HostEntropy)), "rng".into(), None),
+    })
 }
 
 /// The image as a backend, and a few words about it.
-fn disk(image: &Path, read_only: bool) -> Result<(blk::FileBackend, String), CliError> {
+pub(super) fn disk(image: &Path, read_only: bool) -> Result<(blk::FileBackend, String), CliError> {
     let mistake = |error: io::Error| CliError::Mistake(format!("image {}: {error}", image.display()));
     let file = File::options().read(true).write(!read_only).open(image).map_err(mistake)?;
     let metadata = file.metadata().map_err(mistake)?;

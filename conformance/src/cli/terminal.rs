@@ -18,11 +18,12 @@ impl Wake for Both {
 }
 
 /// Carries what standard input has to the guest, and what the guest writes to standard output, until the process ends.
-pub(super) fn connect(handle: Handle) {
+/// `heard` says what of the input the guest is to get.
+pub(super) fn connect(handle: Handle, mut heard: impl FnMut(&[u8]) -> Vec<u8> + Send + 'static) {
     let both = Arc::<Both>::default();
     handle.set_listener(Waker::from(Arc::clone(&both)));
     let (typist, reader) = (handle.clone(), handle);
-    let input = thread::spawn(move || type_in(&typist));
+    let input = thread::spawn(move || read_keys(|bytes| type_in(&typist, &heard(bytes))));
     let output = thread::spawn(move || print(&reader));
     for (slot, thread) in both.0.iter().zip([input.thread(), output.thread()]) {
         // Both are empty: they are set here and nowhere else.
@@ -32,22 +33,26 @@ pub(super) fn connect(handle: Handle) {
     }
 }
 
-fn type_in(handle: &Handle) {
+/// Gives what standard input has to `feed`, until it ends.
+pub(super) fn read_keys(mut feed: impl FnMut(&[u8])) {
     let mut bytes = [0; 4096];
     let mut stdin = io::stdin().lock();
     loop {
-        let count = match stdin.read(&mut bytes) {
+        match stdin.read(&mut bytes) {
             Ok(0) => return,
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Ok(count) => feed(&bytes[..count]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return tracing::warn!(%error, "standard input cannot be read: the guest gets no more"),
-        };
-        let mut left = &bytes[..count];
-        while !left.is_empty() {
-            left = &left[handle.type_in(left)..];
-            if !left.is_empty() {
-                thread::park();
-            }
+        }
+    }
+}
+
+fn type_in(handle: &Handle, bytes: &[u8]) {
+    let mut left = bytes;
+    while !left.is_empty() {
+        left = &left[handle.type_in(left)..];
+        if !left.is_empty() {
+            thread::park();
         }
     }
 }

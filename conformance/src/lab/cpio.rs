@@ -1,6 +1,11 @@
 //! Writes a cpio archive in the "newc" format, which is what Linux takes as its first file system
 //! (Documentation/driver-api/early-userspace/buffer-format.rst).
 
+use std::fs;
+use std::path::Path;
+
+use super::LabError;
+
 /// Type bits of a file's mode.
 const FOLDER: u32 = 0o040_000;
 const FILE: u32 = 0o100_000;
@@ -22,6 +27,12 @@ impl Archive {
     /// Adds a file with its permission bits.
     pub(super) fn file(&mut self, path: &str, permissions: u32, content: &[u8]) {
         self.entry(path, FILE | permissions, content);
+    }
+
+    /// Adds a copy of the host's file `from`.
+    pub(super) fn copy(&mut self, path: &str, permissions: u32, from: &Path) -> Result<(), LabError> {
+        self.file(path, permissions, &fs::read(from).map_err(LabError::file(from))?);
+        Ok(())
     }
 
     /// The whole archive.

@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Display, Formatter};
 
+use super::parts::{EMULATORS, Part};
+
 /// A guest: one boot of one kernel, with one or several devices.
 #[derive(Debug)]
 pub(crate) struct Guest {
@@ -24,6 +26,8 @@ pub(crate) struct Guest {
 pub(super) struct Kernel {
     /// The package, or a package without content that depends on the current one.
     pub(super) package: &'static str,
+    /// What is special about its modules, so that it is kept beside others of its package.
+    pub(super) purpose: &'static str,
     /// The architecture by Debian's name.
     pub(super) architecture: &'static str,
     /// The release it is from.
@@ -40,7 +44,12 @@ impl Guest {
     pub(super) fn queues(&self) -> u32 {
         match &self.machine {
             Machine::Qemu(machine) => machine.processors,
-            Machine::UserMode => 1,
+            Machine::Xen(_)
+            | Machine::Dom0(_)
+            | Machine::DomU(_)
+            | Machine::Nested(_)
+            | Machine::KvmHost(_)
+            | Machine::UserMode => 1,
         }
     }
 }
@@ -50,6 +59,16 @@ impl Guest {
 pub(super) enum Machine {
     /// A machine that QEMU emulates instruction by instruction.
     Qemu(Qemu),
+    /// A machine of QEMU's whose kernel is Xen: domain 0 serves the guest, which is another domain.
+    Xen(Xen),
+    /// A machine of QEMU's whose kernel is Xen: the suite runs in domain 0, cell by cell.
+    Dom0(Qemu),
+    /// A machine of QEMU's whose kernel is Xen: domain 0 serves PV domains, which have our own drivers.
+    DomU(Qemu),
+    /// A machine of QEMU's whose kernel has KVM: this program's VMM runs the guest there.
+    Nested(Nested),
+    /// A machine of QEMU's whose kernel has KVM: the suite runs there.
+    KvmHost(Nested),
     /// The kernel is a process of the host: User Mode Linux.
     UserMode,
 }
@@ -80,6 +99,57 @@ pub(super) struct Qemu {
     /// How the line begins in which firmware with a virtio driver of its own tells a disk that it has set up; it ends
     /// with `s=` and the disk's sectors.
     pub(super) firmware: Option<&'static str>,
+}
+
+impl Qemu {
+    /// What emulates it.
+    pub(super) fn emulator(&self) -> Part {
+        Part::Emulator(self.package, EMULATORS)
+    }
+}
+
+/// A machine of QEMU's that runs Xen.
+#[derive(Debug)]
+pub(super) struct Xen {
+    /// Debian's package.
+    pub(super) package: &'static str,
+    /// The release that it is from.
+    pub(super) suite: &'static str,
+    /// The program in it.
+    pub(super) program: &'static str,
+    /// `-cpu`.
+    pub(super) cpu: &'static str,
+    /// The guest's configuration, as xl has it.
+    pub(super) domain: &'static str,
+}
+
+impl Xen {
+    /// What emulates it.
+    pub(super) fn emulator(&self) -> Part {
+        Part::Emulator(self.package, self.suite)
+    }
+}
+
+/// A machine of QEMU's that is a host with KVM.
+#[derive(Debug)]
+pub(super) struct Nested {
+    /// Debian's package.
+    pub(super) package: &'static str,
+    /// The program in it.
+    pub(super) program: &'static str,
+    /// `-cpu`.
+    pub(super) cpu: &'static str,
+    /// The host's kernel.
+    pub(super) kernel: &'static Kernel,
+    /// Whether the guest's devices offer packed rings.
+    pub(super) packed: bool,
+}
+
+impl Nested {
+    /// What emulates it.
+    pub(super) fn emulator(&self) -> Part {
+        Part::Emulator(self.package, EMULATORS)
+    }
 }
 
 /// What a machine's devices are plugged into.
@@ -178,10 +248,15 @@ const SPLIT: Device = blk("split", "", &[VERSION_1]);
 const IOMMU: Device = blk("split", ",iommu_platform=on", &[VERSION_1, ACCESS_PLATFORM]);
 const IOMMU_PACKED: Device = blk("packed", ",iommu_platform=on,packed=on", &[VERSION_1, ACCESS_PLATFORM, RING_PACKED]);
 const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
-/// User Mode Linux takes whatever is offered.
-const UML_DISK: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
+/// User Mode Linux takes whatever is offered, and so does virtio-pci on Xen.
+const OFFERED_PACKED: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
 /// And so does QEMU for this one.
 const RNG: Device = Device { kind: Kind::Rng, variant: "packed", options: "", features: &[VERSION_1, RING_PACKED] };
+
+const SPLIT_RNG: Device = Device { variant: "split", features: &[VERSION_1], ..RNG };
+/// Without VERSION_1.
+const LEGACY: Device = blk("split", "", &[]);
+const LEGACY_RNG: Device = Device { features: &[], ..SPLIT_RNG };
 
 const fn blk(variant: &'static str, options: &'static str, features: &'static [u32]) -> Device {
     Device { kind: Kind::Blk, variant, options, features }
@@ -193,20 +268,45 @@ const NEXT: &str = "trixie";
 
 static UML: Kernel = Kernel {
     package: "user-mode-linux",
+    purpose: "",
     architecture: "amd64",
     suite: STABLE,
     image: ("usr/bin", "linux"),
     modules: &[],
 };
-static X86: Kernel = Kernel {
+static X86: Kernel = CLOUD;
+const CLOUD: Kernel = Kernel {
     package: "linux-image-cloud-amd64",
+    purpose: "",
     architecture: "amd64",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
     modules: &["virtio_pci", "virtio_mmio"],
 };
+/// A host with KVM. It has NVMe built in.
+static KVM: Kernel = Kernel { purpose: "kvm", modules: &["irqbypass", "kvm", "kvm_amd"], ..CLOUD };
+/// Of both domains.
+static XEN: Kernel = Kernel {
+    package: "linux-image-amd64",
+    purpose: "",
+    architecture: "amd64",
+    suite: STABLE,
+    image: ("boot", "vmlinuz-"),
+    modules: &[
+        "xen_privcmd",
+        "xen_evtchn",
+        "xen_gntdev",
+        "xen_gntalloc",
+        "xenfs",
+        "nvme",
+        "crc32c_generic",
+        "ext4",
+        "virtio_pci",
+    ],
+};
 static S390X: Kernel = Kernel {
     package: "linux-image-s390x",
+    purpose: "",
     architecture: "s390x",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
@@ -214,6 +314,7 @@ static S390X: Kernel = Kernel {
 };
 static PPC64LE: Kernel = Kernel {
     package: "linux-image-powerpc64le",
+    purpose: "",
     architecture: "ppc64el",
     suite: STABLE,
     image: ("boot", "vmlinux-"),
@@ -221,6 +322,7 @@ static PPC64LE: Kernel = Kernel {
 };
 static AARCH64: Kernel = Kernel {
     package: "linux-image-cloud-arm64",
+    purpose: "",
     architecture: "arm64",
     suite: STABLE,
     image: ("boot", "vmlinuz-"),
@@ -228,6 +330,7 @@ static AARCH64: Kernel = Kernel {
 };
 static RISCV64: Kernel = Kernel {
     package: "linux-image-riscv64",
+    purpose: "",
     architecture: "riscv64",
     suite: NEXT,
     image: ("boot", "vmlinu"),
@@ -256,14 +359,40 @@ const PSERIES: Qemu = Qemu {
     firmware: None,
 };
 
-static GUESTS: [Guest; 8] = [
+/// With Xen in place of a kernel.
+const DOM0: Qemu = Qemu {
+    package: "qemu-system-x86",
+    program: "qemu-system-x86_64",
+    machine: "pc",
+    // A plain one: with the large registers or the SHA instructions of others, two domains spoil each other's registers.
+    // With random numbers, since domain 0 has no other source so early; by the name that says it is emulated.
+    cpu: "qemu64,+rdrand,model-id=QEMU TCG CPU",
+    processors: 1,
+    memory: 768,
+    arguments: &[],
+    console: SERIAL,
+    tty: "hvc0",
+    bus: Bus::Pci,
+    firmware: None,
+};
+
+const KVM_HOST: Nested = Nested {
+    package: "qemu-system-x86",
+    program: "qemu-system-x86_64",
+    // Without nested page tables Linux does not start as a guest.
+    cpu: "max,+svm,+npt",
+    kernel: &KVM,
+    packed: false,
+};
+
+static GUESTS: [Guest; 15] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
         transport: "vhost-user",
         kernel: &UML,
         machine: Machine::UserMode,
-        devices: &[SPLIT, UML_DISK, RNG],
+        devices: &[SPLIT, OFFERED_PACKED, RNG],
     },
     Guest {
         name: "x86-pc",
@@ -390,6 +519,72 @@ static GUESTS: [Guest; 8] = [
             firmware: None,
         }),
         devices: &[SPLIT, PACKED],
+    },
+    Guest {
+        name: "xen-dom0",
+        about: "the suite in domain 0 of Xen, whose two halves grant to each other through the hypervisor",
+        transport: "xenbus",
+        kernel: &XEN,
+        machine: Machine::Dom0(DOM0),
+        // Its cells are those of the suite.
+        devices: &[],
+    },
+    Guest {
+        name: "xen-domu",
+        about: "a PV domain of Xen's with our own driver, destroyed while it writes, and the next one",
+        transport: "xenbus",
+        kernel: &XEN,
+        machine: Machine::DomU(Qemu { memory: 2048, ..DOM0 }),
+        devices: &[],
+    },
+    Guest {
+        name: "xen-pvh",
+        about: "a PVH domain of Xen's, served by its device model in domain 0",
+        transport: "pci",
+        kernel: &XEN,
+        machine: Machine::Xen(Xen {
+            package: "qemu-system-x86",
+            // Later ones cannot run PVH domains: a read of CR2 is taken for one of CR0.
+            suite: STABLE,
+            program: "qemu-system-x86_64",
+            // Without these, domain 0 starts, and PVH domains run.
+            cpu: "qemu64,+svm,+npt",
+            domain: include_str!("scripts/pvh.cfg"),
+        }),
+        devices: &[OFFERED_PACKED],
+    },
+    Guest {
+        name: "kvm-nested",
+        about: "our VMM on KVM, with a PCI bus of modern devices",
+        transport: "pci",
+        kernel: &X86,
+        machine: Machine::Nested(Nested { packed: true, ..KVM_HOST }),
+        devices: &[OFFERED_PACKED, RNG],
+    },
+    Guest {
+        name: "kvm-nested",
+        about: "our VMM on KVM, with a PCI bus of devices driven by their legacy interface",
+        transport: "pci-legacy",
+        kernel: &X86,
+        machine: Machine::Nested(KVM_HOST),
+        devices: &[LEGACY, LEGACY_RNG],
+    },
+    Guest {
+        name: "kvm-nested",
+        about: "our VMM on KVM, with devices in memory, found by ACPI",
+        transport: "mmio",
+        kernel: &X86,
+        machine: Machine::Nested(KVM_HOST),
+        devices: &[SPLIT, SPLIT_RNG],
+    },
+    Guest {
+        name: "kvm-nested-suite",
+        about: "the suite on KVM",
+        transport: "pci",
+        kernel: &KVM,
+        machine: Machine::KvmHost(KVM_HOST),
+        // Its cells are those of the suite.
+        devices: &[],
     },
 ];
 

@@ -25,7 +25,7 @@ pub(super) struct Evidence<'a> {
     pub(super) disk: Option<(&'a Image, &'a After)>,
     /// What the guest told.
     pub(super) told: &'a Transcript,
-    /// Whether the device's process outlived the guest.
+    /// Whether the device's process outlived the guest; where it ends with the guest, whether it did so in order.
     pub(super) server_runs: bool,
 }
 

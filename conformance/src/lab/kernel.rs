@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::guests::{Kernel, Kind};
-use super::{LabError, tool};
+use super::guests::{Guest, Kernel, Kind};
+use super::parts::Part;
+use super::{Cache, LabError, tool};
 
 /// Files of a kernel that is kept: the image; the modules that were asked for; the drivers that it does not have.
 const IMAGE: &str = "image";
@@ -27,6 +28,13 @@ pub(super) struct Kept {
 }
 
 impl Kept {
+    /// `kernel`, which was fetched for `guest`.
+    pub(super) fn of(kernel: &'static Kernel, guest: &Guest, cache: &Cache) -> Result<Self, LabError> {
+        let place = Part::Kernel(kernel).place(cache);
+        let not_there = || LabError::NotSetUp { what: place.display().to_string(), guest: guest.name };
+        Self::open(&place, kernel).ok_or_else(not_there)
+    }
+
     /// What [`keep`] made of `kernel` in `folder`; none if it is not there, or was made for other modules.
     pub(super) fn open(folder: &Path, kernel: &Kernel) -> Option<Self> {
         let wanted = fs::read_to_string(folder.join(WANTED)).ok()?;
@@ -198,6 +206,7 @@ mod tests {
 
     static KERNEL: Kernel = Kernel {
         package: "linux-image-test",
+        purpose: "",
         architecture: "test",
         suite: "test",
         image: ("boot", "vmlinuz-"),

@@ -25,6 +25,12 @@ pub(super) struct Boot<'a> {
 pub(super) fn command(guest: &Guest, cache: &Cache, boot: &Boot<'_>) -> Result<Command, LabError> {
     match &guest.machine {
         Machine::Qemu(machine) => Ok(qemu(machine, cache, boot)),
+        Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) => {
+            Err(LabError::Host("domain 0 serves the devices of a guest on Xen".to_owned()))
+        }
+        Machine::Nested(_) | Machine::KvmHost(_) => {
+            Err(LabError::Host("the host serves the devices of a guest on KVM".to_owned()))
+        }
         Machine::UserMode if consts::ARCH == "x86_64" => Ok(user_mode(boot)),
         Machine::UserMode => {
             Err(LabError::Host(format!("Debian's User Mode Linux runs on x86_64, not on {}", consts::ARCH)))
@@ -34,18 +40,25 @@ pub(super) fn command(guest: &Guest, cache: &Cache, boot: &Boot<'_>) -> Result<C
 
 /// The name and version of what emulates the machine; none for a kernel that is a process.
 pub(super) fn version(guest: &Guest, cache: &Cache) -> Option<String> {
-    let Machine::Qemu(machine) = &guest.machine else { return None };
-    let told = tool::run(program(machine, cache).arg("--version")).ok()?;
+    let mut emulator = match &guest.machine {
+        Machine::Qemu(machine) | Machine::Dom0(machine) | Machine::DomU(machine) => {
+            program(&machine.emulator(), machine.program, cache)
+        }
+        Machine::Xen(machine) => program(&machine.emulator(), machine.program, cache),
+        Machine::Nested(machine) | Machine::KvmHost(machine) => program(&machine.emulator(), machine.program, cache),
+        Machine::UserMode => return None,
+    };
+    let told = tool::run(emulator.arg("--version")).ok()?;
     // "QEMU emulator version 10.0.2 (Debian …)"
     Some(format!("QEMU {}", told.split_whitespace().nth(3)?))
 }
 
 /// QEMU out of its unpacked packages, with the libraries that came along.
-fn program(machine: &Qemu, cache: &Cache) -> Command {
-    let root = Part::Emulator(machine.package).place(cache);
+pub(super) fn program(emulator: &Part, program: &str, cache: &Cache) -> Command {
+    let root = emulator.place(cache);
     let triplet = format!("{}-linux-gnu", consts::ARCH);
     let libraries = [root.join("usr/lib").join(&triplet), root.join("lib").join(&triplet)];
-    let mut command = Command::new(root.join("usr/bin").join(machine.program));
+    let mut command = Command::new(root.join("usr/bin").join(program));
     // No error: the folders' names hold no colon unless the cache's does, and then nothing is found.
     command.env("LD_LIBRARY_PATH", std::env::join_paths(&libraries).unwrap_or_default());
     command.env("QEMU_MODULE_DIR", libraries[0].join("qemu"));
@@ -56,7 +69,7 @@ fn program(machine: &Qemu, cache: &Cache) -> Command {
 }
 
 fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
-    let mut command = program(machine, cache);
+    let mut command = program(&machine.emulator(), machine.program, cache);
     // The device's process maps the guest's memory.
     let memory = machine.memory;
     command

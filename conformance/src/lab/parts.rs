@@ -6,31 +6,36 @@ use std::process::Command;
 
 use super::apt::Apt;
 use super::guests::{Guest, Kernel, Machine};
-use super::{Cache, LabError, kernel, tool};
+use super::{Cache, LabError, kernel, tool, xen};
 
 /// Something that is fetched.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Part {
-    /// A package of QEMU's, with what it depends on and the host does not have.
-    Emulator(&'static str),
+    /// A package of QEMU's, of a release, with what it depends on and the host does not have.
+    Emulator(&'static str, &'static str),
     /// A kernel with its modules.
     Kernel(&'static Kernel),
     /// The guest's tools: one static program of a release, for an architecture.
     Tools(&'static str, &'static str),
+    /// Xen with its tools.
+    Xen,
 }
 
 /// The release that has a QEMU which knows `vhost-user-blk` on every machine of the lab.
-const EMULATORS: &str = "bookworm-backports";
+pub(super) const EMULATORS: &str = "bookworm-backports";
 const TOOLS: &str = "busybox-static";
 
 impl Part {
     /// The parts of a guest.
     pub(super) fn all(guest: &'static Guest) -> Vec<Self> {
-        let emulator = match &guest.machine {
-            Machine::Qemu(qemu) => Some(Self::Emulator(qemu.package)),
-            Machine::UserMode => None,
+        let machine = match &guest.machine {
+            Machine::Qemu(qemu) => vec![qemu.emulator()],
+            Machine::Xen(xen) => vec![xen.emulator(), Self::Xen],
+            Machine::Dom0(qemu) | Machine::DomU(qemu) => vec![qemu.emulator(), Self::Xen],
+            Machine::Nested(host) | Machine::KvmHost(host) => vec![host.emulator(), Self::Kernel(host.kernel)],
+            Machine::UserMode => Vec::new(),
         };
-        emulator.into_iter().chain([Self::Kernel(guest.kernel), Self::tools(guest)]).collect()
+        machine.into_iter().chain([Self::Kernel(guest.kernel), Self::tools(guest)]).collect()
     }
 
     /// The tools of a guest.
@@ -41,9 +46,12 @@ impl Part {
     /// What it is called where it is told, and in the cache.
     pub(super) fn name(&self) -> String {
         match self {
-            Self::Emulator(package) => format!("emulators/{package}"),
-            Self::Kernel(kernel) => format!("kernels/{}", kernel.package),
+            Self::Emulator(package, EMULATORS) => format!("emulators/{package}"),
+            Self::Emulator(package, suite) => format!("emulators/{package}-{suite}"),
+            Self::Kernel(Kernel { package, purpose: "", .. }) => format!("kernels/{package}"),
+            Self::Kernel(Kernel { package, purpose, .. }) => format!("kernels/{package}-{purpose}"),
             Self::Tools(_, architecture) => format!("tools/{TOOLS}-{architecture}"),
+            Self::Xen => "xen".to_owned(),
         }
     }
 
@@ -56,7 +64,7 @@ impl Part {
     pub(super) fn is_there(&self, cache: &Cache) -> bool {
         let place = self.place(cache);
         match self {
-            Self::Emulator(_) | Self::Tools(..) => place.is_dir(),
+            Self::Emulator(..) | Self::Tools(..) | Self::Xen => place.is_dir(),
             Self::Kernel(kernel) => kernel::Kept::open(&place, kernel).is_some(),
         }
     }
@@ -64,9 +72,10 @@ impl Part {
     /// The release and the architecture it comes from.
     pub(super) fn source<'a>(&self, host: &'a str) -> (&'static str, &'a str) {
         match self {
-            Self::Emulator(_) => (EMULATORS, host),
+            Self::Emulator(_, suite) => (suite, host),
             Self::Kernel(kernel) => (kernel.suite, kernel.architecture),
             Self::Tools(suite, architecture) => (suite, architecture),
+            Self::Xen => (xen::SUITE, "amd64"),
         }
     }
 
@@ -79,16 +88,21 @@ impl Part {
         };
         let (packages, unpacked, made) = (folder("packages")?, folder("unpacked")?, folder("made")?);
         match self {
-            Self::Emulator(package) => apt.download_with_what_is_missing(package, EMULATORS, &packages)?,
+            Self::Emulator(package, suite) => apt.download_with_what_is_missing(package, suite, &packages)?,
             Self::Kernel(kernel) => {
                 let current = apt.current(kernel.package, kernel.architecture)?;
                 apt.download(&current, kernel.architecture, &packages)?;
             }
             Self::Tools(_, architecture) => apt.download(TOOLS, architecture, &packages)?,
+            Self::Xen => xen::PACKAGES.iter().try_for_each(|package| apt.download(package, "amd64", &packages))?,
         }
         unpack(&packages, &unpacked)?;
         match self {
-            Self::Emulator(_) => cache.keep(&unpacked, &self.name()),
+            Self::Emulator(..) => cache.keep(&unpacked, &self.name()),
+            Self::Xen => {
+                xen::unpack(&unpacked)?;
+                cache.keep(&unpacked, &self.name())
+            }
             Self::Kernel(kernel) => {
                 kernel::keep(kernel, &unpacked, &made)?;
                 cache.keep(&made, &self.name())

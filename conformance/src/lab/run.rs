@@ -11,7 +11,7 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::server::Server;
 use super::transcript::Transcript;
-use super::{Cache, LabError, initramfs, machine};
+use super::{Cache, LabError, dom0, domu, initramfs, machine, nested, suite, xen};
 use crate::report::{Case, Cell, Failure, Outcome, Skipped};
 
 /// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
@@ -34,6 +34,12 @@ pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn F
             Ok(these) => cells.extend(these),
             Err(error) => {
                 let told = Transcript::without_a_start(&error);
+                match guest.machine {
+                    Machine::Dom0(_) => cells.extend(suite::without(guest, &dom0::CELLS, &error)),
+                    Machine::DomU(_) => cells.extend(domu::without(guest, &error)),
+                    Machine::KvmHost(_) => cells.extend(suite::without(guest, &nested::CELLS, &error)),
+                    _ => {}
+                }
                 cells.extend(guest.devices.iter().map(|device| match error.is_absence() {
                     true => skipped(guest, device, &error.to_string()),
                     false => broken(guest, device, &told),
@@ -50,17 +56,24 @@ struct Served {
     device: &'static Device,
     image: Option<Image>,
     socket: PathBuf,
-    server: Server,
+    /// None where the guest's machine runs it.
+    server: Option<Server>,
 }
 
 impl Served {
-    fn start(folder: &Path, device: &'static Device, queues: u32) -> Result<Self, LabError> {
+    fn start(folder: &Path, device: &'static Device, guest: &Guest) -> Result<Self, LabError> {
         let image = match device.kind {
             Kind::Blk => Some(Image::create(folder, device.variant).map_err(LabError::file(folder))?),
             Kind::Rng => None,
         };
         let socket = folder.join(format!("{device}.sock"));
-        let server = Server::start(device, image.as_ref().map(|image| &*image.path), queues, &socket)?;
+        let server = match &guest.machine {
+            Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) | Machine::Nested(_) | Machine::KvmHost(_) => None,
+            Machine::Qemu(_) | Machine::UserMode => {
+                let image = image.as_ref().map(|image| &*image.path);
+                Some(Server::start(device, image, guest.queues(), &socket)?)
+            }
+        };
         Ok(Self { device, image, socket, server })
     }
 
@@ -76,30 +89,42 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     if let Some(missing) = Part::all(guest).into_iter().find(|part| !part.is_there(cache)) {
         return Err(LabError::NotSetUp { what: missing.name(), guest: guest.name });
     }
-    let place = Part::Kernel(guest.kernel).place(cache);
-    let not_there = || LabError::NotSetUp { what: place.display().to_string(), guest: guest.name };
-    let kernel = Kept::open(&place, guest.kernel).ok_or_else(not_there)?;
+    match &guest.machine {
+        Machine::Dom0(machine) => return dom0::run(cache, guest, machine, progress),
+        Machine::DomU(machine) => return domu::run(cache, guest, machine, progress),
+        Machine::KvmHost(machine) => return nested::run(cache, guest, machine, progress),
+        _ => {}
+    }
+    let kernel = Kept::of(guest.kernel, guest, cache)?;
 
     // Not in the cache: a socket's path is short.
     let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let (driven, lacking): (Vec<_>, Vec<_>) = guest.devices.iter().partition(|device| kernel.drives(device.kind));
-    let mut served = driven
-        .iter()
-        .map(|device| Served::start(folder, device, guest.queues()))
-        .collect::<Result<Vec<_>, LabError>>()?;
+    let mut served =
+        driven.iter().map(|device| Served::start(folder, device, guest)).collect::<Result<Vec<_>, LabError>>()?;
     let lines: String = served.iter().map(Served::line).collect();
     let busybox = Part::tools(guest).place(cache).join("busybox");
     let archive = initramfs::build(&kernel, &busybox, &lines, &disk::pattern())?;
-    let initramfs = folder.join("initramfs");
-    fs::write(&initramfs, archive).map_err(LabError::file(&initramfs))?;
-
-    let devices: Vec<_> = served.iter().map(|served| (served.device, served.socket.clone())).collect();
-    let boot_with = machine::Boot { kernel: &kernel.image, initramfs: &initramfs, devices: &devices, folder };
-    let command = machine::command(guest, cache, &boot_with)?;
+    let command = if let Machine::Xen(xen) = &guest.machine {
+        let disk = served.iter().find_map(|served| served.image.as_ref());
+        let image = &*disk.ok_or_else(|| LabError::Host("a guest on Xen needs a disk".to_owned()))?.path;
+        let boot = xen::Boot { kernel: &kernel, initramfs: &archive, busybox: &busybox, image, folder };
+        xen::command(xen, cache, &boot)?
+    } else if let Machine::Nested(host) = &guest.machine {
+        let disks: Vec<_> = served.iter().filter_map(|served| Some(&*served.image.as_ref()?.path)).collect();
+        let boot = nested::Boot { kernel: &kernel, initramfs: &archive, disks: &disks, folder };
+        nested::command(guest, host, cache, &boot)?
+    } else {
+        let initramfs = folder.join("initramfs");
+        fs::write(&initramfs, archive).map_err(LabError::file(&initramfs))?;
+        let devices: Vec<_> = served.iter().map(|served| (served.device, served.socket.clone())).collect();
+        let boot = machine::Boot { kernel: &kernel.image, initramfs: &initramfs, devices: &devices, folder };
+        machine::command(guest, cache, &boot)?
+    };
     let firmware = match &guest.machine {
         Machine::Qemu(machine) => machine.firmware,
-        Machine::UserMode => None,
+        _ => None,
     };
     let told = boot(&command, firmware, &mut |event| {
         progress(Step::At(format!("{}: {} {}", guest.name, event.subject, event.word)));
@@ -108,13 +133,18 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     let Some(version) = told.kernel() else {
         return Ok(guest.devices.iter().map(|device| broken(guest, device, &told)).collect());
     };
-    let versions: Vec<_> = [format!("Linux {version}")].into_iter().chain(machine::version(guest, cache)).collect();
+    let xen = told.event("dom0", "xen").map(|event| format!("Xen {}", event.details));
+    let kvm = told.event("host", "kvm").map(|event| format!("KVM of Linux {}", event.details));
+    let linux = Some(format!("Linux {version}"));
+    let versions: Vec<_> = linux.into_iter().chain(xen).chain(kvm).chain(machine::version(guest, cache)).collect();
     let disks = driven.iter().filter(|device| device.kind == Kind::Blk).count();
     let mut cells = Vec::new();
     for Served { device, image, server, .. } in &mut served {
         let after = image.as_ref().map(|image| image.after().map_err(LabError::file(&image.path))).transpose()?;
         let disk = image.as_ref().zip(after.as_ref());
-        let (queues, server_runs) = (guest.queues(), server.runs());
+        let served = ["dom0", "host"].iter().find_map(|host| told.event(host, "served"));
+        let in_order = || served.is_some_and(|event| event.details == "0");
+        let (queues, server_runs) = (guest.queues(), server.as_mut().map_or_else(in_order, Server::runs));
         cells.push(cell(guest, &Evidence { device, queues, disks, disk, told: &told, server_runs }, &versions));
     }
     let why = |kind: Kind| format!("{} has no driver {}", guest.kernel.package, kind.driver());
@@ -145,7 +175,7 @@ fn cell(guest: &Guest, evidence: &Evidence<'_>, versions: &[String]) -> Cell {
     cell
 }
 
-fn failure(case: &str, Wrong { expected, observed }: Wrong, told: &Transcript) -> Failure {
+pub(super) fn failure(case: &str, Wrong { expected, observed }: Wrong, told: &Transcript) -> Failure {
     // What else there was on the console is where a failed boot begins to be understood.
     Failure {
         case: case.into(),
@@ -178,17 +208,22 @@ fn broken(guest: &Guest, device: &Device, told: &Transcript) -> Cell {
     cell
 }
 
-fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
+pub(super) fn told_case(name: &str, about: &str, outcome: Outcome, seconds: f64) -> Case {
     Case { case: name.into(), about: about.into(), outcome, statements: Vec::new(), seconds }
 }
 
 /// A cell in which nothing has happened yet.
 fn empty(guest: &Guest, device: &Device) -> Cell {
+    Cell { transport: device.transport(guest), ..empty_cell(guest, (device.kind.name(), device.ring())) }
+}
+
+/// As [`empty`], for a device with a format of rings.
+pub(super) fn empty_cell(guest: &Guest, (device, ring): (&str, &str)) -> Cell {
     Cell {
         hypervisor: guest.name.into(),
-        transport: device.transport(guest),
-        device: device.kind.name().into(),
-        ring: device.ring().into(),
+        transport: guest.transport.into(),
+        device: device.into(),
+        ring: ring.into(),
         evidence: EVIDENCE.into(),
         versions: Vec::new(),
         passed: 0,

@@ -9,7 +9,7 @@ mod text;
 
 use std::fmt::{self, Display, Formatter};
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Serialize, Serializer};
 
 pub(crate) use facts::Facts;
 pub(crate) use html::html;
@@ -29,7 +29,7 @@ pub(crate) struct Report {
 }
 
 /// One hypervisor × transport × device × ring format.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Cell {
     pub(crate) hypervisor: String,
     pub(crate) transport: String,
@@ -39,7 +39,7 @@ pub(crate) struct Cell {
     /// What the result is worth: real, emulated or model.
     pub(crate) evidence: String,
     /// What else took part, with its version: a guest's kernel, an emulator.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) versions: Vec<String>,
     pub(crate) passed: usize,
     pub(crate) failed: usize,
@@ -59,14 +59,14 @@ pub(crate) struct Cell {
 }
 
 /// A case that was not run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Skipped {
     pub(crate) case: String,
     pub(crate) reason: String,
 }
 
 /// A case that failed or wedged.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Failure {
     pub(crate) case: String,
     pub(crate) outcome: Outcome,
@@ -81,7 +81,7 @@ pub(crate) struct Failure {
 }
 
 /// A case and what became of it.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct Case {
     pub(crate) case: String,
     /// What it checks, in a sentence.
@@ -93,7 +93,7 @@ pub(crate) struct Case {
 }
 
 /// What became of a case.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Outcome {
     Passed,
@@ -113,7 +113,7 @@ pub(crate) struct ImageSource {
 }
 
 /// An image carried through one block cell.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Deserialize, Serialize)]
 pub(crate) struct ImageResult {
     pub(crate) ok: bool,
     /// What went wrong.

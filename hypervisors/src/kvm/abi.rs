@@ -28,7 +28,7 @@ pub(super) fn place(line: u32) -> Place {
 }
 
 /// The PCI bus: configuration memory, memory, ports. All of it is below 4 GiB, where the hands reach.
-pub(super) const PCI: AddressMap =
+pub const PCI: AddressMap =
     AddressMap { ecam: Some(0xe000_0000), memory: 0xd800_0000..0xe000_0000, memory64: 0..0, io: 0x1000..0x1_0000 };
 
 /// The local APIC, and where messages to it go.

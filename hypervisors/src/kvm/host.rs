@@ -54,7 +54,7 @@ impl hypervisor::Host for Host {
             return Err(HypervisorError::Exhausted("interrupt lines"));
         }
         let irqfd = event_fd().map_err(failed("eventfd"))?;
-        self.vm.register_irqfd(&irqfd, line).map_err(refused("KVM_IRQFD"))?;
+        self.vm.register_irqfd(&irqfd, self.routes.line(line)).map_err(refused("KVM_IRQFD"))?;
         self.places.push(Reserved { queues, interrupt: Arc::new(Line(irqfd)), event_loop: None });
         Ok(abi::place(line))
     }

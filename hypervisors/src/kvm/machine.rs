@@ -4,13 +4,15 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    CpuId, KVM_IRQ_ROUTING_MSI, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_irq_routing_entry, kvm_regs, kvm_segment,
+    CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_irq_routing_entry, kvm_regs, kvm_segment,
     kvm_sregs, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_core::memory::Pages;
 use polyvirt_transports::pci::Message;
+use polyvirt_transports::pci::registers::MESSAGE_LINES;
 
 use super::abi::{self, APIC, HANDS, LINES};
 use super::hands::{self, Hands};
@@ -20,7 +22,7 @@ use crate::mapping;
 const APIC_EOI: u64 = APIC + 0xb0;
 
 /// Three pages that KVM wants for itself on some Intel processors (`KVM_SET_TSS_ADDR`).
-const KVM_TSS: usize = 0xfffb_d000;
+pub(super) const KVM_TSS: usize = 0xfffb_d000;
 
 /// What a guest runs on.
 pub(super) struct Machine {
@@ -45,7 +47,7 @@ impl Machine {
         vm.set_tss_address(KVM_TSS).map_err(refused("KVM_SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(refused("KVM_CREATE_IRQCHIP"))?;
         let vm = Arc::new(vm);
-        let routes = Routes::new(&vm)?;
+        let routes = Routes::to_hands(&vm)?;
         let ram = memory_slot(&vm, 0, 0, ram)?;
         let hands = Hands::new(memory_slot(&vm, 1, HANDS, hands::LEN)?)
             .map_err(|error| HypervisorError::GuestStopped(error.to_string()))?;
@@ -62,64 +64,124 @@ pub(super) fn refused(call: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> H
 /// The most routes that KVM has (`KVM_MAX_IRQ_ROUTES`).
 const MOST_ROUTES: u32 = 4096;
 
-/// Where each of KVM's GSIs goes: as a message to the local APIC. The first are the interrupt lines, by their numbers.
+/// The pins of KVM's I/O APIC.
+const PINS: u32 = 24;
+/// Those that are no ISA interrupt's: devices have them.
+const DEVICE_PINS: std::ops::Range<u32> = 16..PINS;
+
+/// The pin of a PC's I/O APIC that interrupt line `line` comes in at: four for the pins of a PCI bus, or one for each of the
+/// first eight devices in memory.
+pub(super) fn pin_of_line(line: u32) -> u32 {
+    DEVICE_PINS.start + line.checked_sub(MESSAGE_LINES).unwrap_or(line) % DEVICE_PINS.len() as u32
+}
+
+/// Where a GSI goes.
+#[derive(Clone, Copy)]
+enum Target {
+    /// To the local APIC, as a message.
+    Message(Message),
+    /// To a pin of the I/O APIC, and if there is one with this number, of the old controllers.
+    Pin(u32),
+}
+
+/// Where each of KVM's GSIs goes: first those that the machine itself may have, then the interrupt lines, then messages.
 #[derive(Clone)]
 pub(super) struct Routes {
     vm: Arc<VmFd>,
+    /// The GSI of line 0.
+    first_line: u32,
     /// By GSI; none for one that has no message yet.
-    messages: Arc<Mutex<Vec<Option<Message>>>>,
+    targets: Arc<Mutex<Vec<Option<Target>>>>,
 }
 
 impl Routes {
-    fn new(vm: &Arc<VmFd>) -> Result<Self, HypervisorError> {
-        let messages = (0..LINES).map(|line| Some(abi::message(line))).collect();
-        let new = Self { vm: Arc::clone(vm), messages: Arc::new(Mutex::new(messages)) };
+    /// For a guest that is nothing but hands: each line is a message.
+    fn to_hands(vm: &Arc<VmFd>) -> Result<Self, HypervisorError> {
+        let lines = (0..LINES).map(|line| Target::Message(abi::message(line)));
+        Self::new(vm, 0, lines.map(Some).collect())
+    }
+
+    /// For a PC: the first GSIs are the pins of its I/O APIC, and the lines come in there.
+    pub(super) fn of_a_pc(vm: &Arc<VmFd>) -> Result<Self, HypervisorError> {
+        let targets = (0..PINS).chain((0..LINES).map(pin_of_line)).map(Target::Pin);
+        Self::new(vm, PINS, targets.map(Some).collect())
+    }
+
+    fn new(vm: &Arc<VmFd>, first_line: u32, targets: Vec<Option<Target>>) -> Result<Self, HypervisorError> {
+        let new = Self { vm: Arc::clone(vm), first_line, targets: Arc::new(Mutex::new(targets)) };
         new.tell(&new.lock())?;
         Ok(new)
     }
 
+    /// The GSI of interrupt line `line`.
+    pub(super) const fn line(&self, line: u32) -> u32 {
+        self.first_line + line
+    }
+
     /// A new GSI, which goes nowhere yet.
     pub(super) fn add(&self) -> Result<u32, HypervisorError> {
-        let mut messages = self.lock();
-        let gsi = messages.len() as u32;
+        let mut targets = self.lock();
+        let gsi = targets.len() as u32;
         if gsi == MOST_ROUTES {
             return Err(HypervisorError::Exhausted("interrupt routes"));
         }
-        messages.push(None);
+        targets.push(None);
         Ok(gsi)
     }
 
     /// `gsi` goes to `message` from now on.
     pub(super) fn set(&self, gsi: u32, message: Message) -> Result<(), HypervisorError> {
-        let mut messages = self.lock();
-        if let Some(routed) = messages.get_mut(gsi as usize) {
-            *routed = Some(message);
+        let mut targets = self.lock();
+        if let Some(target) = targets.get_mut(gsi as usize) {
+            *target = Some(Target::Message(message));
         }
-        self.tell(&messages)
+        self.tell(&targets)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<Option<Message>>> {
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Vec<Option<Target>>> {
+        self.targets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn tell(&self, messages: &[Option<Message>]) -> Result<(), HypervisorError> {
-        let routed = messages.iter().zip(0..).filter_map(|(message, gsi)| message.map(|message| (gsi, message)));
-        let entries: Vec<_> = routed.map(|(gsi, message)| route(gsi, message)).collect();
+    fn tell(&self, targets: &[Option<Target>]) -> Result<(), HypervisorError> {
+        let entries: Vec<_> = targets
+            .iter()
+            .zip(0..)
+            .flat_map(|(target, gsi)| target.iter().flat_map(move |to| route(gsi, *to)))
+            .collect();
         let routing = KvmIrqRouting::from_entries(&entries).expect("fewer routes than KVM has");
         self.vm.set_gsi_routing(&routing).map_err(refused("KVM_SET_GSI_ROUTING"))
     }
 }
 
-fn route(gsi: u32, Message { address, data }: Message) -> kvm_irq_routing_entry {
-    let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
-    entry.u.msi.address_lo = address as u32;
-    entry.u.msi.address_hi = (address >> 32) as u32;
-    entry.u.msi.data = data;
-    entry
+/// What KVM is told for `gsi`.
+fn route(gsi: u32, target: Target) -> Vec<kvm_irq_routing_entry> {
+    match target {
+        Target::Message(Message { address, data }) => {
+            let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_MSI, ..Default::default() };
+            entry.u.msi.address_lo = address as u32;
+            entry.u.msi.address_hi = (address >> 32) as u32;
+            entry.u.msi.data = data;
+            vec![entry]
+        }
+        Target::Pin(pin) => {
+            // Pin 2 of the first old controller is where the second comes in.
+            let old = match pin {
+                0 | 1 | 3..8 => Some((KVM_IRQCHIP_PIC_MASTER, pin)),
+                8..16 => Some((KVM_IRQCHIP_PIC_SLAVE, pin - 8)),
+                _ => None,
+            };
+            let to = |(chip, pin)| {
+                let mut entry = kvm_irq_routing_entry { gsi, type_: KVM_IRQ_ROUTING_IRQCHIP, ..Default::default() };
+                (entry.u.irqchip.irqchip, entry.u.irqchip.pin) = (chip, pin);
+                entry
+            };
+            old.into_iter().chain([(KVM_IRQCHIP_IOAPIC, pin)]).map(to).collect()
+        }
+    }
 }
 
 /// New memory of `len` bytes, which the guest sees at `address`.
-fn memory_slot(vm: &VmFd, slot: u32, address: u64, len: usize) -> Result<Pages, HypervisorError> {
+pub(super) fn memory_slot(vm: &VmFd, slot: u32, address: u64, len: usize) -> Result<Pages, HypervisorError> {
     let pages = mapping::anonymous(len)?;
     let region = kvm_userspace_memory_region {
         slot,

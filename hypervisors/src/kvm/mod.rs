@@ -10,6 +10,7 @@ mod host;
 mod machine;
 mod pci;
 mod vcpu;
+pub mod vmm;
 
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use polyvirt_core::hypervisor::{Hypervisor, HypervisorError};
 use polyvirt_core::memory::FlatMemory;
 use polyvirt_transports::mmio::Registers;
 
+pub use abi::PCI as PCI_MAP;
 pub use guest::Guest;
 pub use host::Host;
 use machine::Machine;

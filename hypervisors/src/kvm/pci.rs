@@ -37,7 +37,7 @@ impl Platform for Host {
         let kicks: Vec<_> = (0..queues).map(|_| event_fd()).collect::<Result<_, _>>().map_err(failed("eventfd"))?;
         let served = kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>().map_err(failed("eventfd"))?;
         self.functions.insert(function, (served, None));
-        let (vm, routes, pin) = (Arc::clone(&self.vm), self.routes.clone(), pin_line(function >> 3));
+        let (vm, routes, pin) = (Arc::clone(&self.vm), self.routes.clone(), self.routes.line(pin_line(function >> 3)));
         Ok(Arc::new(Function { vm, routes, kicks, messages, pin, bells: Mutex::default() }))
     }
 
@@ -58,7 +58,7 @@ struct Function {
     kicks: Vec<EventFd>,
     /// By vector: its irqfd, and that one's GSI.
     messages: Vec<(EventFd, u32)>,
-    /// The line of its pin.
+    /// The GSI of its pin.
     pin: u32,
     /// Where the kicks are registered.
     bells: Mutex<Vec<Doorbell>>,

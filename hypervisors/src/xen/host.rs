@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::abi::{Calls, PAGE_SHIFT, PAGE_SIZE};
 use super::kernel::{Domain, Listeners};
 use super::lock;
+use super::store::Client;
 use crate::event_loop::{EventLoop, event_fd, waker};
 
 /// What the guest half grants: mapped when it is resolved, unmapped when the last lease is dropped.
@@ -70,6 +71,11 @@ impl Host {
     /// The host half in domain `id`, which makes `calls`, for devices that domain `guest` drives.
     pub fn new(calls: Arc<dyn Calls>, id: u16, guest: u16) -> Self {
         Self { domain: Domain::new(calls), id, guest, devices: Vec::new() }
+    }
+
+    /// xenstore, and the domain that drives the devices.
+    pub(super) fn guest(&self) -> (&Client, u16) {
+        (&self.domain.store, self.guest)
     }
 }
 

@@ -2,8 +2,11 @@
 
 use std::process::Command;
 use std::sync::{Arc, LazyLock};
+use std::task::{Wake, Waker};
+use std::thread::{Thread, current, park};
 
 use polyvirt_core::hypervisor::HypervisorError;
+use polyvirt_transports::xenbus::Store as _;
 
 use super::guest::Guest;
 use super::host::Host;
@@ -40,4 +43,34 @@ pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
     let (host, guest) = model::start(ram)?;
     let id = guest.id();
     Ok((Host::new(Arc::new(host), abi::DOM0, id), Guest::new(Arc::new(guest), abi::DOM0)))
+}
+
+/// The host half in domain 0 of a real Xen, for devices that domain `guest` drives.
+pub fn serve(guest: u16) -> Result<Host, HypervisorError> {
+    Ok(Host::new(Arc::new(sys::Domain::open()?), abi::DOM0, guest))
+}
+
+/// The guest half in this domain of a real Xen, for devices that domain 0 serves.
+pub fn drive() -> Result<Guest, HypervisorError> {
+    Ok(Guest::new(Arc::new(sys::Domain::open()?), abi::DOM0))
+}
+
+/// Waits until the toolstack has taken the domain that `host` serves out of xenstore, which is when it is gone.
+pub fn wait_for_its_end(host: &Host) -> Result<(), HypervisorError> {
+    /// Wakes the thread that waits.
+    struct Unpark(Thread);
+
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+
+    let (store, guest) = host.guest();
+    let node = format!("/local/domain/{guest}/domid");
+    store.watch(&node, Waker::from(Arc::new(Unpark(current()))))?;
+    while store.read(&node)?.is_some() {
+        park();
+    }
+    Ok(())
 }

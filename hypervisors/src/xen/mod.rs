@@ -26,7 +26,7 @@ use polyvirt_core::hypervisor::Hypervisor;
 pub use abi::Calls;
 pub use guest::Guest;
 pub use host::{Host, Memory};
-pub use machine::{HANDS, available, hands, is_real, start};
+pub use machine::{HANDS, available, drive, hands, is_real, serve, start, wait_for_its_end};
 
 /// Xen.
 #[derive(Clone, Copy, Debug)]

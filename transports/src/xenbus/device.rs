@@ -4,6 +4,7 @@ use alloc::boxed::Box;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
+use alloc::task::Wake;
 use core::sync::atomic::{AtomicBool, Ordering};
 use core::task::Waker;
 use std::sync::{Mutex, PoisonError};
@@ -11,9 +12,9 @@ use std::sync::{Mutex, PoisonError};
 use polyvirt_core::hypervisor::{BusDevice, Cause, Host, HypervisorError, Interrupt};
 use polyvirt_core::memory::GuestMemory;
 use polyvirt_core::state::{Area, Interface, VirtioDevice};
-use polyvirt_core::{Features, Status, device};
+use polyvirt_core::{Features, device};
 
-use super::registers::{HostPlace, Request, State, decode_features, encode_config, encode_features};
+use super::registers::{Description, HostPlace, Operation, Reply, Request, Setup, State, decode_request};
 
 /// Puts `device` onto the bus of `host`. `memory` is [`Host::memory`], perhaps wrapped. The handle closes the connection
 /// from this side.
@@ -55,17 +56,18 @@ pub struct Device<M: GuestMemory> {
     config_changed: Arc<Bell>,
     backend: Backend,
     connection: State,
+    /// What the frontend wrote and nobody has looked at.
+    news: Frontend,
     /// The number of the request that was carried out last.
     handled: u32,
-    /// What the nodes say.
-    shown: Shown,
+    /// What the node `reply` says.
+    shown: Reply,
 }
 
-#[derive(Clone, Default, PartialEq, Eq)]
-struct Shown {
-    status: Status,
-    generation: u32,
-    config: Box<[u8]>,
+/// The frontend's nodes.
+struct Frontend {
+    state: Arc<News>,
+    request: Arc<News>,
 }
 
 impl<M: GuestMemory> Device<M> {
@@ -80,8 +82,9 @@ impl<M: GuestMemory> Device<M> {
             .with_features(Features::RING_RESET | Features::RING_PACKED);
         let waker = Arc::new(Mutex::new(Waker::noop().clone()));
         let backend = Backend { close: Arc::default(), waker };
-        let (connection, handled, shown) = (State::Initialising, 0, Shown::default());
-        let mut device = Self { state, place, config_changed, backend, connection, handled, shown };
+        let news = Frontend { state: Arc::default(), request: Arc::default() };
+        let (connection, handled, shown) = (State::Initialising, 0, Reply::default());
+        let mut device = Self { state, place, config_changed, backend, connection, news, handled, shown };
         device.publish()?;
         Ok(device)
     }
@@ -90,8 +93,8 @@ impl<M: GuestMemory> Device<M> {
         self.backend.clone()
     }
 
-    fn write(&self, node: &str, value: impl ToString) -> Result<(), HypervisorError> {
-        self.place.store.write(&format!("{}/{node}", self.place.backend), &value.to_string())
+    fn write(&self, node: &str, value: &str) -> Result<(), HypervisorError> {
+        self.place.store.write(&format!("{}/{node}", self.place.backend), value)
     }
 
     /// A node of the frontend, which may hold anything.
@@ -99,22 +102,16 @@ impl<M: GuestMemory> Device<M> {
         self.place.store.read(&format!("{}/{node}", self.place.frontend))
     }
 
-    fn number<T: core::str::FromStr>(&self, node: &str) -> Result<Option<T>, HypervisorError> {
-        Ok(self.read(node)?.and_then(|value| value.parse().ok()))
-    }
-
     /// Says all that a frontend has to know, and waits for one.
     fn publish(&mut self) -> Result<(), HypervisorError> {
-        self.write("device-type", self.state.device_type())?;
-        self.write("num-queues", self.state.queue_count())?;
-        self.write("features", encode_features(self.state.device_features()))?;
-        for index in 0..self.state.queue_count() {
-            self.write(&format!("queue-{index}/max-size"), self.state.queue_max_size(index))?;
-        }
-        self.write("reply", self.handled)?;
-        self.shown = Shown { generation: !self.state.config_generation(), ..Shown::default() };
-        self.write("status", 0)?;
-        self.show()?;
+        let description = Description {
+            device_type: self.state.device_type(),
+            features: self.state.device_features(),
+            max_sizes: (0..self.state.queue_count()).map(|index| self.state.queue_max_size(index)).collect(),
+        };
+        self.write("device", &description.encode())?;
+        self.shown = self.reply();
+        self.write("reply", &self.shown.encode())?;
         self.enter(State::InitWait)
     }
 
@@ -122,24 +119,29 @@ impl<M: GuestMemory> Device<M> {
         if self.connection != connection {
             tracing::debug!(backend = %self.place.backend, ?connection, "connection");
             self.connection = connection;
-            self.write("state", connection as u8)?;
+            self.write("state", &(connection as u8).to_string())?;
         }
         Ok(())
     }
 
-    /// Brings the nodes up to date with the device.
+    fn reply(&self) -> Reply {
+        Reply {
+            number: self.handled,
+            status: self.state.status(),
+            generation: self.state.config_generation(),
+            config: self.state.config().into(),
+        }
+    }
+
+    /// Brings the node up to date with the device.
     fn show(&mut self) -> Result<(), HypervisorError> {
         self.config_changed.changed.store(false, Ordering::SeqCst);
-        let (generation, status) = (self.state.config_generation(), self.state.status());
-        if self.shown.generation != generation || self.shown.config[..] != *self.state.config() {
-            (self.shown.generation, self.shown.config) = (generation, self.state.config().into());
-            self.write("config", encode_config(generation, &self.shown.config))?;
+        let reply = self.reply();
+        if self.shown == reply {
+            return Ok(());
         }
-        if self.shown.status != status {
-            self.shown.status = status;
-            self.write("status", status.bits())?;
-        }
-        Ok(())
+        self.shown = reply;
+        self.write("reply", &self.shown.encode())
     }
 
     /// Lets go of everything that is the guest's.
@@ -150,90 +152,77 @@ impl<M: GuestMemory> Device<M> {
         }
     }
 
+    /// Lets go of everything, and says so.
+    fn leave(&mut self, connection: State) -> Result<(), HypervisorError> {
+        self.stop();
+        self.show()?;
+        self.enter(connection)
+    }
+
     /// Looks at what the frontend wrote.
     fn look(&mut self) -> Result<(), HypervisorError> {
         if self.backend.close.swap(false, Ordering::SeqCst) && self.connection != State::Closed {
-            self.stop();
+            self.leave(State::Closing)?;
+        }
+        if self.news.state.take() {
+            let frontend = self.read("state")?.map_or(State::Unknown, |state| State::parse(&state));
+            match (frontend, self.connection) {
+                (State::Connected, State::InitWait) => self.enter(State::Connected)?,
+                (State::Closing, State::InitWait | State::Connected) => self.leave(State::Closing)?,
+                (State::Closed, State::InitWait | State::Connected | State::Closing) => self.leave(State::Closed)?,
+                (State::Initialising, State::Closed) => {
+                    // What nobody answered when the connection was closed is not asked for any more.
+                    self.handled = self.request()?.map_or(self.handled, |(number, _)| number);
+                    self.publish()?;
+                }
+                _ => {}
+            }
+        }
+        if self.connection == State::Connected
+            && self.news.request.take()
+            && let Some((number, operations)) = self.request()?
+            && number != self.handled
+        {
+            self.handled = number;
+            match operations {
+                Some(operations) => operations.into_iter().try_for_each(|operation| self.carry_out(operation))?,
+                None => self.write("error", "an operation that does not exist")?,
+            }
             self.show()?;
-            self.enter(State::Closing)?;
         }
-        let frontend = self.read("state")?.map_or(State::Unknown, |state| State::parse(&state));
-        match (frontend, self.connection) {
-            (State::Closing, State::InitWait | State::Connected) => {
-                self.stop();
-                self.show()?;
-                self.enter(State::Closing)
-            }
-            (State::Closed, State::InitWait | State::Connected | State::Closing) => {
-                self.stop();
-                self.show()?;
-                self.enter(State::Closed)
-            }
-            (State::Initialising, State::Closed) => self.publish(),
-            (_, State::InitWait | State::Connected) => self.look_at_request(),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
-    fn look_at_request(&mut self) -> Result<(), HypervisorError> {
-        let Some((number, request)) = self.read("request")?.and_then(|value| Request::decode(&value)) else {
-            return Ok(());
-        };
-        if number == self.handled {
-            return Ok(());
-        }
-        self.handled = number;
-        match request {
-            Some(Request::Status(status)) => self.set_status(Status::from_bits_retain(status))?,
-            Some(Request::Config { offset, data }) => self.state.write_config(offset.into(), &data),
-            Some(Request::Enable(queue)) => self.enable(queue)?,
-            Some(Request::Reset(queue)) => {
+    fn request(&self) -> Result<Option<Request>, HypervisorError> {
+        Ok(self.read("request")?.and_then(|value| decode_request(&value)))
+    }
+
+    fn carry_out(&mut self, operation: Operation) -> Result<(), HypervisorError> {
+        match operation {
+            Operation::Status(status) if status.is_empty() => self.stop(),
+            Operation::Status(status) => self.state.set_status(status),
+            Operation::Features(features) => self.state.set_driver_features(features),
+            Operation::Queue(setup) => return self.enable(&setup),
+            Operation::Config { offset, data } => self.state.write_config(offset.into(), &data),
+            Operation::Reset(queue) => {
                 self.state.reset_queue(queue);
                 self.place.ports.close(queue);
             }
-            None => self.write("error", "a request that does not exist")?,
         }
-        self.show()?;
-        self.write("reply", number)
+        Ok(())
     }
 
-    fn set_status(&mut self, status: Status) -> Result<(), HypervisorError> {
-        if status.is_empty() {
-            self.stop();
-            return self.enter(State::InitWait);
-        }
-        if !self.state.status().contains(Status::FEATURES_OK)
-            && let Some(features) = self.read("driver-features")?.and_then(|text| decode_features(&text))
-        {
-            self.state.set_driver_features(features);
-        }
-        if status.contains(Status::DRIVER_OK) && !self.state.status().contains(Status::DRIVER_OK) {
-            for index in 0..self.state.queue_count() {
-                self.enable(index)?;
-            }
-        }
-        self.state.set_status(status);
-        if self.state.is_running() { self.enter(State::Connected) } else { Ok(()) }
-    }
-
-    /// Takes queue `index` into use, if the frontend has set it up.
-    fn enable(&mut self, index: u16) -> Result<(), HypervisorError> {
-        let node = |name| format!("queue-{index}/{name}");
+    /// Takes a queue into use.
+    fn enable(&mut self, &Setup { index, size, areas, port }: &Setup) -> Result<(), HypervisorError> {
         if self.state.queue_enabled(index) || index >= self.state.queue_count() {
             return Ok(());
         }
-        let Some(size) = self.number(&node("size"))? else { return Ok(()) };
         self.state.set_queue_size(index, size);
-        for (area, name) in [(Area::Descriptors, "descriptors"), (Area::Driver, "driver"), (Area::Device, "device")] {
-            self.state.set_queue_address(index, area, self.number(&node(name))?.unwrap_or(0));
+        for (area, address) in [Area::Descriptors, Area::Driver, Area::Device].into_iter().zip(areas) {
+            self.state.set_queue_address(index, area, address);
         }
-        match self.number(&node("event-channel"))? {
-            Some(port) => {
-                if let Err(error) = self.place.ports.bind(index, port) {
-                    return self.write("error", error);
-                }
-            }
-            None => return self.write("error", format!("queue {index} has no event channel")),
+        if let Err(error) = self.place.ports.bind(index, port) {
+            return self.write("error", &error.to_string());
         }
         self.state.enable_queue(index);
         Ok(())
@@ -272,10 +261,45 @@ impl<M: GuestMemory + Send> BusDevice for Device<M> {
 
     fn set_waker(&mut self, waker: Waker) {
         *self.backend.waker.lock().unwrap_or_else(PoisonError::into_inner) = waker.clone();
-        if let Err(error) = self.place.store.watch(&self.place.frontend, waker.clone()) {
-            tracing::warn!(%error, "the frontend cannot be watched");
+        for (node, news) in [("state", &self.news.state), ("request", &self.news.request)] {
+            news.waker(waker.clone());
+            let path = format!("{}/{node}", self.place.frontend);
+            if let Err(error) = self.place.store.watch(&path, news.clone().into()) {
+                tracing::warn!(%error, path, "the frontend cannot be watched");
+            }
         }
         self.state.set_waker(waker);
+    }
+}
+
+/// Whether a node changed.
+struct News {
+    came: AtomicBool,
+    waker: Mutex<Waker>,
+}
+
+impl Default for News {
+    fn default() -> Self {
+        Self { came: AtomicBool::new(false), waker: Mutex::new(Waker::noop().clone()) }
+    }
+}
+
+impl News {
+    /// Whom to wake.
+    fn waker(&self, waker: Waker) {
+        *self.waker.lock().unwrap_or_else(PoisonError::into_inner) = waker;
+    }
+
+    /// Whether it changed since the last call.
+    fn take(&self) -> bool {
+        self.came.swap(false, Ordering::SeqCst)
+    }
+}
+
+impl Wake for News {
+    fn wake(self: Arc<Self>) {
+        self.came.store(true, Ordering::SeqCst);
+        self.waker.lock().unwrap_or_else(PoisonError::into_inner).wake_by_ref();
     }
 }
 

@@ -12,7 +12,7 @@ use polyvirt_core::hypervisor::Share;
 use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
-use super::registers::{Channel, Domain, GuestPlace, Request, State, decode_config, decode_features, encode_features};
+use super::registers::{Channel, Description, Domain, GuestPlace, Operation, Reply, Setup, State, encode_request};
 use crate::areas::Areas;
 
 /// How long the other side may take to answer.
@@ -22,25 +22,43 @@ const ATTEMPTS: u32 = 10_000;
 
 /// The driver side, connected to the device at a place.
 ///
+/// What the backend's nodes say is read again only when a watch says that they changed. Operations that nobody waits for
+/// the result of are posted: they go with the next request, in their order.
+///
 /// Dropping it while queues are in use resets the device, so that their memory can return to the guest.
 pub struct Driver<G: Domain + 'static> {
     guest: Arc<G>,
     place: GuestPlace,
-    device_type: u32,
+    description: Description,
+    /// What is asked for with the next request.
+    posted: Vec<Operation>,
     /// The number of the last request.
     number: u32,
-    /// The line on which changes of the backend's directory come.
-    watch: u32,
+    lines: Lines,
     features: Features,
     queues: BTreeMap<u16, (Areas, Channel)>,
-    /// What was last known of the backend, to tell news from what this side did itself.
-    seen: Seen,
-    /// Whether waiting for an answer may have taken the event of a change that nobody has looked at.
-    unseen: bool,
+    /// The backend's `state` and `reply`, as they were when they were read last.
+    backend: State,
+    reply: Reply,
+    /// What was last told to who waits.
+    told: News,
+}
+
+/// The lines on which changes of the backend's nodes come, as masks.
+#[derive(Clone, Copy)]
+struct Lines {
+    state: u64,
+    reply: u64,
+}
+
+impl Lines {
+    const fn all(self) -> u64 {
+        self.state | self.reply
+    }
 }
 
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
-struct Seen {
+struct News {
     generation: u32,
     needs_reset: bool,
 }
@@ -48,19 +66,20 @@ struct Seen {
 impl<G: Domain + 'static> Driver<G> {
     /// Meets the device at `place`, or says why there is none.
     pub fn connect(guest: Arc<G>, place: GuestPlace) -> Result<Self, TransportError> {
-        let watch = guest.watch(&place.backend)?;
-        let (queues, features, seen) = (BTreeMap::new(), Features::empty(), Seen::default());
-        let mut driver = Self { guest, place, device_type: 0, number: 0, watch, features, queues, seen, unseen: false };
-        driver.enter(State::Initialising)?;
-        driver.wait_for("the backend", |driver| {
-            Ok(driver.number::<u32>("num-queues")?.is_some() && driver.backend()? == State::InitWait)
-        })?;
-        driver.device_type = driver.number("device-type")?.unwrap_or(0);
-        if driver.device_type == 0 {
+        let watch = |node| Ok::<_, TransportError>(1 << guest.watch(&format!("{}/{node}", place.backend))?);
+        let lines = Lines { state: watch("state")?, reply: watch("reply")? };
+        let (posted, queues, features) = Default::default();
+        let (description, backend, reply, told) =
+            (Description::default(), State::Unknown, Reply::default(), News::default());
+        let mut driver =
+            Self { guest, place, description, posted, number: 0, lines, features, queues, backend, reply, told };
+        driver.look(lines.all())?;
+        driver.wait_for("the backend", |driver| Some(driver.is_open()).filter(|&open| open))?;
+        driver.open()?;
+        if driver.description.device_type == 0 {
             return Err(TransportError::NotADevice { expected: "a device type other than 0", found: 0 });
         }
-        driver.number = driver.number("reply")?.unwrap_or(0);
-        driver.seen = driver.look()?;
+        driver.told = driver.news();
         Ok(driver)
     }
 
@@ -73,71 +92,100 @@ impl<G: Domain + 'static> Driver<G> {
         Ok(self.guest.store().read(&format!("{}/{node}", self.place.backend))?)
     }
 
-    fn number<T: core::str::FromStr>(&self, node: &str) -> Result<Option<T>, TransportError> {
-        Ok(self.read(node)?.and_then(|value| value.parse().ok()))
-    }
-
-    fn write(&self, node: &str, value: impl ToString) -> Result<(), TransportError> {
-        Ok(self.guest.store().write(&format!("{}/{node}", self.place.frontend), &value.to_string())?)
+    fn write(&self, node: &str, value: &str) -> Result<(), TransportError> {
+        Ok(self.guest.store().write(&format!("{}/{node}", self.place.frontend), value)?)
     }
 
     fn enter(&self, state: State) -> Result<(), TransportError> {
-        self.write("state", state as u8)
+        self.write("state", &(state as u8).to_string())
     }
 
-    fn backend(&self) -> Result<State, TransportError> {
-        Ok(self.read("state")?.map_or(State::Unknown, |state| State::parse(&state)))
+    /// Begins with what the backend says that waits for a frontend.
+    fn open(&mut self) -> Result<(), TransportError> {
+        self.description = self.read("device")?.and_then(|value| Description::decode(&value)).unwrap_or_default();
+        self.number = self.reply.number;
+        if self.backend == State::InitWait { self.enter(State::Connected) } else { Ok(()) }
     }
 
     /// Whether requests are answered.
-    fn is_open(&self) -> Result<bool, TransportError> {
-        Ok(matches!(self.backend()?, State::InitWait | State::Connected))
+    const fn is_open(&self) -> bool {
+        matches!(self.backend, State::InitWait | State::Connected)
     }
 
-    /// Waits until `done`, looking again whenever the backend's directory changes.
-    fn wait_for(
-        &self,
-        what: &'static str,
-        done: impl Fn(&Self) -> Result<bool, TransportError>,
-    ) -> Result<(), TransportError> {
+    fn news(&self) -> News {
+        let needs_reset = self.reply.status.contains(Status::DEVICE_NEEDS_RESET) || !self.is_open();
+        News { generation: self.reply.generation, needs_reset }
+    }
+
+    /// Whether there is something that was not told yet.
+    fn has_news(&mut self) -> bool {
+        let now = self.news();
+        core::mem::replace(&mut self.told, now) != now
+    }
+
+    /// Reads the nodes whose lines are among `came`.
+    fn look(&mut self, came: u64) -> Result<(), TransportError> {
+        if came & self.lines.state != 0 {
+            self.backend = self.read("state")?.map_or(State::Unknown, |state| State::parse(&state));
+        }
+        if came & self.lines.reply != 0 {
+            // Its own number, so that nobody takes it for an answer.
+            let none = || Reply { number: self.reply.number, ..Reply::default() };
+            self.reply = self.read("reply")?.and_then(|value| Reply::decode(&value)).unwrap_or_else(none);
+        }
+        Ok(())
+    }
+
+    /// Asks for what is posted, and looks at what has changed.
+    fn catch_up(&mut self) -> Result<(), TransportError> {
+        let came = self.guest.wait(self.lines.all(), Duration::ZERO)?;
+        self.look(came)?;
+        if self.posted.is_empty() || !self.is_open() { Ok(()) } else { self.request() }
+    }
+
+    /// Waits until `done` says something, looking again whenever the backend's nodes change.
+    fn wait_for<T>(&mut self, what: &'static str, done: impl Fn(&Self) -> Option<T>) -> Result<T, TransportError> {
         for _ in 0..ATTEMPTS {
-            if done(self)? {
-                return Ok(());
+            if let Some(result) = done(self) {
+                return Ok(result);
             }
-            if self.guest.wait(1 << self.watch, WATCHDOG)? == 0 {
-                break;
+            match self.guest.wait(self.lines.all(), WATCHDOG)? {
+                0 => break,
+                came => self.look(came)?,
             }
         }
         Err(TransportError::Watchdog(WATCHDOG, what))
     }
 
-    fn request(&mut self, request: &Request) -> Result<(), TransportError> {
-        if !self.is_open()? {
+    /// Has `operation` done with the next request.
+    fn post(&mut self, operation: Operation) -> Result<(), TransportError> {
+        let came = self.guest.wait(self.lines.all(), Duration::ZERO)?;
+        self.look(came)?;
+        if !self.is_open() {
             return Err(TransportError::Closed);
         }
+        self.posted.push(operation);
+        Ok(())
+    }
+
+    /// Has what is posted done.
+    fn request(&mut self) -> Result<(), TransportError> {
         self.number = self.number.wrapping_add(1);
-        self.unseen = true;
-        self.write("request", request.encode(self.number))?;
-        self.wait_for("the answer to a request", |driver| {
-            Ok(driver.number("reply")? == Some(driver.number) || !driver.is_open()?)
-        })?;
-        if self.is_open()? { Ok(()) } else { Err(TransportError::Closed) }
+        let operations = core::mem::take(&mut self.posted);
+        self.write("request", &encode_request(self.number, &operations))?;
+        self.wait_for("the answer to a request", |driver| match driver.reply.number == driver.number {
+            true => Some(Ok(())),
+            false => (!driver.is_open()).then_some(Err(TransportError::Closed)),
+        })?
     }
 
-    fn look(&self) -> Result<Seen, TransportError> {
-        let (generation, _) = self.config()?;
-        let status = Status::from_bits_retain(self.number("status")?.unwrap_or(0));
-        Ok(Seen { generation, needs_reset: status.contains(Status::DEVICE_NEEDS_RESET) || !self.is_open()? })
-    }
-
-    /// The configuration and its generation.
-    fn config(&self) -> Result<(u32, Vec<u8>), TransportError> {
-        Ok(self.read("config")?.and_then(|text| decode_config(&text)).unwrap_or_default())
+    fn carry_out(&mut self, operation: Operation) -> Result<(), TransportError> {
+        self.post(operation)?;
+        self.request()
     }
 
     fn forget_queues(&mut self) -> Result<(), TransportError> {
-        for (index, (_, channel)) in core::mem::take(&mut self.queues) {
-            self.guest.store().remove(&format!("{}/queue-{index}", self.place.frontend))?;
+        for (_, channel) in core::mem::take(&mut self.queues).into_values() {
             self.guest.close_channel(channel)?;
         }
         Ok(())
@@ -146,64 +194,73 @@ impl<G: Domain + 'static> Driver<G> {
 
 impl<G: Domain + 'static> Transport for Driver<G> {
     fn device_type(&self) -> u32 {
-        self.device_type
+        self.description.device_type
     }
 
     fn device_features(&mut self) -> Result<Features, TransportError> {
-        Ok(self.read("features")?.and_then(|text| decode_features(&text)).unwrap_or_default())
+        Ok(self.description.features)
     }
 
     fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {
         self.features = features;
-        self.write("driver-features", encode_features(features))
+        self.post(Operation::Features(features))
     }
 
     /// A closed connection is a device that needs a reset.
     fn status(&mut self) -> Result<Status, TransportError> {
-        let status = Status::from_bits_retain(self.number("status")?.unwrap_or(0));
-        Ok(if self.is_open()? { status } else { status | Status::DEVICE_NEEDS_RESET })
+        self.catch_up()?;
+        let status = self.reply.status;
+        Ok(if self.is_open() { status } else { status | Status::DEVICE_NEEDS_RESET })
     }
 
+    /// Nobody waits for what only says that the driver is there: it is posted.
     fn set_status(&mut self, status: Status) -> Result<(), TransportError> {
-        if status.contains(Status::DRIVER_OK) {
-            self.enter(State::Initialised)?;
+        let operation = Operation::Status(status);
+        match (Status::ACKNOWLEDGE | Status::DRIVER).contains(status) && !status.is_empty() {
+            true => self.post(operation),
+            false => self.carry_out(operation),
         }
-        self.request(&Request::Status(status.bits()))?;
-        if status.contains(Status::DRIVER_OK) { self.enter(State::Connected) } else { Ok(()) }
     }
 
     /// If the other side has closed the connection, opens it again; [`TransportError::Closed`] if it is gone.
     fn reset(&mut self) -> Result<(), TransportError> {
-        if !self.is_open()? {
+        let came = self.guest.wait(self.lines.all(), Duration::ZERO)?;
+        self.look(came)?;
+        self.posted.clear();
+        if self.is_open() {
+            self.carry_out(Operation::Status(Status::empty()))?;
+        } else {
             self.enter(State::Closed)?;
-            self.wait_for("the backend to close", |driver| {
-                Ok(matches!(driver.backend()?, State::Closed | State::Unknown))
-            })?;
-            if self.backend()? == State::Unknown {
+            let gone = self.wait_for("the backend to close", |driver| match driver.backend {
+                State::Closed => Some(false),
                 // Its directory is gone: there is nobody who could come back.
+                State::Unknown => Some(true),
+                _ => None,
+            })?;
+            if gone {
                 return Err(TransportError::Closed);
             }
             self.enter(State::Initialising)?;
-            self.wait_for("the backend to come back", |driver| Ok(driver.backend()? == State::InitWait))?;
-            self.number = self.number("reply")?.unwrap_or(0);
-        } else {
-            self.request(&Request::Status(0))?;
-            self.enter(State::Initialising)?;
+            self.wait_for("the backend to come back", |driver| (driver.backend == State::InitWait).then_some(()))?;
+            // It was written before the state was.
+            self.look(self.lines.reply)?;
+            self.open()?;
         }
         self.features = Features::empty();
         self.forget_queues()?;
-        self.seen = self.look()?;
+        self.told = self.news();
         Ok(())
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
-        Ok(self.config()?.0)
+        self.catch_up()?;
+        Ok(self.reply.generation)
     }
 
     /// Bytes beyond the end of the configuration read as 0.
     fn read_config(&mut self, offset: u32, data: &mut [u8]) -> Result<(), TransportError> {
-        let (_, config) = self.config()?;
-        let config = config.get(offset as usize..).unwrap_or_default();
+        self.catch_up()?;
+        let config = self.reply.config.get(offset as usize..).unwrap_or_default();
         let len = data.len().min(config.len());
         data[..len].copy_from_slice(&config[..len]);
         data[len..].fill(0);
@@ -211,11 +268,11 @@ impl<G: Domain + 'static> Transport for Driver<G> {
     }
 
     fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), TransportError> {
-        self.request(&Request::Config { offset, data: data.into() })
+        self.carry_out(Operation::Config { offset, data: data.into() })
     }
 
     fn queue_max_size(&mut self, index: u16) -> Result<u16, TransportError> {
-        Ok(self.number(&format!("queue-{index}/max-size"))?.unwrap_or(0))
+        Ok(self.description.max_sizes.get(usize::from(index)).copied().unwrap_or(0))
     }
 
     fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
@@ -229,20 +286,14 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         let areas = Areas::allocate(&self.share(), index, size, max, self.features)?;
         let channel = self.guest.open_channel()?;
         let config = *areas.config();
-        for (name, value) in [
-            ("size", config.size.into()),
-            ("descriptors", config.descriptors),
-            ("driver", config.driver),
-            ("device", config.device),
-            ("event-channel", channel.port.into()),
-        ] {
-            self.write(&format!("queue-{index}/{name}"), value)?;
-        }
-        let doorbell = Doorbell { guest: self.guest.clone(), port: channel.port };
+        let (size, port) = (config.size.into(), channel.port);
+        let setup = Setup { index, size, areas: [config.descriptors, config.driver, config.device], port };
+        let doorbell = Doorbell { guest: self.guest.clone(), port };
         let virtqueue = areas.virtqueue(Box::new(doorbell));
         self.queues.insert(index, (areas, channel));
-        if self.number::<u8>("status")?.is_some_and(|bits| bits & Status::DRIVER_OK.bits() != 0) {
-            self.request(&Request::Enable(index))?;
+        self.post(Operation::Queue(setup))?;
+        if self.reply.status.contains(Status::DRIVER_OK) {
+            self.request()?;
         }
         Ok(virtqueue)
     }
@@ -253,29 +304,27 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         }
         let Some((_, channel)) = self.queues.get(&index) else { return Err(TransportError::NoQueue(index)) };
         let channel = *channel;
-        self.request(&Request::Reset(index))?;
-        self.guest.store().remove(&format!("{}/queue-{index}", self.place.frontend))?;
+        self.carry_out(Operation::Reset(index))?;
         self.guest.close_channel(channel)?;
         self.queues.remove(&index);
         Ok(())
     }
 
     fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
+        self.catch_up()?;
         let queues = self.queues.values().fold(0, |lines, (_, channel)| lines | 1 << channel.line);
         for _ in 0..ATTEMPTS {
-            let unseen = core::mem::take(&mut self.unseen);
-            let watchdog = if unseen { Duration::ZERO } else { watchdog };
-            let pending = self.guest.wait(queues | 1 << self.watch, watchdog)?;
-            let mut interrupts = Interrupts { queues: pending & queues != 0, config: false };
-            if unseen || pending & (1 << self.watch) != 0 {
-                let now = self.look()?;
-                interrupts.config = now != self.seen;
-                self.seen = now;
-            }
+            // A change may have come while an answer was waited for.
+            let config = self.has_news();
+            let patience = if config { Duration::ZERO } else { watchdog };
+            let pending = self.guest.wait(queues | self.lines.all(), patience)?;
+            self.look(pending)?;
+            let config = config || self.has_news();
+            let interrupts = Interrupts { queues: pending & queues != 0, config };
             if interrupts != Interrupts::default() {
                 return Ok(interrupts);
             }
-            if pending == 0 && !unseen {
+            if pending == 0 {
                 break;
             }
         }

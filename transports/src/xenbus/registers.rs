@@ -1,34 +1,41 @@
 //! What both sides agree on: the two directories of a device, and what a domain can do with them.
 //!
-//! Each side writes its own directory and watches the other's. What the driver wants done it writes as a numbered
-//! *request*; the device's side answers with a *reply* of the same number. Numbers in nodes are decimal, features and
-//! bytes hexadecimal.
+//! Each side writes its own directory and watches the nodes of the other's that change. What the driver wants done it
+//! writes as a numbered *request* of one or more operations; the device's side carries them out in their order, and
+//! answers with a *reply* of the same number that says all there is to say of the device. A node costs a round trip to
+//! xenstored, so there are few, and what belongs together changes at once. Words are separated by one space; numbers are
+//! decimal, features, addresses and bytes hexadecimal.
 //!
 //! | backend's node | content |
 //! |---|---|
 //! | `state` | the backend's [`State`] |
-//! | `device-type`, `num-queues` | numbers |
-//! | `features` | offered, one hexadecimal number |
-//! | `queue-N/max-size` | entries |
-//! | `config` | its generation and its bytes, `NUMBER BYTES`: in one node, so that they change at once |
-//! | `status` | the device status |
-//! | `reply` | number of the request that was carried out last |
+//! | `device` | what does not change: device type, features offered, the most entries of each queue |
+//! | `reply` | number of the request that was carried out last, device status, the configuration's generation and its bytes |
+//! | `error` | what was wrong with a request |
 //!
 //! | frontend's node | content |
 //! |---|---|
 //! | `state` | the frontend's [`State`] |
-//! | `driver-features` | accepted, one hexadecimal number |
-//! | `queue-N/size`, `queue-N/descriptors`, `queue-N/driver`, `queue-N/device` | entries; addresses: grant reference × 4096 + offset |
-//! | `queue-N/event-channel` | the frontend's port |
-//! | `request` | number, then `status S`, `config OFFSET BYTES`, `enable N` or `reset N` |
+//! | `request` | number, then operations with a `;` between two of them |
+//!
+//! | operation | means |
+//! |---|---|
+//! | `features F` | accepts features |
+//! | `queue N SIZE DESCRIPTORS DRIVER DEVICE PORT` | enables a queue; an address is grant reference × 4096 + offset |
+//! | `status S` | writes the device status; 0 resets the device |
+//! | `config OFFSET BYTES` | writes the configuration |
+//! | `reset N` | resets one queue |
+//!
+//! The connection opens once: the backend waits in [`State::InitWait`], the frontend says [`State::Connected`], and then
+//! the backend does. A reset of the device is a request and leaves the connection as it is.
 
 use alloc::format;
 use alloc::string::String;
 use alloc::vec::Vec;
 use core::task::Waker;
 
-use polyvirt_core::Features;
 use polyvirt_core::hypervisor::{Guest, HypervisorError};
+use polyvirt_core::{Features, Status};
 
 /// The most bytes of a node's value (XENSTORE_PAYLOAD_MAX); the path counts in a write.
 pub const PAYLOAD_MAX: usize = 4096;
@@ -141,11 +148,15 @@ pub trait Domain: Guest<Place = GuestPlace> {
     fn watch(&self, path: &str) -> Result<u32, HypervisorError>;
 }
 
-/// What a driver asks for, after the number of the request.
+/// What a driver asks for: a part of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Request {
+pub enum Operation {
+    /// Accept features.
+    Features(Features),
+    /// Enable a queue.
+    Queue(Setup),
     /// Write the device status.
-    Status(u8),
+    Status(Status),
     /// Write the configuration.
     Config {
         /// Bytes from its start.
@@ -153,37 +164,130 @@ pub enum Request {
         /// What to write.
         data: Vec<u8>,
     },
-    /// Take a queue into use that was set up after DRIVER_OK.
-    Enable(u16),
     /// Reset one queue.
     Reset(u16),
 }
 
-impl Request {
-    /// The node's value for request `number`.
-    pub fn encode(&self, number: u32) -> String {
+/// Where a queue is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Setup {
+    /// Its number.
+    pub index: u16,
+    /// Entries.
+    pub size: u32,
+    /// The addresses of its descriptor, driver and device area.
+    pub areas: [u64; 3],
+    /// The frontend's port for its events.
+    pub port: u32,
+}
+
+impl Operation {
+    fn encode(&self) -> String {
         match self {
-            Self::Status(status) => format!("{number} status {status}"),
-            Self::Config { offset, data } => format!("{number} config {offset} {}", encode_bytes(data)),
-            Self::Enable(queue) => format!("{number} enable {queue}"),
-            Self::Reset(queue) => format!("{number} reset {queue}"),
+            Self::Features(features) => format!("features {:x}", features.bits()),
+            Self::Queue(Setup { index, size, areas: [descriptors, driver, device], port }) => {
+                format!("queue {index} {size} {descriptors:x} {driver:x} {device:x} {port}")
+            }
+            Self::Status(status) => format!("status {}", status.bits()),
+            Self::Config { offset, data } => format!("config {offset} {}", encode_bytes(data)),
+            Self::Reset(queue) => format!("reset {queue}"),
         }
     }
 
-    /// The number of the request in a node's value, and what is asked for: none if it cannot be understood.
-    pub fn decode(value: &str) -> Option<(u32, Option<Self>)> {
-        let mut words = value.splitn(4, ' ');
-        let number = words.next()?.parse().ok()?;
-        let mut request = || match (words.next()?, words.next()?, words.next()) {
-            ("status", status, None) => Some(Self::Status(status.parse().ok()?)),
-            ("config", offset, Some(data)) => {
-                Some(Self::Config { offset: offset.parse().ok()?, data: decode_bytes(data)? })
-            }
-            ("enable", queue, None) => Some(Self::Enable(queue.parse().ok()?)),
-            ("reset", queue, None) => Some(Self::Reset(queue.parse().ok()?)),
-            _ => None,
+    fn decode(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        let mut word = || words.next();
+        let address = |word: &str| u64::from_str_radix(word, 16).ok();
+        let operation = match word()? {
+            "features" => Self::Features(decode_features(word()?)?),
+            "queue" => Self::Queue(Setup {
+                index: word()?.parse().ok()?,
+                size: word()?.parse().ok()?,
+                areas: [address(word()?)?, address(word()?)?, address(word()?)?],
+                port: word()?.parse().ok()?,
+            }),
+            "status" => Self::Status(Status::from_bits_retain(word()?.parse().ok()?)),
+            "config" => Self::Config { offset: word()?.parse().ok()?, data: decode_bytes(word()?)? },
+            "reset" => Self::Reset(word()?.parse().ok()?),
+            _ => return None,
         };
-        Some((number, request()))
+        word().is_none().then_some(operation)
+    }
+}
+
+/// The value of the node `request`.
+pub fn encode_request(number: u32, operations: &[Operation]) -> String {
+    let operations: Vec<_> = operations.iter().map(Operation::encode).collect();
+    format!("{number} {}", operations.join(";"))
+}
+
+/// The number of a request, and what is asked for: none if one of its operations cannot be understood.
+pub type Request = (u32, Option<Vec<Operation>>);
+
+/// The reverse of [`encode_request`].
+pub fn decode_request(value: &str) -> Option<Request> {
+    let (number, operations) = value.split_once(' ').unwrap_or((value, ""));
+    Some((number.parse().ok()?, operations.split(';').map(Operation::decode).collect()))
+}
+
+/// What does not change about a device.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Description {
+    /// Its type.
+    pub device_type: u32,
+    /// The features it offers.
+    pub features: Features,
+    /// The most entries of each queue.
+    pub max_sizes: Vec<u16>,
+}
+
+impl Description {
+    /// The value of the node `device`.
+    pub fn encode(&self) -> String {
+        let sizes: String = self.max_sizes.iter().map(|size| format!(" {size}")).collect();
+        format!("{} {:x}{sizes}", self.device_type, self.features.bits())
+    }
+
+    /// The reverse of [`Description::encode`].
+    pub fn decode(value: &str) -> Option<Self> {
+        let mut words = value.split(' ');
+        Some(Self {
+            device_type: words.next()?.parse().ok()?,
+            features: decode_features(words.next()?)?,
+            max_sizes: words.map(|size| size.parse().ok()).collect::<Option<_>>()?,
+        })
+    }
+}
+
+/// What the device's side says after each request, and whenever something changed.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reply {
+    /// The number of the request that was carried out last.
+    pub number: u32,
+    /// The device status.
+    pub status: Status,
+    /// The generation of the configuration.
+    pub generation: u32,
+    /// The configuration.
+    pub config: Vec<u8>,
+}
+
+impl Reply {
+    /// The value of the node `reply`.
+    pub fn encode(&self) -> String {
+        let Self { number, status, generation, config } = self;
+        format!("{number} {} {generation} {}", status.bits(), encode_bytes(config))
+    }
+
+    /// The reverse of [`Reply::encode`].
+    pub fn decode(value: &str) -> Option<Self> {
+        let mut words = value.splitn(4, ' ');
+        Some(Self {
+            number: words.next()?.parse().ok()?,
+            status: Status::from_bits_retain(words.next()?.parse().ok()?),
+            generation: words.next()?.parse().ok()?,
+            config: decode_bytes(words.next()?)?,
+        })
     }
 }
 
@@ -202,24 +306,8 @@ pub fn decode_bytes(text: &str) -> Option<Vec<u8>> {
     digits.chunks_exact(2).map(|pair| Some(digit(pair[0])? << 4 | digit(pair[1])?)).collect()
 }
 
-/// A configuration and its generation.
-pub fn encode_config(generation: u32, bytes: &[u8]) -> String {
-    format!("{generation} {}", encode_bytes(bytes))
-}
-
-/// The reverse of [`encode_config`].
-pub fn decode_config(text: &str) -> Option<(u32, Vec<u8>)> {
-    let (generation, bytes) = text.split_once(' ')?;
-    Some((generation.parse().ok()?, decode_bytes(bytes)?))
-}
-
-/// A set of features as one hexadecimal number.
-pub fn encode_features(features: Features) -> String {
-    format!("{:x}", features.bits())
-}
-
-/// The reverse of [`encode_features`].
-pub fn decode_features(text: &str) -> Option<Features> {
+/// A set of features, as one hexadecimal number.
+fn decode_features(text: &str) -> Option<Features> {
     u128::from_str_radix(text, 16).ok().map(Features::from_bits_retain)
 }
 
@@ -228,29 +316,70 @@ mod tests {
     use super::*;
     use alloc::vec;
 
+    const QUEUE: Setup = Setup { index: 3, size: 256, areas: [0x1000, u64::MAX, 0], port: 17 };
+
     #[test]
     fn requests_survive_the_way_through_a_node() {
-        for request in [
-            Request::Status(15),
-            Request::Config { offset: 8, data: vec![0, 0xff, 0x5a] },
-            Request::Enable(3),
-            Request::Reset(u16::MAX),
-        ] {
-            assert_eq!(Request::decode(&request.encode(7)), Some((7, Some(request))));
+        let operations = [
+            Operation::Features(Features::VERSION_1 | Features::bit(127)),
+            Operation::Queue(QUEUE),
+            Operation::Status(Status::from_bits_retain(15)),
+            Operation::Config { offset: 8, data: vec![0, 0xff, 0x5a] },
+            Operation::Config { offset: 0, data: vec![] },
+            Operation::Reset(u16::MAX),
+        ];
+        for operation in &operations {
+            let one = core::slice::from_ref(operation);
+            assert_eq!(decode_request(&encode_request(7, one)), Some((7, Some(one.to_vec()))));
+        }
+        assert_eq!(decode_request(&encode_request(8, &operations)), Some((8, Some(operations.to_vec()))));
+    }
+
+    #[test]
+    fn as_many_queues_as_a_domain_has_lines_fit_into_one_request() {
+        // A grant reference has 32 bits, an offset 12.
+        let setup = |index| Setup { index, size: 32768, areas: [(1 << 44) - 1; 3], port: u32::MAX };
+        let queues: Vec<_> = (0..64).map(|index| Operation::Queue(setup(index))).collect();
+        assert!(encode_request(u32::MAX, &queues).len() < PAYLOAD_MAX - 64);
+    }
+
+    #[test]
+    fn what_a_device_says_survives_the_way_through_a_node() {
+        for max_sizes in [vec![], vec![256, 16]] {
+            let description = Description { device_type: 4, features: Features::VERSION_1, max_sizes };
+            assert_eq!(Description::decode(&description.encode()), Some(description));
+        }
+        for config in [vec![], vec![1, 0xfe]] {
+            let reply = Reply { number: 9, status: Status::DRIVER_OK, generation: u32::MAX, config };
+            assert_eq!(Reply::decode(&reply.encode()), Some(reply));
         }
     }
 
     #[test]
     fn what_cannot_be_understood_is_none_of_them() {
         for text in ["", "x", "-1 status 1", "99999999999 status 1", "\u{1F980}"] {
-            assert_eq!(Request::decode(text), None, "{text}");
+            assert_eq!(decode_request(text), None, "{text}");
+            assert_eq!(Reply::decode(text), None, "{text}");
+            assert_eq!(Description::decode(text), None, "{text}");
         }
-        for text in
-            ["1", "1 status", "1 status 256", "1 config 0 abc", "1 config 0 zz", "1 reset 65536", "1 status 1 2"]
-        {
-            assert_eq!(Request::decode(text), Some((1, None)), "{text}");
+        for operation in [
+            "",
+            "status",
+            "status 256",
+            "status 1 2",
+            "config 0 abc",
+            "config 0 zz",
+            "reset 65536",
+            "features",
+            "features 1ffffffffffffffffffffffffffffffffff",
+            "queue 0 1 2 3 4",
+            "queue 0 1 2 3 4 5 6",
+            "queue 0 1 2 3 10000000000000000 5",
+        ] {
+            for text in [format!("1 {operation}"), format!("1 status 1;{operation}")] {
+                assert_eq!(decode_request(&text), Some((1, None)), "{text}");
+            }
         }
         assert_eq!(decode_bytes(&"00".repeat(PAYLOAD_MAX)), None);
-        assert_eq!(decode_features("1ffffffffffffffffffffffffffffffffff"), None);
     }
 }

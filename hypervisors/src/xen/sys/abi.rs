@@ -9,7 +9,7 @@ use std::mem::offset_of;
 use vmm_sys_util::ioctl::{_IOC_NONE, ioctl_expr};
 
 /// The number of the ioctl that takes a `T`.
-const fn number<T>(device: u8, number: u32) -> c_ulong {
+pub(super) const fn number<T>(device: u8, number: u32) -> c_ulong {
     ioctl_expr(_IOC_NONE, device as u32, number, size_of::<T>() as u32)
 }
 
@@ -19,6 +19,8 @@ pub(super) const GNTALLOC_ALLOC_GREF: c_ulong = number::<AllocGref>(b'G', 5);
 pub(super) const GNTALLOC_DEALLOC_GREF: c_ulong = number::<DeallocGref>(b'G', 6);
 /// IOCTL_GNTDEV_MAP_GRANT_REF: says which grants the next `mmap` is to map; it asks Xen nothing yet.
 pub(super) const GNTDEV_MAP_GRANT_REF: c_ulong = number::<MapGrantRef>(b'G', 0);
+/// IOCTL_GNTDEV_UNMAP_GRANT_REF: forgets such grants.
+pub(super) const GNTDEV_UNMAP_GRANT_REF: c_ulong = number::<UnmapGrantRef>(b'G', 1);
 /// IOCTL_EVTCHN_BIND_INTERDOMAIN: EVTCHNOP_bind_interdomain; the result is the port on this side.
 pub(super) const EVTCHN_BIND_INTERDOMAIN: c_ulong = number::<BindInterdomain>(b'E', 1);
 /// IOCTL_EVTCHN_BIND_UNBOUND_PORT: EVTCHNOP_alloc_unbound; the result is the port.
@@ -98,6 +100,21 @@ const _: () = assert!(offset_of!(MapGrantRef, count) == 0 && offset_of!(MapGrant
 const _: () = assert!(offset_of!(MapGrantRef, refs) == 16);
 const _: () = assert!(offset_of!(GrantRef, domid) == 0 && offset_of!(GrantRef, reference) == 4);
 const _: () = assert!(GNTDEV_MAP_GRANT_REF == 0x18_47_00);
+
+/// `struct ioctl_gntdev_unmap_grant_ref`.
+#[repr(C)]
+pub(super) struct UnmapGrantRef {
+    /// Where `mmap` found the first.
+    pub(super) index: u64,
+    /// Grants.
+    pub(super) count: u32,
+    /// Nothing.
+    pub(super) pad: u32,
+}
+
+const _: () = assert!(size_of::<UnmapGrantRef>() == 16);
+const _: () = assert!(offset_of!(UnmapGrantRef, index) == 0 && offset_of!(UnmapGrantRef, count) == 8);
+const _: () = assert!(GNTDEV_UNMAP_GRANT_REF == 0x10_47_01);
 
 /// `struct ioctl_evtchn_bind_interdomain`.
 #[repr(C)]

@@ -21,9 +21,20 @@ pub(super) struct Evtchn {
     file: File,
 }
 
+impl From<File> for Evtchn {
+    fn from(file: File) -> Self {
+        Self { file }
+    }
+}
+
 impl Evtchn {
     pub(super) fn open() -> Result<Self, HypervisorError> {
-        Ok(Self { file: open("evtchn")? })
+        Ok(open("evtchn")?.into())
+    }
+
+    /// For others to send and to wait for events.
+    pub(super) fn file(&self) -> &File {
+        &self.file
     }
 
     pub(super) fn alloc_unbound(&self, remote: u16) -> Result<u32, HypervisorError> {

@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::num::NonZeroUsize;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use polyvirt_core::hypervisor::HypervisorError;
@@ -15,11 +15,14 @@ use polyvirt_core::memory::Pages;
 
 use super::super::abi::PAGE_SIZE;
 use super::super::lock;
+use super::arena::{Addresses, Arena};
 use super::gntalloc::Run;
 use super::refused;
-use crate::mapping;
 
 const RIGHTS: ProtFlags = ProtFlags::PROT_READ.union(ProtFlags::PROT_WRITE);
+
+/// Where allocations are, as long as there is room.
+static ARENA: LazyLock<Arena> = Arena::new();
 
 /// Allocations.
 #[derive(Default)]
@@ -33,13 +36,14 @@ pub(super) struct Heap {
 /// Keeps an allocation mapped and known.
 struct Owner {
     allocated: Arc<Mutex<BTreeMap<usize, usize>>>,
-    pages: Pages,
+    start: usize,
+    _addresses: Addresses,
 }
 
 impl Drop for Owner {
     fn drop(&mut self) {
         // Before it is unmapped: afterwards the place may be someone else's.
-        lock(&self.allocated).remove(&self.pages.as_ptr().addr());
+        lock(&self.allocated).remove(&self.start);
     }
 }
 
@@ -47,13 +51,15 @@ impl Heap {
     /// `len` bytes, rounded up to whole pages, zeroed.
     pub(super) fn allocate(&self, len: usize) -> Result<Pages, HypervisorError> {
         let len = len.max(1).checked_next_multiple_of(PAGE_SIZE).ok_or(HypervisorError::Exhausted("guest memory"))?;
-        let pages = mapping::anonymous(len)?;
-        let start = pages.as_ptr();
-        lock(&self.allocated).insert(start.addr(), len);
-        let owner = Owner { allocated: self.allocated.clone(), pages };
-        let Some(start) = std::ptr::NonNull::new(start) else { return Err(HypervisorError::Exhausted("guest memory")) };
+        let size = NonZeroUsize::new(len).ok_or(HypervisorError::Exhausted("guest memory"))?;
+        let (start, addresses) = ARENA
+            // SAFETY: a new mapping, at a place that is this one's alone, or wherever there is room.
+            .map(size, |at, fixed| unsafe { mmap_anonymous(at, size, RIGHTS, MapFlags::MAP_PRIVATE | fixed) })
+            .map_err(|error| refused("mmap", error))?;
+        lock(&self.allocated).insert(start.addr().get(), len);
+        let owner = Owner { allocated: self.allocated.clone(), start: start.addr().get(), _addresses: addresses };
         // SAFETY: mapped until the owner is dropped; nobody has a reference to the bytes.
-        Ok(unsafe { Pages::new(start, len, Arc::new(owner)) })
+        Ok(unsafe { Pages::new(start.cast(), len, Arc::new(owner)) })
     }
 
     /// How many pages `pages` are, if they can be granted: whole, of one allocation, and not granted yet.
@@ -77,7 +83,9 @@ impl Heap {
             let page = pages.slice(number * PAGE_SIZE, PAGE_SIZE).ok_or_else(|| refused("grant", "too many pages"))?;
             let offset = i64::try_from(offset).map_err(|error| refused("mmap of /dev/xen/gntalloc", error))?;
             // SAFETY: of the place `replace` says so.
-            let map = |at, size| unsafe { mmap(Some(at), size, RIGHTS, SHARED_FIXED, file, offset) };
+            let map = |at, size| unsafe {
+                mmap(Some(at), size, RIGHTS, MapFlags::MAP_SHARED | MapFlags::MAP_FIXED, file, offset)
+            };
             if let Err(error) = replace(&page, map) {
                 self.uncover(run.first..reference);
                 return Err(refused("mmap of /dev/xen/gntalloc", error));
@@ -92,7 +100,7 @@ impl Heap {
         for reference in references {
             let Some(page) = lock(&self.granted).remove(&reference) else { continue };
             // SAFETY: of the place `replace` says so.
-            let map = |at, size| unsafe { mmap_anonymous(Some(at), size, RIGHTS, SHARED_FIXED) };
+            let map = |at, size| unsafe { mmap_anonymous(Some(at), size, RIGHTS, PRIVATE_FIXED) };
             if let Err(error) = replace(&page, map) {
                 // It stays what it was, which is memory all the same, and is unmapped with the rest.
                 tracing::error!(%error, reference, "a page that was granted stays mapped");
@@ -101,7 +109,7 @@ impl Heap {
     }
 }
 
-const SHARED_FIXED: MapFlags = MapFlags::MAP_SHARED.union(MapFlags::MAP_FIXED);
+const PRIVATE_FIXED: MapFlags = MapFlags::MAP_PRIVATE.union(MapFlags::MAP_FIXED);
 
 /// Has `map` map something else in the place of `page`, a page of an allocation, and moves its content there.
 fn replace<T>(page: &Pages, map: impl FnOnce(NonZeroUsize, NonZeroUsize) -> nix::Result<T>) -> nix::Result<()> {

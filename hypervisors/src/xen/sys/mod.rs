@@ -9,10 +9,12 @@
 //! | `alloc_unbound`, `bind_interdomain`, `send`, `close`, `next_event`, `unmask` | evtchn | EVTCHNOP_… |
 //! | `store_send`, `store_receive` | xenbus | – (the kernel moves messages over the ring) |
 //!
-//! A domain's part is played by one process, or by two: one that has the memory mapped, and one, its [`hands`], that
-//! owns the grants, the ports and the connection to xenstored, and does what it is told.
+//! A domain's part is played by one process, or by two: one that has the memory mapped and the connection to xenstored,
+//! and one, its [`hands`], that owns the grants and the ports.
 
 mod abi;
+mod arena;
+pub mod dm;
 mod evtchn;
 mod gntalloc;
 mod gntdev;
@@ -26,7 +28,6 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
 
 use nix::libc::O_NONBLOCK;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -69,24 +70,32 @@ pub struct Domain {
     heap: Heap,
     /// gntalloc's handle that owns the grants.
     granting: File,
-    devices: Arc<dyn Devices>,
+    /// The handle that has the ports.
+    events: Evtchn,
+    store: Xenbus,
+    stop: Stop,
+    owner: Box<dyn Owner>,
 }
 
 impl Domain {
     /// This process plays the domain's part alone.
     pub fn open() -> Result<Self, HypervisorError> {
         let own = Own::open()?;
-        let granting = own.gntalloc.file().try_clone().map_err(|error| refused("gntalloc", error))?;
-        Ok(Self { heap: Heap::default(), granting, devices: Arc::new(own) })
+        let clone = |file: &File| file.try_clone().map_err(|error| refused("a device of Xen's", error));
+        let files = [clone(own.gntalloc.file())?, clone(own.evtchn.file())?];
+        Self::new(files, Box::new(own))
     }
-}
 
-impl Domain {
     /// Two processes play the domain's part: this one has the memory; `program`, started as a child whose standard input
-    /// is its mailbox, is to call [`hands::serve`].
+    /// is its mailbox unless it runs already, is to call [`hands::serve`].
     pub fn with_hands(program: &mut Command) -> Result<Self, HypervisorError> {
-        let (hands, granting) = Hands::start(program)?;
-        Ok(Self { heap: Heap::default(), granting, devices: Arc::new(hands) })
+        let (hands, files) = Hands::start(program)?;
+        Self::new(files, Box::new(hands))
+    }
+
+    fn new([granting, events]: [File; 2], owner: Box<dyn Owner>) -> Result<Self, HypervisorError> {
+        let (heap, events, store, stop) = (Heap::default(), events.into(), Xenbus::open()?, Stop::new()?);
+        Ok(Self { heap, granting, events, store, stop, owner })
     }
 }
 
@@ -97,15 +106,15 @@ impl Calls for Domain {
 
     fn grant(&self, pages: &Pages, to: u16, read_only: bool) -> Result<u32, HypervisorError> {
         let count = self.heap.grantable(pages)?;
-        let run = self.devices.grant(count, to, read_only)?;
+        let run = self.owner.grant(count, to, read_only)?;
         self.heap.cover(pages, &self.granting, &run).inspect_err(|_| {
-            let _ = self.devices.end_access(run.first, count);
+            let _ = self.owner.end_access(run.first, count);
         })?;
         Ok(run.first)
     }
 
     fn end_access(&self, first: u32, count: u32) -> Result<(), HypervisorError> {
-        self.devices.end_access(first, count)?;
+        self.owner.end_access(first, count)?;
         self.heap.uncover(first..first.saturating_add(count));
         Ok(())
     }
@@ -115,74 +124,64 @@ impl Calls for Domain {
     }
 
     fn alloc_unbound(&self, remote: u16) -> Result<u32, HypervisorError> {
-        self.devices.alloc_unbound(remote)
+        self.owner.alloc_unbound(remote)
     }
 
     fn bind_interdomain(&self, remote: u16, port: u32) -> Result<u32, HypervisorError> {
-        self.devices.bind_interdomain(remote, port)
+        self.owner.bind_interdomain(remote, port)
     }
 
     fn send(&self, port: u32) -> Result<(), HypervisorError> {
-        self.devices.send(port)
+        self.events.send(port)
     }
 
     fn close(&self, port: u32) -> Result<(), HypervisorError> {
-        self.devices.close(port)
+        self.owner.close(port)
     }
 
     fn next_event(&self) -> Option<u32> {
-        self.devices.next_event()
+        self.events.next_event(&self.stop)
     }
 
     fn unmask(&self, port: u32) -> Result<(), HypervisorError> {
-        self.devices.unmask(port)
+        self.events.unmask(port)
     }
 
     fn store_send(&self, bytes: &[u8]) -> Result<(), HypervisorError> {
-        self.devices.store_send(bytes)
+        self.store.send(bytes)
     }
 
     fn store_receive(&self, bytes: &mut [u8]) -> bool {
-        self.devices.store_receive(bytes)
+        self.store.receive(bytes, &self.stop)
     }
 
     fn stop(&self) {
-        self.devices.stop();
+        self.stop.set();
     }
 }
 
-/// What belongs to the process that has the devices open. As in [`Calls`], but that grants are of new pages.
-trait Devices: Send + Sync {
+/// What the process does that has the devices open. As in [`Calls`], but that grants are of new pages.
+trait Owner: Send + Sync {
     fn grant(&self, count: u32, to: u16, read_only: bool) -> Result<Run, HypervisorError>;
     fn end_access(&self, first: u32, count: u32) -> Result<(), HypervisorError>;
     fn alloc_unbound(&self, remote: u16) -> Result<u32, HypervisorError>;
     fn bind_interdomain(&self, remote: u16, port: u32) -> Result<u32, HypervisorError>;
-    fn send(&self, port: u32) -> Result<(), HypervisorError>;
     fn close(&self, port: u32) -> Result<(), HypervisorError>;
-    fn next_event(&self) -> Option<u32>;
-    fn unmask(&self, port: u32) -> Result<(), HypervisorError>;
-    fn store_send(&self, bytes: &[u8]) -> Result<(), HypervisorError>;
-    fn store_receive(&self, bytes: &mut [u8]) -> bool;
-    fn stop(&self);
 }
 
 /// The devices, opened by this process.
 struct Own {
     gntalloc: Gntalloc,
     evtchn: Evtchn,
-    xenbus: Xenbus,
-    stop: Stop,
 }
 
 impl Own {
     fn open() -> Result<Self, HypervisorError> {
-        available()?;
-        let (gntalloc, evtchn, xenbus) = (Gntalloc::open()?, Evtchn::open()?, Xenbus::open()?);
-        Ok(Self { gntalloc, evtchn, xenbus, stop: Stop::new()? })
+        Ok(Self { gntalloc: Gntalloc::open()?, evtchn: Evtchn::open()? })
     }
 }
 
-impl Devices for Own {
+impl Owner for Own {
     fn grant(&self, count: u32, to: u16, read_only: bool) -> Result<Run, HypervisorError> {
         self.gntalloc.grant(count, to, read_only)
     }
@@ -199,32 +198,8 @@ impl Devices for Own {
         self.evtchn.bind_interdomain(remote, port)
     }
 
-    fn send(&self, port: u32) -> Result<(), HypervisorError> {
-        self.evtchn.send(port)
-    }
-
     fn close(&self, port: u32) -> Result<(), HypervisorError> {
         self.evtchn.close(port)
-    }
-
-    fn next_event(&self) -> Option<u32> {
-        self.evtchn.next_event(&self.stop)
-    }
-
-    fn unmask(&self, port: u32) -> Result<(), HypervisorError> {
-        self.evtchn.unmask(port)
-    }
-
-    fn store_send(&self, bytes: &[u8]) -> Result<(), HypervisorError> {
-        self.xenbus.send(bytes)
-    }
-
-    fn store_receive(&self, bytes: &mut [u8]) -> bool {
-        self.xenbus.receive(bytes, &self.stop)
-    }
-
-    fn stop(&self) {
-        self.stop.set();
     }
 }
 

@@ -1,0 +1,3 @@
+
+tell guest kernel "$(uname -r)"
+hypervisor=kvm
