@@ -126,7 +126,7 @@ impl<L> Chains<L> {
         Ok(self.spare.push_mut(parts))
     }
 
-    /// Latches the queue: from now on no chain comes back. The first reason stays. One that is no fault latches nothing.
+    /// A chain cannot be taken. That latches the queue, unless it is no fault.
     #[cold]
     #[inline(never)]
     pub(super) fn fail(&mut self, reason: QueueError) -> Latched {
@@ -134,6 +134,11 @@ impl<L> Chains<L> {
             self.put_off = true;
             return Latched;
         }
+        self.latch(reason)
+    }
+
+    /// Latches the queue: from now on no chain comes back. The first reason stays.
+    pub(super) fn latch(&mut self, reason: QueueError) -> Latched {
         self.run = LATCHED;
         self.broken.get_or_insert(reason);
         Latched
@@ -205,6 +210,10 @@ impl<L: Lease> Assembly<L> {
             Access::READ
         };
         self.state += u64::from(len);
+        // Before it is looked up: memory in small pieces makes segments of what no chain can have.
+        if self.state & !TURNED > CHAIN_LEN_MAX {
+            return Err(QueueError::TooLong { head });
+        }
         let segments = &mut self.parts.segments;
         memory.resolve(address, len.into(), access, |segment| segments.push(segment))?;
         Ok(())

@@ -89,7 +89,9 @@ impl<M: GuestMemory> Queue<M> {
         }
         let mut saved = ring!(&self.ring, ring => ring.save())?;
         // Those that wait to be taken again are in flight, but their order counts.
-        saved.in_flight.retain(|head| !self.again.contains(head));
+        let mut again = self.again.clone();
+        again.sort_unstable();
+        saved.in_flight.retain(|head| again.binary_search(head).is_err());
         saved.in_flight.extend(self.again.iter().rev());
         Ok(saved)
     }

@@ -219,7 +219,10 @@ impl<M: GuestMemory> Ring<M> {
                 if tail.flags & NEXT != 0 || count > 1 {
                     return Err(self.chains.fail(QueueError::IndirectWithNext { head: tail.id }));
                 }
-                self.add_table(&mut assembly, address, tail).map_err(|reason| self.chains.fail(reason))?;
+                let added = self.add_table(&mut assembly, address, tail);
+                // Its leases end here, whatever became of the chain.
+                self.table.clear();
+                added.map_err(|reason| self.chains.fail(reason))?;
                 break;
             }
             assembly.add(&self.memory, tail.id, piece, writable).map_err(|reason| self.chains.fail(reason))?;
@@ -272,7 +275,6 @@ impl<M: GuestMemory> Ring<M> {
         if entries > self.size.into() {
             return Err(QueueError::TooManyDescriptors { head, limit: self.size.into() });
         }
-        self.table.clear();
         let table = &mut self.table;
         self.memory.resolve(address, len.into(), Access::READ, |segment| table.push(segment))?;
         for index in 0..entries as u16 {
@@ -285,7 +287,6 @@ impl<M: GuestMemory> Ring<M> {
             }
             assembly.add(&self.memory, head, (u64::from_le(address), entry.len), entry.flags & WRITE != 0)?;
         }
-        self.table.clear();
         Ok(())
     }
 
@@ -341,7 +342,7 @@ impl<M: GuestMemory> Ring<M> {
     }
 
     pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Latched {
-        self.chains.fail(reason)
+        self.chains.latch(reason)
     }
 
     pub(in crate::queue) const fn broken(&self) -> Option<QueueError> {

@@ -195,7 +195,10 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         head: u16,
         descriptor: Descriptor,
     ) -> Result<Chain<M::Lease>, Latched> {
-        match self.add_all(&mut assembly, head, descriptor) {
+        let added = self.add_all(&mut assembly, head, descriptor);
+        // Its leases end here, whatever became of the chain.
+        self.table.clear();
+        match added {
             Ok(()) => assembly.finish(&mut self.chains, head, 1),
             Err(reason) => Err(self.chains.fail(reason)),
         }
@@ -242,7 +245,6 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         if len == 0 || !u64::from(len).is_multiple_of(layout::DESCRIPTOR_LEN) || entries > u16::MAX.into() {
             return Err(QueueError::IndirectLength { head, len });
         }
-        self.table.clear();
         let table = &mut self.table;
         self.memory.resolve(descriptor.address, len.into(), Access::READ, |segment| table.push(segment))?;
         let mut index = 0;
@@ -257,7 +259,6 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             }
             assembly.add(&self.memory, head, (entry.address, entry.len), entry.flags & WRITE != 0)?;
             if entry.flags & NEXT == 0 {
-                self.table.clear();
                 return Ok(());
             }
             index = entry.next;
@@ -314,7 +315,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Latched {
-        self.chains.fail(reason)
+        self.chains.latch(reason)
     }
 
     pub(in crate::queue) const fn broken(&self) -> Option<QueueError> {
