@@ -27,6 +27,8 @@ use super::{CliError, FAILURE, MISTAKE, SUCCESS, complain, serve};
 /// Guest memory as devices see it.
 type Memory = Arc<FlatMemory>;
 
+type Devices = Vec<Box<dyn Device<Memory>>>;
+
 /// Devices in memory have an interrupt pin each, and there are eight.
 const MOST_IN_MEMORY: usize = 8;
 
@@ -171,8 +173,8 @@ fn command_line(args: &BootArgs) -> String {
 }
 
 /// The devices, and the far side of the console if there is one.
-fn devices(args: &BootArgs) -> Result<(Vec<Box<dyn Device<Memory>>>, Option<console::Handle>), CliError> {
-    let mut devices: Vec<Box<dyn Device<Memory>>> = Vec::new();
+fn devices(args: &BootArgs) -> Result<(Devices, Option<console::Handle>), CliError> {
+    let mut devices = Devices::new();
     for image in &args.disk {
         let (backend, _) = serve::disk(image, false)?;
         devices.push(Box::new(blk::Device::new(backend, blk::Options::default())));
@@ -198,7 +200,7 @@ enum Plugged {
 }
 
 /// Plugs `devices` into the machine.
-fn plug(host: Host, transport: Transport, devices: Vec<Box<dyn Device<Memory>>>) -> Result<Plugged, HypervisorError> {
+fn plug(host: Host, transport: Transport, devices: Devices) -> Result<Plugged, HypervisorError> {
     let generation = match transport {
         Transport::Pci => Generation::Modern,
         Transport::PciLegacy => Generation::Transitional(ByteOrder::Little),

@@ -81,7 +81,14 @@ impl Heap {
 /// rust-vmm's queue, and what it has taken.
 struct Device {
     queue: Queue,
-    held: Vec<(u16, Vec<u8>, Vec<(GuestAddress, u32)>)>,
+    held: Vec<Held>,
+}
+
+/// A chain that the device has not answered.
+struct Held {
+    head: u16,
+    read: Vec<u8>,
+    room: Vec<(GuestAddress, u32)>,
 }
 
 impl Device {
@@ -100,7 +107,7 @@ impl Device {
                         read.extend(bytes);
                     }
                 }
-                self.held.push((head, read, room));
+                self.held.push(Held { head, read, room });
             }
             if !self.queue.enable_notification(memory).unwrap() {
                 break;
@@ -110,7 +117,7 @@ impl Device {
             if self.held.is_empty() {
                 break;
             }
-            let (head, read, room) = self.held.remove(usize::from(*index) % self.held.len());
+            let Held { head, read, room } = self.held.remove(usize::from(*index) % self.held.len());
             let bytes = answer(&read, room.iter().map(|(_, len)| *len as usize).sum());
             let mut left = &bytes[..];
             for (address, len) in room {

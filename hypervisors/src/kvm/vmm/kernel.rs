@@ -137,7 +137,7 @@ fn write_tables(ram: &Pages) -> Result<(), VmmError> {
         let third = second + PAGE * (1 + gibibyte);
         put(second, gibibyte, third | PRESENT_WRITABLE)?;
         for page in 0..512 {
-            put(third, page, (gibibyte << 30) + (page << 21) | LARGE | PRESENT_WRITABLE)?;
+            put(third, page, ((gibibyte << 30) + (page << 21)) | LARGE | PRESENT_WRITABLE)?;
         }
     }
     Ok(())
