@@ -28,10 +28,20 @@ mkfifo /said
 follow </said &
 follower=$!
 tell host boots "$transport" "$packed"
+# A guest that says nothing is taken for one that hangs, and a kernel that boots quietly says nothing for long.
+(
+    turn=0
+    while [ $turn -lt 100 ] && sleep 4; do
+        tell host runs
+        turn=$((turn + 1))
+    done
+) &
+ticks=$!
 # shellcheck disable=SC2086 # no word where $packed is empty
 polyvirt boot --hypervisor kvm --kernel /guest/kernel --initrd /guest/initramfs --mem 256 --transport "$transport" \
     $packed --append "rdinit=/init quiet panic=-1" "$@" </dev/null >/said 2>&1
 tell host served $?
+kill $ticks
 wait $follower
 for disk in /dev/nvme*n1; do
     dd if="/${disk##*/}.img" of="$disk" bs=1M conv=fsync 2>/dev/null || tell guest complaint "$disk cannot be written"
