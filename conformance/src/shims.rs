@@ -49,7 +49,7 @@ macro_rules! shim {
 
 /// Every port: a line for each.
 pub(crate) const SHIMS: &[Shim] = &[
-    shim!("kvm": "mod" "abi" "host" "guest"; "PCI": "pci"; "machine": "machine"; "vCPU": "vcpu"; "hands": "hands"),
+    shim!("kvm": "mod" "abi" "host" "guest"; "PCI": "pci"; "machine": "machine"; "vCPU": "vcpu"; "hands": "hands"; "machine for Linux": "vmm/mod" "vmm/kernel" "vmm/map" "vmm/ports" "vmm/processor" "vmm/tables"),
     shim!("xen": "mod" "abi" "host" "guest"; "xenstore client": "store" "wire"; "domain kernel": "kernel"; "machine": "machine"; "real calls": "sys/mod" "sys/abi" "sys/arena" "sys/dm/mod" "sys/dm/abi" "sys/dm/foreign" "sys/dm/ioreq" "sys/dm/releases" "sys/evtchn" "sys/gntalloc" "sys/gntdev" "sys/hands" "sys/heap" "sys/privcmd" "sys/xenbus"; "model": "model/mod" "model/domain" "model/events" "model/grants" "model/memory" "model/ring" "model/tree" "model/xenstored"),
     shim!("xen_hvm": "mod" "abi" "host" "domain"; "model": "model"),
     shim!("lguest": "mod" "abi" "host" "guest"; "launcher": "launcher"; "kernel": "kernel"; "hands": "hands"),
