@@ -240,7 +240,7 @@ impl Display for Device {
 }
 
 /// VIRTIO_F_VERSION_1, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_PACKED (6).
-const VERSION_1: u32 = 32;
+pub(super) const VERSION_1: u32 = 32;
 const ACCESS_PLATFORM: u32 = 33;
 const RING_PACKED: u32 = 34;
 
@@ -342,7 +342,7 @@ const MODERN_MMIO: [&str; 2] = ["-global", "virtio-mmio.force-legacy=false"];
 const SERIAL: [&str; 2] = ["-serial", "chardev:console"];
 /// The guest's clock counts instructions. Linux on x86 measures its clocks against each other while it boots; on a busy
 /// host, clocks that go by the host's do not agree, and it hangs.
-const OWN_TIME: [&str; 2] = ["-icount", "shift=2"];
+pub(super) const OWN_TIME: [&str; 2] = ["-icount", "shift=2"];
 
 const PSERIES: Qemu = Qemu {
     package: "qemu-system-ppc",
@@ -379,8 +379,9 @@ const DOM0: Qemu = Qemu {
 const KVM_HOST: Nested = Nested {
     package: "qemu-system-x86",
     program: "qemu-system-x86_64",
-    // Without nested page tables Linux does not start as a guest.
-    cpu: "max,+svm,+npt",
+    // Without nested page tables Linux does not start as a guest. With `max` an interrupt now and then comes to a guest
+    // that has them off. Random numbers: nothing else gives any so early.
+    cpu: "qemu64,+svm,+npt,+rdrand",
     kernel: &KVM,
     packed: false,
 };

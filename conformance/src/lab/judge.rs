@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::disk::{After, Image};
-use super::guests::{Device, Guest, Kind, Machine};
+use super::guests::{Device, Guest, Kind, Machine, VERSION_1};
 use super::transcript::Transcript;
 
 /// VIRTIO_CONFIG_S_ACKNOWLEDGE alone (2.1): the bus found the device after a reset, no driver has it.
@@ -199,11 +199,13 @@ fn driver(evidence: &Evidence<'_>) -> Verdict {
     // One digit for each feature, bit 0 first.
     let words = evidence.event("found", "a device that its driver has taken")?;
     let features = words.first().copied().unwrap_or_default();
+    let accepted = |bit: u32| features.as_bytes().get(bit as usize) == Some(&b'1');
+    let observed = || format!("the features {features}, bit 0 first");
     for &bit in evidence.device.features {
-        let accepted = features.as_bytes().get(bit as usize) == Some(&b'1');
-        expect(accepted, format!("feature bit {bit} accepted"), format!("the features {features}, bit 0 first"))?;
+        expect(accepted(bit), format!("feature bit {bit} accepted"), observed())?;
     }
-    Ok(())
+    let legacy = !evidence.device.features.contains(&VERSION_1);
+    expect(!legacy || !accepted(VERSION_1), "the legacy interface, without VERSION_1", observed())
 }
 
 fn shape(evidence: &Evidence<'_>, image: &Image, _: &After) -> Verdict {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::cpio::Archive;
-use super::guests::{Guest, Nested};
+use super::guests::{Guest, Nested, OWN_TIME};
 use super::kernel::Kept;
 use super::parts::Part;
 use super::run::Step;
@@ -90,6 +90,7 @@ fn boots(nested: &Nested, cache: &Cache, kernel: &PathBuf, initramfs: &Path, wor
     command
         .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-M", "q35", "-cpu", nested.cpu, "-m", "1024M"])
+        .args(OWN_TIME)
         .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
         .arg("-kernel")
         .arg(kernel)

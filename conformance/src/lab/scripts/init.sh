@@ -31,8 +31,13 @@ rebind() {
 }
 
 tell guest kernel "$(uname -r)"
+# What the kernel's command line has for the module $1, which is loaded as modprobe would.
+options() { tr ' ' '\n' </proc/cmdline | sed -n "s/^$1\.//p"; }
 for module in /modules/*.ko; do
-    [ -e "$module" ] && { insmod "$module" || tell guest complaint "insmod ${module##*/} failed"; }
+    [ -e "$module" ] || continue
+    name=${module##*/*-}
+    # shellcheck disable=SC2046 # several words, or none
+    insmod "$module" $(options "${name%.ko}") || tell guest complaint "insmod ${module##*/} failed"
 done
 for script in /scripts/*.sh; do . "$script"; done
 # A line for each device: what it is, which one, and what is to be done with it.
