@@ -1,7 +1,7 @@
 //! The host's side: the bus with its devices, kicks by ioeventfd, interrupts by irqfd.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 
 use kvm_ioctls::{IoEventAddress, VmFd};
 use polyvirt_core::hypervisor::{self, BusDevice, Cause, HypervisorError, Interrupt};
@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::abi;
 use super::machine::{Routes, refused};
+use super::pci::Pins;
 use crate::event_loop::{EventLoop, SharedDevice, event_fd, lock};
 
 /// The host half.
@@ -25,6 +26,7 @@ pub struct Host {
     places: Vec<Reserved>,
     /// The functions of the PCI bus, by number: their kicks until they are served, and who serves them.
     pub(super) functions: BTreeMap<u8, (Vec<EventFd>, Option<EventLoop>)>,
+    pub(super) pins: Arc<Mutex<Pins>>,
 }
 
 struct Reserved {
@@ -36,7 +38,7 @@ struct Reserved {
 
 impl Host {
     pub(super) fn new(vm: Arc<VmFd>, routes: Routes, memory: Arc<FlatMemory>, bus: Arc<Bus>) -> Self {
-        Self { vm, routes, memory, bus, places: Vec::new(), functions: BTreeMap::new() }
+        Self { vm, routes, memory, bus, places: Vec::new(), functions: BTreeMap::new(), pins: Arc::default() }
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a PCI bus asks of KVM: port accesses, irqfds whose routes follow MSI-X tables, ioeventfds that follow base address registers.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_ioctls::{IoEventAddress, NoDatamatch, VmFd};
@@ -38,7 +39,8 @@ impl Platform for Host {
         let served = kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>().map_err(failed("eventfd"))?;
         self.functions.insert(function, (served, None));
         let (vm, routes, pin) = (Arc::clone(&self.vm), self.routes.clone(), self.routes.line(pin_line(function >> 3)));
-        Ok(Arc::new(Function { vm, routes, kicks, messages, pin, bells: Mutex::default() }))
+        let pins = Arc::clone(&self.pins);
+        Ok(Arc::new(Function { vm, routes, kicks, messages, pin, pins, bells: Mutex::default() }))
     }
 
     fn serve(&mut self, function: u8, device: SharedDevice) -> Result<(), HypervisorError> {
@@ -47,6 +49,20 @@ impl Platform for Host {
             *event_loop = Some(spawned.map_err(failed("the device's event loop"))?);
         }
         Ok(())
+    }
+}
+
+/// By GSI, how many functions assert that pin: its line is up as long as one does.
+#[derive(Default)]
+pub(super) struct Pins(BTreeMap<u32, usize>);
+
+impl Pins {
+    /// One function more or less asserts `pin`; whether KVM is to be told. It is of each that does: where a line is a
+    /// message, every one counts.
+    fn changes(&mut self, pin: u32, asserted: bool) -> bool {
+        let count = self.0.entry(pin).or_default();
+        *count = if asserted { *count + 1 } else { count.saturating_sub(1) };
+        asserted || *count == 0
     }
 }
 
@@ -60,6 +76,7 @@ struct Function {
     messages: Vec<(EventFd, u32)>,
     /// The GSI of its pin.
     pin: u32,
+    pins: Arc<Mutex<Pins>>,
     /// Where the kicks are registered.
     bells: Mutex<Vec<Doorbell>>,
 }
@@ -97,6 +114,10 @@ impl Wires for Function {
     }
 
     fn pin(&self, asserted: bool) {
+        let mut pins = self.pins.lock().unwrap_or_else(PoisonError::into_inner);
+        if !pins.changes(self.pin, asserted) {
+            return;
+        }
         if let Err(error) = self.vm.set_irq_line(self.pin, asserted) {
             tracing::error!(%error, asserted, "an interrupt pin stays as it was");
         }
@@ -129,5 +150,19 @@ impl Machine for Guest {
 
     fn message(&self, line: u32) -> Message {
         abi::message(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Pins;
+
+    #[test]
+    fn a_line_stays_up_until_the_last_function_lets_go_of_it() {
+        let mut pins = Pins::default();
+        assert!(pins.changes(84, true) && pins.changes(84, true) && pins.changes(85, true));
+        assert!(!pins.changes(84, false));
+        assert!(pins.changes(84, false) && pins.changes(85, false));
+        assert!(pins.changes(84, true));
     }
 }
