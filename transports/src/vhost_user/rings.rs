@@ -84,7 +84,15 @@ impl Backend {
         let [(descriptors, descriptors_len, _), (available, driver_len, _), (used, device_len, _)] = areas;
         let log = self.rings[index].log.clone();
         let packed = self.packed();
-        let Some((memory, area)) = self.inflight.as_ref().filter(|(_, area)| index < usize::from(area.queues)) else {
+        // QEMU makes memory for rings of the length it was started with, and over mmio the driver may choose longer ones. Of a
+        // packed ring no part can be kept: what is in flight goes round all of it.
+        let kept = |area: &InflightArea| {
+            index < usize::from(area.queues) && (!packed || u32::from(area.entries) >= self.rings[index].entries)
+        };
+        let Some((memory, area)) = self.inflight.as_ref().filter(|(_, area)| kept(area)) else {
+            if self.inflight.is_some() {
+                tracing::warn!(index, "the ring is longer than the memory for what is in flight: that is not kept");
+            }
             if !packed {
                 self.memory.watch(vec![(used, Watch::Used(log, None))]);
             }
