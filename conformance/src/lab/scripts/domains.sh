@@ -44,20 +44,18 @@ create() {
     wait_for grep -q "ready at domain $id" /served || give_up "domain $id is not served"
     xl unpause lab
     console=/var/log/xen/console/guest-lab.log
-    wait_for [ -e $console ]
-    tail -f -n +1 $console &
-    follower=$!
 }
 
-# What the server has of the domain that was there.
+# What domain $1 said up to its event $2, and what the server has of the domain, which is gone.
 left() {
+    wait_for grep -q "LAB $1 $2" $console || give_up "$1 never tells that it is $2"
+    cat $console
+    rm $console
     wait_for grep -q "domain $id is gone" /served || give_up "the end of domain $id is not noticed"
     mappings=$(grep -c /dev/xen/gntdev /proc/$server/maps)
     ports=$(grep -c evtchn:polyvirt /proc/interrupts)
     # A domain of which a page is mapped stays, without a name.
     domains=$(xl list | grep -vc -e Name -e Domain-0)
-    kill $follower
-    rm -f $console
     tell "$1" left "$mappings $ports $domains"
     tell "$1" disk "$(sum)"
 }
@@ -74,19 +72,20 @@ xen-init-dom0 >/dev/null
 xenconsoled --log=guest --pid-file=/run/xen/xenconsoled.pid
 
 mkfifo /ids
-polyvirt serve blk --image /disk.img --xenbus </ids >/served 2>&1 &
+# For reading as well: this does not wait for the server, so no signal of a child that ends can interrupt it.
+exec 3<>/ids
+polyvirt serve blk --image /disk.img --xenbus </ids >/served 2>&1 3>&- &
 server=$!
-exec 3>/ids
 create first how=--hold
 wait_for grep -q 'LAB first busy' $console || give_up first does not write
 # What it holds while it is used, so that the count afterwards means something.
 tell first holds "$(grep -c /dev/xen/gntdev /proc/$server/maps) $(grep -c evtchn:polyvirt /proc/interrupts)"
 xl destroy lab
 wait_for gone
-left first
+left first busy
 create second how=
 wait_for gone || give_up second does not end
-left second
+left second 'done'
 exec 3>&-
 wait $server
 tell dom0 served $?
