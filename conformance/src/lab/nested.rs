@@ -5,11 +5,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::cpio::Archive;
-use super::guests::{Guest, Nested, OWN_TIME};
+use super::guests::{Guest, Nested};
 use super::kernel::Kept;
 use super::parts::Part;
 use super::run::Step;
 use super::suite::{self, Batch};
+use super::transcript::Transcript;
 use super::{Cache, LabError, libraries, machine, xen};
 use crate::report::Cell;
 
@@ -77,7 +78,10 @@ pub(super) fn run(
     let initramfs = xen::write(folder.path(), "host", &archive.finish())?;
     let kernel = kernel(guest, nested, cache)?.image;
     let command = |batch: &Batch| boots(nested, cache, &kernel, &initramfs, &batch.words());
-    suite::run(guest, &CELLS, machine::version(guest, cache).as_deref(), &command, &|_, _| (), progress)
+    let host = |cell: &mut Cell, told: &Transcript| {
+        cell.versions.extend(told.kernel().map(|version| format!("KVM of Linux {version}")));
+    };
+    suite::run(guest, &CELLS, machine::version(guest, cache).as_deref(), &command, &host, progress)
 }
 
 fn kernel(guest: &Guest, nested: &Nested, cache: &Cache) -> Result<Kept, LabError> {
@@ -87,10 +91,10 @@ fn kernel(guest: &Guest, nested: &Nested, cache: &Cache) -> Result<Kept, LabErro
 /// QEMU with a host whose `kernel` gets `words` besides.
 fn boots(nested: &Nested, cache: &Cache, kernel: &PathBuf, initramfs: &Path, words: &str) -> Command {
     let mut command = machine::program(&nested.emulator(), nested.program, cache);
+    // Without -icount: with it an interrupt now and then comes to a guest that has them off.
     command
         .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"])
         .args(["-M", "q35", "-cpu", nested.cpu, "-m", "1024M"])
-        .args(OWN_TIME)
         .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
         .arg("-kernel")
         .arg(kernel)

@@ -15,7 +15,7 @@ use super::{Cache, LabError, dom0, domu, initramfs, machine, nested, suite, xen}
 use crate::report::{Case, Cell, Failure, Outcome, Skipped};
 
 /// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
-const EVIDENCE: &str = "emulated";
+pub(super) const EVIDENCE: &str = "emulated";
 
 /// How far a run is.
 pub(crate) enum Step {

@@ -12,7 +12,7 @@ use super::LabError;
 use super::boot::boot;
 use super::guests::Guest;
 use super::judge::Wrong;
-use super::run::{Step, empty_cell, failure, told_case};
+use super::run::{EVIDENCE, Step, empty_cell, failure, told_case};
 use super::transcript::Transcript;
 use crate::report::{Cell, Outcome, Skipped};
 
@@ -109,6 +109,7 @@ fn cells(
     if whole && told.ended() && complaints.is_empty() {
         for cell in &mut cells {
             cell.hypervisor = guest.name.into();
+            cell.evidence = EVIDENCE.into();
             cell.versions.extend(emulator.map(str::to_owned));
             also(cell, told);
         }
@@ -186,7 +187,7 @@ mod tests {
     #[test]
     fn what_the_suite_told_is_the_cell_under_the_guests_name() {
         let json = r#"{"cells":[{"hypervisor":"xen","transport":"xenbus","device":"rng","ring":"split",
-            "evidence":"emulated","versions":["Xen 4.17.7"],"passed":1,"failed":0,"rejected":0,"wedged":0,"skipped":[],
+            "evidence":"real","versions":["Xen 4.17.7"],"passed":1,"failed":0,"rejected":0,"wedged":0,"skipped":[],
             "failures":[],"seconds":1.0,"cases":[]}]}"#;
         let encoded = encode(json.as_bytes());
         let (one, two) = encoded.split_at(100);
