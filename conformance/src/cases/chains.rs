@@ -263,7 +263,8 @@ pub(super) fn memory_end(session: &Session, rings: &[Ring], sample: &Sample) -> 
     }
     let others = rings.iter().flat_map(Ring::areas).chain(sample.ranges()).map(|(address, ..)| address).max();
     let mut kept = Vec::new();
-    for _ in 0..64 {
+    // A kernel gives out grant references in no order; one beyond all others comes sooner or later.
+    for _ in 0..1024 {
         let page = Memory::new(session, 4096, Access::READ | Access::WRITE)?;
         let last = kept.iter().map(|memory: &Memory| memory.address).chain(others).max() < Some(page.address);
         let end = page.address + 4096;
