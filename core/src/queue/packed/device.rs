@@ -161,12 +161,12 @@ impl<M: GuestMemory> Ring<M> {
             return self.walk_on(assembly, self.next_available, descriptor);
         };
         let id = loop {
-            let (address, Tail { len, id, flags }) = parse(descriptor);
-            if !assembly.add_at_once(&self.memory, (address, len), flags & WRITE != 0) {
+            let (address, word) = (u64::from_le(descriptor.0), u64::from_le(descriptor.1));
+            if !assembly.add_at_once(&self.memory, (address, word as u32), has(word, WRITE)) {
                 break None;
             }
-            if flags & NEXT == 0 {
-                break Some(id);
+            if !has(word, NEXT) {
+                break Some((word >> 32) as u16);
             }
             index += 1;
             if index >= self.size {
@@ -298,13 +298,13 @@ impl<M: GuestMemory> Ring<M> {
             // The used descriptor goes to where an older chain is.
             self.overwritten = self.used + u64::from(self.size - self.free);
         }
+        self.next_used.advance(count, self.size);
+        self.used += u64::from(count);
+        self.free += count;
         let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
         let word = Tail { len: written, id, flags }.to_word();
         // Release: the buffer's bytes are visible before the flags that make it used.
         self.descriptors.store(2 * usize::from(at.index) + 1, word, Ordering::Release);
-        self.next_used.advance(count, self.size);
-        self.used += u64::from(count);
-        self.free += count;
         Ok(())
     }
 
@@ -354,4 +354,10 @@ impl<M: GuestMemory> Ring<M> {
 #[inline(always)]
 fn parse((address, tail): (u64, u64)) -> (u64, Tail) {
     (u64::from_le(address), Tail::from_word(tail))
+}
+
+/// Whether `flag` is set in the second word of a descriptor: without taking the word apart.
+#[inline(always)]
+const fn has(word: u64, flag: u16) -> bool {
+    word & (flag as u64) << 48 != 0
 }
