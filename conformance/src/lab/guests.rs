@@ -264,7 +264,7 @@ const fn blk(variant: &'static str, options: &'static str, features: &'static [u
     Device { kind: Kind::Blk, variant, options, features }
 }
 
-const STABLE: &str = "bookworm";
+pub(super) const STABLE: &str = "bookworm";
 /// The first release with riscv64.
 const NEXT: &str = "trixie";
 

@@ -91,7 +91,7 @@ fn debian_architecture() -> Result<&'static str, LabError> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::guests::guests;
+    use super::super::guests::{STABLE, guests};
     use super::super::parts::EMULATORS;
     use super::*;
 
@@ -99,10 +99,14 @@ mod tests {
     fn a_part_that_two_guests_need_is_fetched_once() {
         let all: Vec<_> = guests().iter().collect();
         let parts = parts(&all);
-        let backported = Part::Emulator("qemu-system-x86", EMULATORS);
-        let emulator = parts.iter().filter(|(part, _)| *part == backported).collect::<Vec<_>>();
-        assert_eq!(emulator.len(), 1);
-        assert_eq!(emulator[0].1, ["x86-pc", "x86-microvm", "xen-dom0", "xen-domu", "kvm-nested", "kvm-nested-suite"]);
+        for (release, users) in [
+            (EMULATORS, &["x86-pc", "x86-microvm", "kvm-nested", "kvm-nested-suite"][..]),
+            (STABLE, &["xen-dom0", "xen-domu", "xen-pvh"]),
+        ] {
+            let emulator = Part::Emulator("qemu-system-x86", release);
+            let found = parts.iter().filter(|(part, _)| *part == emulator).map(|(_, users)| &users[..]);
+            assert_eq!(found.collect::<Vec<_>>(), [users], "{release}");
+        }
         let mut names: Vec<_> = parts.iter().map(|(part, _)| part.name()).collect();
         names.sort();
         names.dedup();
