@@ -146,8 +146,15 @@ pub fn offer(session: &Session, rings: &mut [Ring]) -> Result<Sample, Objection>
 /// is on its way any more.
 pub fn serve_told(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection> {
     let sample = offer(session, rings)?;
+    let ring = &mut rings[usize::from(sample.queue)];
     session.wait_interrupt()?;
-    let Some((id, len)) = rings[usize::from(sample.queue)].take() else {
+    let mut used = ring.take();
+    if used.is_none() {
+        // A device that served something before may have looked at the driver's wish only after this one had been written.
+        session.wait_interrupt()?;
+        used = ring.take();
+    }
+    let Some((id, len)) = used else {
         return Err(Objection::failed("a used buffer with the interrupt", "the used ring is empty"));
     };
     ensure_eq("used id", id, 0)?;
