@@ -40,7 +40,8 @@ impl Apt {
         write("sources.list", sources_list(sources))?;
         write("none", String::new())?;
         // A copy: apt takes its locks beside it.
-        fs::copy(INSTALLED, folder.join("installed")).map_err(LabError::file(Path::new(INSTALLED)))?;
+        let installed = fs::read(INSTALLED).map_err(LabError::file(Path::new(INSTALLED)))?;
+        write("installed", without_emulators(&String::from_utf8_lossy(&installed)))?;
         // The system's proxies and the like.
         let system = tool::run(Command::new("apt-config").args(["dump", "Acquire"]))?;
         let configuration = write("apt.conf", system + &configuration(folder, host, sources))?;
@@ -89,6 +90,11 @@ impl Apt {
         command.env("APT_CONFIG", &self.configuration);
         command
     }
+}
+
+/// What is installed, but for QEMU's packages: beside those of one release, apt has none of another's.
+fn without_emulators(installed: &str) -> String {
+    installed.split_inclusive("\n\n").filter(|package| !package.starts_with("Package: qemu-")).collect()
 }
 
 fn sources_list(sources: &[(&str, &str)]) -> String {
@@ -158,5 +164,11 @@ mod tests {
         assert_eq!(list.lines().filter(|line| line.contains("signed-by=/usr/share/keyrings/")).count(), 3);
         let configuration = configuration(Path::new("/lab"), "amd64", &sources);
         assert!(configuration.contains("APT::Architectures { \"amd64\"; \"s390x\"; };"), "{configuration}");
+    }
+
+    #[test]
+    fn what_the_host_has_of_qemu_is_not_told() {
+        let installed = "Package: qemu-utils\nVersion: 10\n\nPackage: xz-utils\nVersion: 5\n\nPackage: qemu-user\n";
+        assert_eq!(without_emulators(installed), "Package: xz-utils\nVersion: 5\n\n");
     }
 }
