@@ -303,9 +303,9 @@ fn descriptors<'m>(memory: &'m FlatMemory, shape: Shape) -> Work<'m> {
     Box::new(move |count| chains(count / u64::from(shape.chain) + 1) * u64::from(shape.chain))
 }
 
-/// Runs all rows; `progress` is told the name of each before it runs.
-pub fn run(effort: Effort, progress: impl FnMut(&str)) -> Vec<Row> {
-    let mut table = Table { effort, rows: Vec::new(), progress: Box::new(progress) };
+/// Runs the rows whose name contains `only`; `progress` is told the name of each before it runs.
+pub fn run(effort: Effort, only: &str, progress: impl FnMut(&str)) -> Vec<Row> {
+    let mut table = Table { effort, only, rows: Vec::new(), progress: Box::new(progress) };
     let shape = Shape { size: 256, chain: 2, batch: 32, regions: 1, event_idx: true };
     for regions in [1, 4] {
         for batch in [1, 32] {
@@ -374,6 +374,7 @@ pub fn run(effort: Effort, progress: impl FnMut(&str)) -> Vec<Row> {
 /// The rows so far.
 struct Table<'p> {
     effort: Effort,
+    only: &'p str,
     rows: Vec<Row>,
     progress: Box<dyn FnMut(&str) + 'p>,
 }
@@ -387,6 +388,9 @@ impl Table<'_> {
         ours: &mut Work<'w>,
         peer: &mut Work<'w>,
     ) {
+        if !name.contains(self.only) {
+            return;
+        }
         (self.progress)(&name);
         let (ours, peer) = alternate(self.effort, ours, peer);
         self.rows.push(Row { name, ours, peer, peer_version: opponent.to_owned(), unit, ratio: ours / peer, bar });

@@ -22,10 +22,10 @@ pub(super) enum What {
     Rings,
 }
 
-/// Measures, and tells the comparisons.
-pub(super) fn run(what: What, format: Format, output: &mut Output) -> Result<u8, CliError> {
+/// Measures the rows whose name contains `rows`, and tells the comparisons.
+pub(super) fn run(what: What, rows: &str, format: Format, output: &mut Output) -> Result<u8, CliError> {
     let rows = match what {
-        What::Rings => rings::run(Effort::default(), |name| tracing::info!(name, "measuring")),
+        What::Rings => rings::run(Effort::default(), rows, |name| tracing::info!(name, "measuring")),
     };
     match format {
         Format::Json => output.json(&Rows { rows })?,

@@ -58,6 +58,9 @@ enum Command {
         /// What to measure
         #[arg(value_enum, default_value_t)]
         what: bench::What,
+        /// Only rows whose name contains this
+        #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+        rows: String,
         /// How to tell it
         #[arg(long, value_enum, default_value_t)]
         format: Format,
@@ -193,7 +196,7 @@ fn run_command() -> ExitCode {
         Some(Command::List { format }) => list::run(format, &mut output),
         Some(Command::Boot(args)) => boot::run(&args, &mut output),
         Some(Command::Serve(args)) => serve::run(&args, &mut output),
-        Some(Command::Bench { what, format }) => bench::run(what, format, &mut output),
+        Some(Command::Bench { what, rows, format }) => bench::run(what, &rows, format, &mut output),
         Some(Command::Lab(command)) => lab::run(&command, &mut output),
         Some(Command::XenHands) => xen::hands().map(|()| SUCCESS).map_err(|error| CliError::Mistake(error.to_string())),
         Some(Command::XenRefusals) => xen_refusals::run(&mut output),
