@@ -158,7 +158,7 @@ impl Guest {
 
     /// Packed: writes the next descriptor, available.
     fn put(&mut self, id: u16, address: u64, len: u32, flags: u16) {
-        let at = RING + 16 * u64::from(self.place.index);
+        let at = RING + 16 * u64::from(self.place.index());
         let tail = Tail { len, id, flags: flags | self.place.available_flags() };
         self.memory.write(at, &address.to_le_bytes());
         self.memory.write(at + 8, &tail.to_word().to_ne_bytes());

@@ -26,7 +26,7 @@ fn filled(layout: Layout, count: u64) -> Rig {
 /// Uses buffer `id` with `len` bytes at the first place of the packed ring.
 fn use_packed(rig: &Rig, at: Position, id: u16, len: u32) {
     let word = Tail { len, id, flags: at.used_flags() | WRITE }.to_word();
-    rig.memory.write(RING + 16 * u64::from(at.index) + 8, &word.to_ne_bytes());
+    rig.memory.write(RING + 16 * u64::from(at.index()) + 8, &word.to_ne_bytes());
 }
 
 fn all(rig: &mut Rig) -> Vec<(u64, u32)> {

@@ -208,7 +208,7 @@ impl Device {
         let write = |area: usize, at, bytes: &[u8]| shared.areas[area].write(at, bytes).expect("inside");
         if self.config.layout == Layout::Packed {
             let tail = packed::layout::Tail { len: len.into(), id: id.into(), flags: self.position.used_flags() };
-            write(0, 16 * usize::from(self.position.index) + 8, &tail.to_word().to_ne_bytes());
+            write(0, 16 * usize::from(self.position.index()) + 8, &tail.to_word().to_ne_bytes());
             self.position = self.position.advanced((1 + u16::from(entries % 4)).min(size), size);
         } else {
             let big = self.config.layout == Layout::Legacy(ByteOrder::Big);

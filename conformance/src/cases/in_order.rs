@@ -54,8 +54,8 @@ fn skip(ring: &mut Ring, used: &[u16], pieces: usize) -> Result<(), Objection> {
         let (size, packed) = (ring.size(), ring.packed());
         for _ in 0..pieces {
             let at = packed.taken;
-            let told = at.is_used(packed.slot(at.index).1.flags);
-            ensure(!told, expected, format_args!("slot {} is used, too", at.index))?;
+            let told = at.is_used(packed.slot(at.index()).1.flags);
+            ensure(!told, expected, format_args!("slot {} is used, too", at.index()))?;
             packed.taken = at.advanced(1, size);
         }
         return Ok(());

@@ -194,8 +194,8 @@ fn not_available(session: &mut Session) -> Verdict {
                 continue;
             }
             let unpublished = packed.place(0, &sample.entries());
-            let right = packed.slot(at.index);
-            packed.set_slot(at.index, right.0, Tail { flags: wrong, ..unpublished[0].1 });
+            let right = packed.slot(at.index());
+            packed.set_slot(at.index(), right.0, Tail { flags: wrong, ..unpublished[0].1 });
             rings[queue].kick()?;
             left_alone(session, &sample, mark, "a descriptor that is not available")?;
             rings[queue].packed().publish(unpublished);
@@ -248,7 +248,7 @@ fn half_available(session: &mut Session) -> Verdict {
     let packed = ring.packed();
     let first = packed.available;
     let unpublished = packed.place(0, &entries(&pieces));
-    let (second, right) = (first.index + 1, packed.slot(first.index + 1));
+    let (second, right) = (first.index() + 1, packed.slot(first.index() + 1));
     let wrong = right.1.flags ^ (AVAILABLE | USED);
     packed.set_slot(second, right.0, Tail { flags: wrong, ..right.1 });
     packed.publish(unpublished);
@@ -329,7 +329,7 @@ fn next_round(session: &mut Session) -> Verdict {
     let queue = rings.len() - 1;
     for _ in 0..3 {
         let packed = rings[queue].packed();
-        let Position { index, .. } = packed.taken;
+        let index = packed.taken.index();
         packed.set_driver_events(Position::new(index, !packed.taken.wrap()).pack(), EVENTS_AT);
         silence(session, &mut rings)?;
         rings[queue].want_interrupt_after(0, 1);

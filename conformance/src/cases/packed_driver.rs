@@ -61,7 +61,7 @@ fn hands_off(session: &mut Session) -> Verdict {
         let (before, from) = (slots(&mut stage), stage.ring.packed().seen);
         let Made { id, chain } = stage.add(1, 1, token)?;
         let after = slots(&mut stage);
-        let own = [from, from.advanced(chain.len() as u16 - 1, 8)].map(|at| at.index);
+        let own = [from, from.advanced(chain.len() as u16 - 1, 8)].map(|at| at.index());
         for (slot, (was, is)) in before.iter().zip(&after).enumerate() {
             let may = own.contains(&(slot as u16));
             ensure(
@@ -197,12 +197,12 @@ fn stale_used(session: &mut Session) -> Verdict {
         let Made { id, .. } = stage.add(0, 1, token)?;
         let packed = stage.ring.packed();
         let at = packed.put;
-        let other = Position::new(at.index, !at.wrap());
-        let (address, tail) = packed.slot(at.index);
-        packed.set_slot(at.index, address, Tail { len: 16, id, flags: other.used_flags() });
+        let other = Position::new(at.index(), !at.wrap());
+        let (address, tail) = packed.slot(at.index());
+        packed.set_slot(at.index(), address, Tail { len: 16, id, flags: other.used_flags() });
         let got = stage.driver.get()?;
         ensure(got.is_none(), "nothing is used in this round", format_args!("{got:?}"))?;
-        stage.ring.packed().set_slot(at.index, address, tail);
+        stage.ring.packed().set_slot(at.index(), address, tail);
         stage.give_back(id, token)?;
     }
     Ok(Finding::Passed)

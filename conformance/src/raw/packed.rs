@@ -66,7 +66,7 @@ impl Packed {
         let size = u32::from(self.size());
         let (laps, rest) = (count / size, (count % size) as u16);
         let at = at.advanced(rest, self.size());
-        Position::new(at.index, at.wrap() ^ (laps % 2 == 1))
+        Position::new(at.index(), at.wrap() ^ (laps % 2 == 1))
     }
 
     /// The words of an entry of an indirect table: WRITE is the only flag that an honest driver sets there (2.8.8), but
@@ -140,10 +140,10 @@ impl Packed {
             let id = if number + 1 < chain.len() { !id } else { id };
             let tail = Tail { len, id, flags: flags | at.available_flags() };
             if number == 0 {
-                self.descriptors.store(2 * usize::from(at.index), address.to_le(), Ordering::SeqCst);
+                self.descriptors.store(2 * usize::from(at.index()), address.to_le(), Ordering::SeqCst);
                 late.push((at, tail));
             } else {
-                self.store(2 * usize::from(at.index), address, tail);
+                self.store(2 * usize::from(at.index()), address, tail);
             }
             self.available = at.advanced(1, self.size());
         }
@@ -155,7 +155,7 @@ impl Packed {
     pub fn publish(&mut self, late: Vec<(Position, Tail)>) {
         fence(Ordering::SeqCst);
         for (at, tail) in late.into_iter().rev() {
-            self.descriptors.store(2 * usize::from(at.index) + 1, tail.to_word(), Ordering::SeqCst);
+            self.descriptors.store(2 * usize::from(at.index()) + 1, tail.to_word(), Ordering::SeqCst);
         }
         fence(Ordering::SeqCst);
     }
@@ -211,7 +211,7 @@ impl Packed {
     /// Whether a used descriptor waits.
     pub(super) fn has_used(&self) -> bool {
         fence(Ordering::SeqCst);
-        self.taken.is_used(self.slot(self.taken.index).1.flags)
+        self.taken.is_used(self.slot(self.taken.index()).1.flags)
     }
 
     /// Whether `id` was ever made available.
@@ -223,7 +223,7 @@ impl Packed {
         if !self.has_used() {
             return None;
         }
-        let Tail { len, id, flags } = self.slot(self.taken.index).1;
+        let Tail { len, id, flags } = self.slot(self.taken.index()).1;
         let count = self.lengths.get(&id).copied().unwrap_or(1);
         self.taken = self.taken.advanced(count, self.size());
         // Without WRITE the length means nothing (2.8.5).
@@ -234,12 +234,12 @@ impl Packed {
         fence(Ordering::SeqCst);
         let (size, mut at, mut chain) = (self.size(), self.seen, Vec::new());
         loop {
-            let (address, Tail { len, id, flags }) = self.slot(at.index);
+            let (address, Tail { len, id, flags }) = self.slot(at.index());
             if !at.is_available(flags) {
                 let expected = "a chain of which every descriptor is available";
                 return match chain.len() {
                     0 => Ok(None),
-                    _ => Err(Objection::failed(expected, format!("flags {flags:#06x} in slot {}", at.index))),
+                    _ => Err(Objection::failed(expected, format!("flags {flags:#06x} in slot {}", at.index()))),
                 };
             }
             chain.push(Descriptor { address, len, flags: flags & !(AVAILABLE | USED), next: 0 });
@@ -265,7 +265,7 @@ impl Packed {
         let at = self.put;
         let tail = Tail { len, id, flags: flags | at.used_flags() };
         fence(Ordering::SeqCst);
-        self.descriptors.store(2 * usize::from(at.index) + 1, tail.to_word(), Ordering::SeqCst);
+        self.descriptors.store(2 * usize::from(at.index()) + 1, tail.to_word(), Ordering::SeqCst);
         fence(Ordering::SeqCst);
         self.put = at.advanced(self.lengths.get(&id).copied().unwrap_or(1), self.size());
     }
@@ -289,7 +289,7 @@ impl Packed {
     }
 
     pub(super) fn next_used(&self) -> [(u64, u64); 2] {
-        let slot = self.config.descriptors + DESCRIPTOR_LEN * u64::from(self.taken.index);
+        let slot = self.config.descriptors + DESCRIPTOR_LEN * u64::from(self.taken.index());
         [(slot + 8, 6), (slot + 14, 2)]
     }
 }
@@ -308,5 +308,5 @@ fn parts(word: u32) -> (u16, u16) {
 pub fn is_event_structure((at, flags): (u16, u16), size: u16, event_idx: bool) -> bool {
     let most = if event_idx { EVENTS_AT } else { EVENTS_AT - 1 };
     let Events { at, .. } = Events { at: Position::unpack(at), flags };
-    flags <= most && (flags != EVENTS_AT || at.index < size)
+    flags <= most && (flags != EVENTS_AT || at.index() < size)
 }

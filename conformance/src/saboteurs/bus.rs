@@ -212,11 +212,11 @@ impl Meddler {
             let mut at = self.place(queue);
             let mut slots = Vec::new();
             for _ in 0..size {
-                let Tail { id, flags, .. } = self.tail(queue, at.index);
+                let Tail { id, flags, .. } = self.tail(queue, at.index());
                 if slots.is_empty() && !at.is_available(flags) {
                     break;
                 }
-                slots.push(at.index);
+                slots.push(at.index());
                 at = at.advanced(1, size);
                 if flags & NEXT == 0 {
                     all.push(Offered { id, slots: std::mem::take(&mut slots) });
@@ -261,7 +261,7 @@ impl Meddler {
         if self.packed() {
             let at = self.place(queue);
             let id = offered.first().map_or(0, |chain| chain.id);
-            return self.set_tail(queue, at.index, Tail { len: 0, id, flags: at.used_flags() });
+            return self.set_tail(queue, at.index(), Tail { len: 0, id, flags: at.used_flags() });
         }
         let (ring, id) = (self.ring(queue), offered.last().map_or(0, |chain| chain.id));
         let used = self.u16(ring.used);

@@ -107,7 +107,7 @@ impl Naive {
         let (chain, at) = (packed.staged(head), packed.available);
         let id = if fault.one_id { 0 } else { head };
         if fault.restless {
-            let slot = (at.index + size - 1) % size;
+            let slot = (at.index() + size - 1) % size;
             let (address, tail) = packed.slot(slot);
             packed.set_slot(slot, address, Tail { len: tail.len ^ 1, ..tail });
         }
@@ -119,7 +119,7 @@ impl Naive {
             packed.offer(id, &chain);
         }
         if fault.one_round {
-            packed.available = Position::new(packed.available.index, true);
+            packed.available = Position::new(packed.available.index(), true);
         }
     }
 
@@ -145,7 +145,7 @@ impl Naive {
         if self.ring.is_packed() {
             let packed = self.ring.packed();
             let at = packed.taken;
-            let tail = packed.slot(at.index).1;
+            let tail = packed.slot(at.index()).1;
             let used = self.ring.take();
             self.free = self.free.wrapping_add(1);
             return used.or(eager.then_some((0, 0))).map(|(id, _)| (id, tail.len));

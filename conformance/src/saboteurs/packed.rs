@@ -123,10 +123,10 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         make: || {
             before(|meddler, queue| {
                 let at = meddler.place(queue);
-                let tail = meddler.tail(queue, at.index);
+                let tail = meddler.tail(queue, at.index());
                 if tail.flags & AVAILABLE == at.available_flags() & AVAILABLE && tail.len > 0 {
                     let flags = tail.flags & !OWNER | at.available_flags();
-                    meddler.set_tail(queue, at.index, Tail { flags, ..tail });
+                    meddler.set_tail(queue, at.index(), Tail { flags, ..tail });
                 }
                 true
             })
@@ -143,12 +143,12 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             before(|meddler, queue| {
                 let size = meddler.ring(queue).size;
                 let mut at = meddler.place(queue);
-                let mut tail = meddler.tail(queue, at.index);
+                let mut tail = meddler.tail(queue, at.index());
                 while at.is_available(tail.flags) && tail.flags & NEXT != 0 {
                     at = at.advanced(1, size);
-                    tail = meddler.tail(queue, at.index);
+                    tail = meddler.tail(queue, at.index());
                     tail.flags = tail.flags & !OWNER | at.available_flags();
-                    meddler.set_tail(queue, at.index, tail);
+                    meddler.set_tail(queue, at.index(), tail);
                     if at == meddler.place(queue) {
                         break;
                     }
@@ -168,11 +168,11 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             before(|meddler, queue| {
                 let (at, table) = (meddler.place(queue), meddler.ring(queue).table);
                 let next = at.advanced(1, meddler.ring(queue).size);
-                let tail = meddler.tail(queue, next.index);
-                if next.is_available(tail.flags) && !at.is_available(meddler.tail(queue, at.index).flags) {
-                    let (address, ..) = meddler.descriptor(table, next.index);
-                    meddler.put(table + 16 * u64::from(at.index), &address.to_le_bytes());
-                    meddler.set_tail(queue, at.index, tail);
+                let tail = meddler.tail(queue, next.index());
+                if next.is_available(tail.flags) && !at.is_available(meddler.tail(queue, at.index()).flags) {
+                    let (address, ..) = meddler.descriptor(table, next.index());
+                    meddler.put(table + 16 * u64::from(at.index()), &address.to_le_bytes());
+                    meddler.set_tail(queue, at.index(), tail);
                 }
                 true
             })

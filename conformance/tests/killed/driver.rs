@@ -102,7 +102,7 @@ impl Driver {
                 let at = first.advanced(step as u16, SIZE);
                 let tail = Tail { len, id: slot, flags: flags | at.available_flags() };
                 let words = ((buffer(slot) + offset).to_le(), tail.to_word());
-                self.words.store_pair(2 * usize::from(at.index), words, Ordering::Release);
+                assert!(self.words.store_pair(2 * usize::from(at.index()), words, Ordering::Release));
             }
             return;
         }
@@ -110,7 +110,7 @@ impl Driver {
             let index = 3 * slot + step as u16;
             let rest = u64::from(len) | u64::from(flags) << 32 | u64::from(index + 1) << 48;
             let words = ((buffer(slot) + offset).to_le(), rest.to_le());
-            self.words.store_pair(2 * usize::from(index), words, Ordering::Relaxed);
+            assert!(self.words.store_pair(2 * usize::from(index), words, Ordering::Relaxed));
         }
         let next = self.get(NEXT) as u16;
         let entry = AVAILABLE_RING as usize / 2 + available_entry(usize::from(next % SIZE));
@@ -122,7 +122,7 @@ impl Driver {
         let at = self.get(place(slot) + 2) as u16;
         if self.packed {
             let at = Position::unpack(at);
-            let tail = Tail::from_word(self.words.load(2 * usize::from(at.index) + 1, Ordering::Acquire));
+            let tail = Tail::from_word(self.words.load(2 * usize::from(at.index()) + 1, Ordering::Acquire));
             return (tail.flags & AVAILABLE != 0) == at.wrap();
         }
         let index = self.words.load::<u16>(AVAILABLE_RING as usize / 2 + 1, Ordering::Acquire);
@@ -168,7 +168,7 @@ impl Driver {
         let last = self.get(LAST) as u16;
         let slot = if self.packed {
             let at = Position::unpack(last);
-            let tail = Tail::from_word(self.words.load(2 * usize::from(at.index) + 1, Ordering::Acquire));
+            let tail = Tail::from_word(self.words.load(2 * usize::from(at.index()) + 1, Ordering::Acquire));
             if !at.is_used(tail.flags) {
                 return None;
             }

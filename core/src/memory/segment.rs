@@ -269,6 +269,9 @@ macro_rules! words {
 }
 words! { u16, AtomicU16; u32, AtomicU32; u64, AtomicU64; }
 
+/// What is wrong with an index.
+const BEYOND: &str = "a word inside the segment";
+
 /// A segment seen as an array of words: how ring areas are touched.
 ///
 /// `W` is the largest word in it, to which the start is aligned; smaller words have their own, finer indices.
@@ -277,6 +280,8 @@ pub struct Words<W, L> {
     segment: Segment<L>,
     /// How many whole words of type `W` there are.
     words: usize,
+    /// Where the last of them is: pairs begin before it.
+    last: usize,
     word: PhantomData<W>,
 }
 
@@ -287,7 +292,8 @@ impl<W: Word, L: Lease> Words<W, L> {
         if !address.is_multiple_of(size_of::<W>()) {
             return Err(MemoryError::Misaligned { address: address as u64, align: size_of::<W>() });
         }
-        Ok(Self { words: segment.len / size_of::<W>(), segment, word: PhantomData })
+        let words = segment.len / size_of::<W>();
+        Ok(Self { words, last: words.saturating_sub(1), segment, word: PhantomData })
     }
 
     /// The memory behind the words.
@@ -302,12 +308,19 @@ impl<W: Word, L: Lease> Words<W, L> {
     #[inline(always)]
     #[cfg_attr(loom, track_caller)]
     pub fn load<T: Word>(&self, index: usize, order: Ordering) -> T {
-        let at = self.at::<T>(index);
+        self.try_load(index, order).expect(BEYOND)
+    }
+
+    /// As [`Words::load`]; none beyond the end.
+    #[inline(always)]
+    #[cfg_attr(loom, track_caller)]
+    pub fn try_load<T: Word>(&self, index: usize, order: Ordering) -> Option<T> {
+        let at = self.at::<T>(index)?;
         self.segment.lease.before_load(index * size_of::<T>(), size_of::<T>());
         // SAFETY: inside the segment and aligned, see `at`.
         let value = unsafe { T::load(at, order) };
         self.segment.lease.after_load(index * size_of::<T>(), size_of::<T>());
-        value
+        Some(value)
     }
 
     /// Stores `value` at `index` (in units of `T`).
@@ -317,18 +330,27 @@ impl<W: Word, L: Lease> Words<W, L> {
     #[inline(always)]
     #[cfg_attr(loom, track_caller)]
     pub fn store<T: Word>(&self, index: usize, value: T, order: Ordering) {
-        let at = self.at::<T>(index);
+        assert!(self.try_store(index, value, order), "{BEYOND}");
+    }
+
+    /// As [`Words::store`]; false beyond the end.
+    #[must_use]
+    #[inline(always)]
+    #[cfg_attr(loom, track_caller)]
+    pub fn try_store<T: Word>(&self, index: usize, value: T, order: Ordering) -> bool {
+        let Some(at) = self.at::<T>(index) else { return false };
         self.segment.lease.before_store(index * size_of::<T>(), size_of::<T>(), value.to_u64());
         // SAFETY: inside the segment and aligned, see `at`.
         unsafe { T::store(at, value, order) };
         self.segment.lease.after_store(index * size_of::<T>(), size_of::<T>());
+        true
     }
 
     /// The words of type `W` at `index` and behind it; none if they are beyond the end.
     #[inline(always)]
     #[cfg_attr(loom, track_caller)]
     pub fn load_pair(&self, index: usize, order: Ordering) -> Option<(W, W)> {
-        if index.saturating_add(1) >= self.words {
+        if index >= self.last {
             return None;
         }
         self.segment.lease.before_load(index * size_of::<W>(), 2 * size_of::<W>());
@@ -342,50 +364,55 @@ impl<W: Word, L: Lease> Words<W, L> {
     }
 
     /// As [`Words::load_pair`], but the second word is loaded first, with `order`.
-    ///
-    /// # Panics
-    /// As [`Words::load`].
     #[inline(always)]
     #[cfg_attr(loom, track_caller)]
-    pub fn load_pair_backwards(&self, index: usize, order: Ordering) -> (W, W) {
-        let second = self.at::<W>(index.saturating_add(1));
+    pub fn load_pair_backwards(&self, index: usize, order: Ordering) -> Option<(W, W)> {
+        if index >= self.last {
+            return None;
+        }
         self.segment.lease.before_load(index * size_of::<W>(), 2 * size_of::<W>());
-        // SAFETY: the second is inside the segment and aligned, see `at`; so is the first, just before it.
+        // SAFETY: both are inside the segment; the start is aligned to W.
         let pair = unsafe {
-            let last = W::load(second, order);
-            (W::load(second.sub(size_of::<W>()), Ordering::Relaxed), last)
+            let at = self.segment.start.as_ptr().add(index * size_of::<W>());
+            let last = W::load(at.add(size_of::<W>()), order);
+            (W::load(at, Ordering::Relaxed), last)
         };
         self.segment.lease.after_load(index * size_of::<W>(), 2 * size_of::<W>());
-        pair
+        Some(pair)
     }
 
-    /// Stores `values` at `index` and behind it, in this order.
-    ///
-    /// # Panics
-    /// As [`Words::load`].
+    /// Stores `values` at `index` and behind it, in this order; false if they are beyond the end.
+    #[must_use]
     #[inline(always)]
     #[cfg_attr(loom, track_caller)]
-    pub fn store_pair(&self, index: usize, values: (W, W), order: Ordering) {
-        let second = self.at::<W>(index.saturating_add(1));
+    pub fn store_pair(&self, index: usize, values: (W, W), order: Ordering) -> bool {
+        if index >= self.last {
+            return false;
+        }
         for (word, value) in [values.0, values.1].into_iter().enumerate() {
             self.segment.lease.before_store((index + word) * size_of::<W>(), size_of::<W>(), value.to_u64());
         }
         // SAFETY: as in `load_pair`.
         unsafe {
-            W::store(second.sub(size_of::<W>()), values.0, order);
-            W::store(second, values.1, order);
+            let at = self.segment.start.as_ptr().add(index * size_of::<W>());
+            W::store(at, values.0, order);
+            W::store(at.add(size_of::<W>()), values.1, order);
         }
         self.segment.lease.after_store(index * size_of::<W>(), 2 * size_of::<W>());
+        true
     }
 
+    /// Where the word of type `T` at `index` is.
     #[inline(always)]
-    fn at<T: Word>(&self, index: usize) -> *mut u8 {
+    fn at<T: Word>(&self, index: usize) -> Option<*mut u8> {
         const { assert!(size_of::<T>() <= size_of::<W>()) };
         // Counted beforehand for words of the largest size, of which most accesses are.
         let words = if size_of::<T>() == size_of::<W>() { self.words } else { self.segment.len / size_of::<T>() };
-        assert!(index < words);
+        if index >= words {
+            return None;
+        }
         // SAFETY: the index is inside the segment. The start is aligned to W, which is at least as large as T, and
         // both are powers of two, so every multiple of T's size from it is aligned to T.
-        unsafe { self.segment.start.as_ptr().add(index * size_of::<T>()) }
+        Some(unsafe { self.segment.start.as_ptr().add(index * size_of::<T>()) })
     }
 }

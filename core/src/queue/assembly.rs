@@ -6,6 +6,7 @@ use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use super::chain::{Parts, clamp};
+use super::packed::layout::Position;
 use super::{Chain, QueueError};
 use crate::memory::{Access, GuestMemory, Lease, MemoryError, Segment};
 
@@ -108,22 +109,22 @@ impl<L> Chains<L> {
 
     fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
-        let (head, entries, start, number, readable, writable_len, written, writable_from) = Default::default();
-        let run = self.run;
+        let (head, entries, number, readable, writable_len, written, writable_from) = Default::default();
+        let (run, start) = (self.run, Position::START);
         Box::new(Parts { run, head, entries, number, start, readable, writable_len, written, writable_from, segments })
     }
 
-    /// Takes `chain` out of flight, keeps its memory for another, and tells what it was; the error is its head if it is not
-    /// of this run. One that is, is in flight: it exists once, and is given back here.
+    /// Takes `chain` out of flight and keeps its memory for another; the error is its head if it is not of this run. One that is, is in flight: it exists once, and is given back here.
     #[inline(always)]
-    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<&Parts<L>, u16> {
+    pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<(), u16> {
         if parts.run != self.run {
             return Err(parts.head);
         }
         self.in_flight[usize::from(parts.head)] = false;
         // The leases end here, before the driver is told, not when the memory is used again.
         parts.segments.clear();
-        Ok(self.spare.push_mut(parts))
+        self.spare.push(parts);
+        Ok(())
     }
 
     /// A chain cannot be taken. That latches the queue, unless it is no fault.

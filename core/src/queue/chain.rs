@@ -3,6 +3,7 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
+use super::packed::layout::Position;
 use crate::memory::{Lease, Segment};
 
 /// A validated descriptor chain, owned by whoever holds it: it may go to another thread and be completed later, in any
@@ -25,8 +26,8 @@ pub(super) struct Parts<L> {
     pub(super) entries: u16,
     /// (In order) how many chains were taken before it.
     pub(super) number: u64,
-    /// (Packed) the index of its first descriptor.
-    pub(super) start: u16,
+    /// (Packed) where its first descriptor is.
+    pub(super) start: Position,
     pub(super) readable: u64,
     pub(super) writable_len: u32,
     pub(super) written: u32,

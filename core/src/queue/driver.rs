@@ -101,6 +101,16 @@ struct Entry {
     writable: bool,
 }
 
+/// How far a chain is that takes its entries.
+struct Taken {
+    /// The entry to take next.
+    next: u16,
+    /// The one taken last.
+    last: u16,
+    /// How many are yet to be taken.
+    left: usize,
+}
+
 /// Memory for indirect tables, one for each entry of the queue.
 struct Tables {
     pages: Pages,
@@ -144,23 +154,34 @@ impl Shadow {
     /// that there is a piece. Returns the last entry; the first was the first free one.
     #[inline(always)]
     fn take(&mut self, readable: &[Buffer], writable: &[Buffer], mut write: impl FnMut(Buffer, Place)) -> u16 {
-        let mut left = readable.len() + writable.len();
+        let left = readable.len() + writable.len();
         self.free -= left as u16;
-        let (mut index, mut last) = (self.first_free, self.first_free);
-        for (pieces, writable) in [(readable, false), (writable, true)] {
-            for &piece in pieces {
-                left -= 1;
-                let entry = &mut self.entries[usize::from(index)];
-                entry.piece = piece;
-                entry.writable = writable;
-                let next = entry.next as u16;
-                write(piece, Place { index, next, writable, last: left == 0 });
-                last = index;
-                index = next;
-            }
+        let mut taken = Taken { next: self.first_free, last: self.first_free, left };
+        // Not a loop over both, which would be one only where a compiler finds it short enough to write out.
+        self.take_part(readable, false, &mut taken, &mut write);
+        self.take_part(writable, true, &mut taken, &mut write);
+        self.first_free = taken.next;
+        taken.last
+    }
+
+    #[inline(always)]
+    fn take_part(
+        &mut self,
+        pieces: &[Buffer],
+        writable: bool,
+        taken: &mut Taken,
+        write: &mut impl FnMut(Buffer, Place),
+    ) {
+        for &piece in pieces {
+            let index = taken.next;
+            let entry = &mut self.entries[usize::from(index)];
+            entry.piece = piece;
+            entry.writable = writable;
+            let next = entry.next as u16;
+            let left = taken.left - 1;
+            write(piece, Place { index, next, writable, last: left == 0 });
+            *taken = Taken { next, last: index, left };
         }
-        self.first_free = index;
-        last
     }
 
     /// Gives back a chain of `count` entries from `head` to `last`.
@@ -280,7 +301,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
         let head = self.shadow.first_free;
         let shadow = &mut self.shadow;
         let last = ring!(&mut self.ring, ring => {
-            let mut at = ring.cursor();
+            let mut at = ring.cursor(head);
             let last = match &mut shadow.tables {
                 Some(tables) if indirect => {
                     let table = tables.write(head, readable, writable, ring.table_words());
@@ -288,7 +309,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
                     ring.write_table(&mut at, head, table);
                     last
                 }
-                _ => shadow.take(readable, writable, |piece, place| ring.write(&mut at, head, piece, place)),
+                _ => shadow.take(readable, writable, |piece, place| ring.write(&mut at, piece, place)),
             };
             ring.enter(at, head);
             last
@@ -353,9 +374,10 @@ impl<T, N: Notify> DriverQueue<T, N> {
             self.broken = Some(reason);
             return Err(reason);
         }
+        let (entries, last) = (entry.entries, entry.last);
+        ring!(&mut self.ring, ring => ring.advance(entries));
         // The id is an index of `in_flight`, so it fits.
-        self.shadow.release(id as u16, entry.last, entry.entries);
-        ring!(&mut self.ring, ring => ring.advance(entry.entries));
+        self.shadow.release(id as u16, last, entries);
         self.count -= 1;
         Ok(Some((token, len)))
     }

@@ -115,7 +115,8 @@ impl Memory {
         let part = |from: u64, to: u64| self.ring.slice(from as usize, (to - from) as usize).unwrap();
         Virtqueue {
             config: self.shape.config(),
-            descriptors: part(0, driver),
+            // More than the ring: drivers allocate whole pages.
+            descriptors: part(0, end),
             driver: part(driver, device),
             device: part(device, end),
             notify,

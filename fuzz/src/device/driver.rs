@@ -65,7 +65,7 @@ impl Driver {
         let QueueConfig { size, descriptors, driver, .. } = self.config;
         if self.config.layout == Layout::Packed {
             let (address, len, id, flags) = (ram::address(input), input.len(), input.byte(), input.byte());
-            let at = descriptors.wrapping_add(16 * u64::from(self.position.index));
+            let at = descriptors.wrapping_add(16 * u64::from(self.position.index()));
             let flags = u16::from(flags & 7) | self.position.available_flags();
             self.put(ram, at, address, len, [id.into(), flags]);
             self.position = self.position.advanced(1, size);

@@ -229,7 +229,7 @@ impl Bench {
             let written = finished.expect("it is used");
             if layout == Layout::Packed {
                 let place = Position::unpack(at);
-                let tail = self.ram.peek(descriptors + 16 * u64::from(place.index) + 8);
+                let tail = self.ram.peek(descriptors + 16 * u64::from(place.index()) + 8);
                 let tail = Tail::from_word(u64::from_ne_bytes(tail));
                 assert!(place.is_used(tail.flags));
                 assert_eq!((tail.id, tail.len), (head, written));
@@ -313,7 +313,7 @@ impl Bench {
 
 /// (Packed) how many descriptors lie between two places: all of them if they are the same place in different rounds.
 fn distance(from: u16, to: u16, size: u16) -> u16 {
-    let [start, end] = [from, to].map(|at| u32::from(Position::unpack(at).index));
+    let [start, end] = [from, to].map(|at| u32::from(Position::unpack(at).index()));
     let lap = if (from ^ to) & 1 << 15 != 0 { u32::from(size) } else { 0 };
     (end + lap).wrapping_sub(start) as u16
 }

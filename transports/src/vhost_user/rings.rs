@@ -127,7 +127,7 @@ impl Backend {
         let words = self.memory.resolve_words::<u64>(ring, len, Access::READ | Access::WRITE)?;
         let mut at = found.used;
         for descriptor in &found.descriptors {
-            words.store_pair(2 * usize::from(at.index), *descriptor, Ordering::Release);
+            assert!(words.store_pair(2 * usize::from(at.index()), *descriptor, Ordering::Release));
             at = at.advanced(1, size);
         }
         let used = found.used.pack();

@@ -4,13 +4,17 @@ use alloc::vec::Vec;
 use core::sync::atomic::Ordering;
 
 use super::layout::{
-    DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
+    AVAILABLE, DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail,
+    USED, WRITE,
 };
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
 use crate::queue::chain::Parts;
 use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::sync::fence;
+
+/// [Compared](Position::compared) flags of what is not an available descriptor of a buffer.
+const UNUSUAL: u16 = AVAILABLE | USED | INDIRECT;
 
 /// The ring, resolved, and where the device is in it.
 pub(in crate::queue) struct Ring<M: GuestMemory> {
@@ -21,16 +25,17 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
     size: u16,
     event_idx: bool,
     indirect: bool,
+    /// Both are [settled](Position::settled) when they are used.
     next_available: Position,
     next_used: Position,
-    /// Descriptors used so far: rounds do not show in positions.
-    used: u64,
-    /// As long as fewer descriptors are used than this, some of a chain in flight are overwritten.
+    /// Descriptors taken so far: rounds do not show in positions.
+    taken: u64,
+    /// How many the driver can have made available so far: a round more than are used.
+    limit: u64,
+    /// As long as `limit` is less than this, some descriptors of a chain in flight are overwritten.
     overwritten: u64,
-    /// `next_used` and `used` when the driver was last considered for an interrupt.
+    /// `next_used` and `limit` when the driver was last considered for an interrupt.
     signalled: (Position, u64),
-    /// Descriptors that are not in flight: all that the driver can have made available.
-    free: u16,
     chains: Chains<M::Lease>,
     table: Vec<Segment<M::Lease>>,
 }
@@ -53,10 +58,10 @@ impl<M: GuestMemory> Ring<M> {
             indirect: config.indirect,
             next_available: Position::START,
             next_used: Position::START,
-            used: 0,
+            taken: 0,
+            limit: size.into(),
             overwritten: 0,
-            signalled: (Position::START, 0),
-            free: size,
+            signalled: (Position::START, size.into()),
             // Any 16-bit value is a legal buffer id (2.8.4).
             chains: Chains::new(1 << 16),
             table: Vec::new(),
@@ -67,23 +72,24 @@ impl<M: GuestMemory> Ring<M> {
         let position = |packed| {
             let at = Position::unpack(packed);
             let size = self.size.into();
-            if at.index < self.size { Ok(at) } else { Err(QueueError::Index { index: at.index, size }) }
+            if at.index() < self.size { Ok(at) } else { Err(QueueError::Index { index: at.index(), size }) }
         };
         (self.next_available, self.next_used) = (position(state.available)?, position(state.used)?);
-        self.signalled = (self.next_used, self.used);
+        self.signalled = (self.next_used, self.limit);
         Ok(())
     }
 
     pub(in crate::queue) const fn state(&self) -> QueueState {
-        QueueState { available: self.next_available.pack(), used: self.next_used.pack() }
+        let [available, used] = [self.next_available, self.next_used];
+        QueueState { available: available.settled(self.size).pack(), used: used.settled(self.size).pack() }
     }
 
     /// Goes back to before what is in flight, whose descriptors are still there if none was used before an older one.
     pub(in crate::queue) fn save(&self) -> Result<SavedQueue, QueueError> {
-        if self.used < self.overwritten {
+        if self.limit < self.overwritten {
             return Err(QueueError::Overwritten);
         }
-        let used = self.next_used.pack();
+        let used = self.next_used.settled(self.size).pack();
         Ok(SavedQueue { state: QueueState { available: used, used }, in_flight: Vec::new() })
     }
 
@@ -106,7 +112,7 @@ impl<M: GuestMemory> Ring<M> {
 
     /// How much is in flight, in descriptors.
     pub(in crate::queue) fn taken(&self) -> usize {
-        (self.size - self.free).into()
+        (self.taken + u64::from(self.size) - self.limit) as usize
     }
 
     pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
@@ -117,16 +123,18 @@ impl<M: GuestMemory> Ring<M> {
         self.size
     }
 
-    /// The two words of the descriptor at `index`: the second is read with `order`, before the first.
+    /// The two words of the descriptor at `at`, unless that is behind all of them: the second is read with `order`, before
+    /// the first.
     #[inline(always)]
-    fn descriptor(&self, index: u16, order: Ordering) -> (u64, u64) {
-        self.descriptors.load_pair_backwards(2 * usize::from(index), order)
+    fn descriptor(&self, at: Position, order: Ordering) -> Option<(u64, u64)> {
+        self.descriptors.load_pair_backwards(at.word(), order)
     }
 
     /// At most how many chains are available, as of now.
     #[inline(always)]
     pub(in crate::queue) fn available(&mut self) -> Result<u16, Latched> {
-        let tail = self.descriptors.load(2 * usize::from(self.next_available.index) + 1, Ordering::Relaxed);
+        self.next_available = self.next_available.settled(self.size);
+        let tail = self.descriptors.load(self.next_available.word() + 1, Ordering::Relaxed);
         let available = self.next_available.is_available(Tail::from_word(tail).flags);
         Ok(if available { self.size } else { 0 })
     }
@@ -135,12 +143,26 @@ impl<M: GuestMemory> Ring<M> {
     pub(in crate::queue) fn pop(&mut self) -> Option<Chain<M::Lease>> {
         let at = self.next_available;
         // Acquire: the rest of the chain is read after the flags that make it available.
-        let first = self.descriptor(at.index, Ordering::Acquire);
-        let flags = Tail::from_word(first.1).flags;
-        if at.is_available_buffer(flags) {
-            return self.walk(at.index, first).ok();
+        let Some(first) = self.descriptor(at, Ordering::Acquire) else { return self.pop_over() };
+        let flags = at.compared(first.1);
+        if flags & UNUSUAL == 0 {
+            return self.walk(at, first, flags).ok();
         }
-        if !at.is_available(flags) {
+        self.take(at, first)
+    }
+
+    /// As [`Ring::pop`], where this round is over: at the start of the next.
+    #[cold]
+    fn pop_over(&mut self) -> Option<Chain<M::Lease>> {
+        self.next_available = self.next_available.settled(self.size);
+        let at = self.next_available;
+        self.take(at, self.descriptor(at, Ordering::Acquire)?)
+    }
+
+    /// The chain that begins with the descriptor `first` at `at`, if that is available.
+    #[inline(always)]
+    fn take(&mut self, at: Position, first: (u64, u64)) -> Option<Chain<M::Lease>> {
+        if !at.is_available(Tail::from_word(first.1).flags) {
             return None;
         }
         let assembly = self.chains.assemble();
@@ -152,45 +174,50 @@ impl<M: GuestMemory> Ring<M> {
         self.chains.take_put_off().then_some(None)
     }
 
-    /// The chain that begins with `descriptor`, an available buffer at `index`. As long as it is what chains mostly are (direct, short, of whole pieces, in
-    /// one round, without fault) it is walked here, with nothing to call; as soon as it is not, [`Ring::walk_on`] goes on.
+    /// The chain that begins with `descriptor`, an available buffer at `at`, whose flags are `flags`. As long as it is what
+    /// chains mostly are (direct, short, of whole pieces, in one round, without fault) it is walked here, with nothing to
+    /// call; as soon as it is not, [`Ring::walk_on`] goes on.
     #[inline(always)]
-    fn walk(&mut self, mut index: u16, mut descriptor: (u64, u64)) -> Result<Chain<M::Lease>, Latched> {
+    fn walk(
+        &mut self,
+        mut at: Position,
+        mut descriptor: (u64, u64),
+        mut flags: u16,
+    ) -> Result<Chain<M::Lease>, Latched> {
         let Some(mut assembly) = self.chains.assemble_at_once() else {
             let assembly = self.chains.assemble();
-            return self.walk_on(assembly, self.next_available, descriptor);
+            return self.walk_on(assembly, at, descriptor);
         };
         let id = loop {
             let (address, word) = (u64::from_le(descriptor.0), u64::from_le(descriptor.1));
-            if !assembly.add_at_once(&self.memory, (address, word as u32), has(word, WRITE)) {
+            if !assembly.add_at_once(&self.memory, (address, word as u32), flags & WRITE != 0) {
                 break None;
             }
-            if !has(word, NEXT) {
+            if flags & NEXT == 0 {
                 break Some((word >> 32) as u16);
             }
-            index += 1;
-            if index >= self.size {
-                return self.walk_over(assembly);
-            }
-            descriptor = self.descriptor(index, Ordering::Relaxed);
-            if !self.next_available.is_available_buffer(Tail::from_word(descriptor.1).flags) {
+            at = at.ahead(1);
+            let Some(next) = self.descriptor(at, Ordering::Relaxed) else {
+                return self.walk_over(assembly, at);
+            };
+            (descriptor, flags) = (next, at.compared(next.1));
+            if flags & UNUSUAL != 0 {
                 break None;
             }
         };
-        let Some(id) = id else { return self.walk_on(assembly, self.next_available.at(index), descriptor) };
+        let Some(id) = id else { return self.walk_on(assembly, at, descriptor) };
         // A segment each, so far.
         let count = assembly.segments();
-        if count > usize::from(self.free) {
-            return Err(self.overrun(count));
-        }
-        self.enter(assembly, id, count as u16)
+        self.enter(assembly, id, count, at.ahead(1))
     }
 
-    /// The next chain, of which `assembly` has a segment for each descriptor up to the last of this round.
+    /// The next chain, of which `assembly` has a segment for each descriptor up to the last of this round; it goes on in
+    /// the next.
     #[cold]
-    fn walk_over(&mut self, assembly: Assembly<M::Lease>) -> Result<Chain<M::Lease>, Latched> {
-        let at = self.next_available.at(self.size - 1).advanced(1, self.size);
-        let descriptor = self.descriptor(at.index, Ordering::Relaxed);
+    fn walk_over(&mut self, assembly: Assembly<M::Lease>, at: Position) -> Result<Chain<M::Lease>, Latched> {
+        let at = at.settled(self.size);
+        // It is inside; nothing at all would not be available.
+        let descriptor = self.descriptor(at, Ordering::Relaxed).unwrap_or_default();
         self.walk_on(assembly, at, descriptor)
     }
 
@@ -206,12 +233,12 @@ impl<M: GuestMemory> Ring<M> {
         let (mut address, mut tail) = parse(descriptor);
         loop {
             count += 1;
-            if count > usize::from(self.free) {
+            if self.taken + count as u64 > self.limit {
                 return Err(self.overrun(count));
             }
             // A descriptor that is not available is not to be used (2.8.12), wherever in a chain.
             if !at.is_available(tail.flags) {
-                return Err(self.chains.fail(QueueError::Unavailable { head: self.next_available.index }));
+                return Err(self.chains.fail(QueueError::Unavailable { head: self.next_available.index() }));
             }
             at = at.advanced(1, self.size);
             let (piece, writable) = ((address, tail.len), tail.flags & WRITE != 0);
@@ -229,22 +256,32 @@ impl<M: GuestMemory> Ring<M> {
             if tail.flags & NEXT == 0 {
                 break;
             }
-            (address, tail) = parse(self.descriptor(at.index, Ordering::Relaxed));
+            (address, tail) = parse(self.descriptor(at, Ordering::Relaxed).unwrap_or_default());
         }
-        self.enter(assembly, tail.id, count as u16)
+        self.enter(assembly, tail.id, count, at)
     }
 
-    /// The chain known as `id`, that of its last descriptor (2.8.6), which has `count` descriptors.
+    /// The chain known as `id`, that of its last descriptor (2.8.6), which has `count` descriptors; the next one is at
+    /// `next`.
     #[inline(always)]
-    fn enter(&mut self, assembly: Assembly<M::Lease>, id: u16, count: u16) -> Result<Chain<M::Lease>, Latched> {
+    fn enter(
+        &mut self,
+        assembly: Assembly<M::Lease>,
+        id: u16,
+        count: usize,
+        next: Position,
+    ) -> Result<Chain<M::Lease>, Latched> {
+        let taken = self.taken + count as u64;
+        if taken > self.limit {
+            return Err(self.overrun(count));
+        }
         if !self.chains.is_free(id) {
             return Err(self.chains.not_free(id));
         }
         self.chains.mark(id);
-        self.free -= count;
-        let start = self.next_available.index;
-        self.next_available.advance(count, self.size);
-        let mut chain = assembly.finish(&mut self.chains, id, count)?;
+        self.taken = taken;
+        let start = core::mem::replace(&mut self.next_available, next);
+        let mut chain = assembly.finish(&mut self.chains, id, count as u16)?;
         chain.0.start = start;
         Ok(chain)
     }
@@ -252,7 +289,7 @@ impl<M: GuestMemory> Ring<M> {
     /// A chain of at least `count` descriptors is more than the driver has.
     #[cold]
     fn overrun(&mut self, count: usize) -> Latched {
-        let (size, head) = (self.size, self.next_available.index);
+        let (size, head) = (self.size, self.next_available.index());
         let too_many = count > usize::from(size);
         let limit = size.into();
         self.chains.fail(if too_many {
@@ -292,38 +329,54 @@ impl<M: GuestMemory> Ring<M> {
 
     #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
-        let &Parts { head: id, written, entries: count, start, .. } = self.chains.give_back(chain)?;
-        let at = self.next_used;
-        if at.index != start {
-            // The used descriptor goes to where an older chain is.
-            self.overwritten = self.used + u64::from(self.size - self.free);
+        let Parts { head: id, written, entries: count, start, .. } = *chain.0;
+        self.chains.give_back(chain)?;
+        let flags = if written > 0 { WRITE } else { 0 };
+        let at = self.write_used(self.next_used, Tail { len: written, id, flags });
+        if at != start {
+            // The used descriptor went to where an older chain is.
+            self.overwritten = self.taken + u64::from(self.size);
         }
-        self.next_used.advance(count, self.size);
-        self.used += u64::from(count);
-        self.free += count;
-        let flags = at.used_flags() | if written > 0 { WRITE } else { 0 };
-        let word = Tail { len: written, id, flags }.to_word();
-        // Release: the buffer's bytes are visible before the flags that make it used.
-        self.descriptors.store(2 * usize::from(at.index) + 1, word, Ordering::Release);
+        self.next_used = at.ahead(count);
+        self.limit += u64::from(count);
         Ok(())
+    }
+
+    /// Writes a used descriptor at `at`, or at the start of the next round if this one is over: where it is.
+    #[inline(always)]
+    fn write_used(&self, at: Position, tail: Tail) -> Position {
+        // Release: the buffer's bytes are visible before the flags that make it used.
+        match self.descriptors.try_store(at.word() + 1, at.used_word(tail), Ordering::Release) {
+            true => at,
+            false => self.write_used_over(at, tail),
+        }
+    }
+
+    #[cold]
+    fn write_used_over(&self, at: Position, tail: Tail) -> Position {
+        let at = at.settled(self.size);
+        self.descriptors.store(at.word() + 1, at.used_word(tail), Ordering::Release);
+        at
     }
 
     #[inline(always)]
     pub(in crate::queue) fn needs_interrupt(&mut self) -> bool {
-        if self.used == self.signalled.1 {
+        if self.limit == self.signalled.1 {
             return false;
         }
         // The driver writes its wish, then looks for used descriptors; we do the reverse. One of us must see the other.
         fence(Ordering::SeqCst);
-        let (old, before) = core::mem::replace(&mut self.signalled, (self.next_used, self.used));
+        self.next_used = self.next_used.settled(self.size);
+        let (old, before) = core::mem::replace(&mut self.signalled, (self.next_used, self.limit));
         let events = Events::from_word(self.driver.load(0, Ordering::Relaxed));
         // More than a round passes every place, but positions do not tell it from less.
-        let event_idx = self.event_idx && self.used - before <= self.size.into();
+        let event_idx = self.event_idx && self.limit - before <= self.size.into();
         events.wanted(event_idx, old, self.next_used, self.size)
     }
 
     fn wish(&self, flags: u16) {
-        self.device.store(0, Events { at: self.next_available, flags }.to_word(), Ordering::Relaxed);
+        let at = self.next_available.settled(self.size);
+        self.device.store(0, Events { at, flags }.to_word(), Ordering::Relaxed);
     }
 
     /// Asks for no kicks. With EVENT_IDX the place where one was wanted lies behind.
@@ -354,10 +407,4 @@ impl<M: GuestMemory> Ring<M> {
 #[inline(always)]
 fn parse((address, tail): (u64, u64)) -> (u64, Tail) {
     (u64::from_le(address), Tail::from_word(tail))
-}
-
-/// Whether `flag` is set in the second word of a descriptor: without taking the word apart.
-#[inline(always)]
-const fn has(word: u64, flag: u16) -> bool {
-    word & (flag as u64) << 48 != 0
 }

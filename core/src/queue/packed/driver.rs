@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 use super::layout::{
     DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail, WRITE,
 };
-use crate::memory::{Owner, Pages, Words};
+use crate::memory::{MemoryError, Owner, Pages, Words};
 use crate::queue::driver::Place;
 use crate::queue::{Buffer, MAX_QUEUE_SIZE, QueueConfig, QueueError};
 use crate::sync::fence;
@@ -18,17 +18,20 @@ pub(in crate::queue) struct Ring {
     size: u16,
     event_idx: bool,
     indirect: bool,
+    /// [Settled](Position::settled) when it is published.
     next_available: Position,
     /// The first descriptor of what is not published, and its second word: written last.
     unpublished: Option<(Position, u64)>,
     published: Position,
+    /// Settled when it is looked at.
     next_used: Position,
     interrupts: bool,
 }
 
 /// Where the pieces of a buffer go, as they are written.
 pub(in crate::queue) struct Cursor {
-    index: u16,
+    at: Position,
+    id: u16,
     /// Whether the next one is the first of what is not published.
     holds: bool,
 }
@@ -44,8 +47,12 @@ impl Ring {
         if size == 0 || size > MAX_QUEUE_SIZE {
             return Err(QueueError::Size { size: size.into(), max: MAX_QUEUE_SIZE });
         }
+        // The ring and no more: what is beyond the last descriptor is beyond the words.
+        let len = (DESCRIPTOR_LEN * u64::from(size)) as usize;
+        let outside = MemoryError::OutOfBounds { offset: 0, len, size: descriptors.len() };
+        let descriptors = descriptors.slice(0, len).ok_or(outside)?;
         // What an earlier run left must not look like news to either side.
-        descriptors.fill(0, (DESCRIPTOR_LEN * u64::from(size)) as usize, 0)?;
+        descriptors.fill(0, len, 0)?;
         driver.fill(0, EVENT_LEN as usize, 0)?;
         device.fill(0, EVENT_LEN as usize, 0)?;
         Ok(Self {
@@ -67,17 +74,17 @@ impl Ring {
         self.indirect
     }
 
-    /// Where the next piece goes.
+    /// Where the first piece of the buffer `id` goes.
     #[inline(always)]
-    pub(in crate::queue) fn cursor(&self) -> Cursor {
-        Cursor { index: self.next_available.index, holds: self.unpublished.is_none() }
+    pub(in crate::queue) fn cursor(&self, id: u16) -> Cursor {
+        Cursor { at: self.next_available, id, holds: self.unpublished.is_none() }
     }
 
-    /// Writes one piece of the buffer `id`.
+    /// Writes one piece.
     #[inline(always)]
-    pub(in crate::queue) fn write(&mut self, at: &mut Cursor, id: u16, piece: Buffer, place: Place) {
+    pub(in crate::queue) fn write(&mut self, at: &mut Cursor, piece: Buffer, place: Place) {
         let write = if place.writable { WRITE } else { 0 };
-        self.write_descriptor(at, id, piece, write | if place.last { 0 } else { NEXT });
+        self.write_descriptor(at, piece, write | if place.last { 0 } else { NEXT });
     }
 
     /// Makes the entry of an indirect table: piece, number of the next, writable, last. Entries follow one another.
@@ -88,42 +95,40 @@ impl Ring {
         }
     }
 
-    /// Writes the descriptor that names the indirect table of buffer `id`.
-    pub(in crate::queue) fn write_table(&mut self, at: &mut Cursor, id: u16, table: Buffer) {
-        self.write_descriptor(at, id, table, INDIRECT);
+    /// Writes the descriptor that names the indirect table.
+    pub(in crate::queue) fn write_table(&mut self, at: &mut Cursor, _head: u16, table: Buffer) {
+        self.write_descriptor(at, table, INDIRECT);
     }
 
     /// On a packed ring the descriptors themselves are the entry; the next one goes behind them.
     #[inline(always)]
     pub(in crate::queue) fn enter(&mut self, at: Cursor, _id: u16) {
-        self.next_available.index = at.index;
+        self.next_available = at.at;
     }
 
     /// Writes the next descriptor; the very first of what is not published is only remembered, so that nothing can be
     /// seen before all of it is there.
     #[inline(always)]
-    fn write_descriptor(&mut self, cursor: &mut Cursor, id: u16, piece: Buffer, flags: u16) {
-        let at = self.next_available.at(cursor.index);
-        let word = Tail { len: piece.len, id, flags: flags | at.available_flags() }.to_word();
-        let index = 2 * usize::from(at.index);
+    fn write_descriptor(&mut self, cursor: &mut Cursor, piece: Buffer, flags: u16) {
+        let tail = Tail { len: piece.len, id: cursor.id, flags };
+        let (index, word) = (cursor.at.word(), cursor.at.available_word(tail));
         if cursor.holds {
             self.descriptors.store(index, piece.address.to_le(), Ordering::Relaxed);
-            self.unpublished = Some((at, word));
+            self.unpublished = Some((cursor.at, word));
             cursor.holds = false;
-        } else {
-            self.descriptors.store_pair(index, (piece.address.to_le(), word), Ordering::Relaxed);
+        } else if !self.descriptors.store_pair(index, (piece.address.to_le(), word), Ordering::Relaxed) {
+            cursor.at = self.write_over(cursor.at, piece.address, tail);
         }
-        cursor.index += 1;
-        if cursor.index >= self.size {
-            self.wrap(cursor);
-        }
+        cursor.at = cursor.at.ahead(1);
     }
 
-    /// The next round begins, for what is written from now on.
+    /// Writes a descriptor where this round is over: at the start of the next. Where that is.
     #[cold]
-    fn wrap(&mut self, cursor: &mut Cursor) {
-        self.next_available = self.next_available.at(self.size).advanced(0, self.size);
-        cursor.index = self.next_available.index;
+    fn write_over(&self, at: Position, address: u64, tail: Tail) -> Position {
+        let at = at.settled(self.size);
+        let words = (address.to_le(), at.available_word(tail));
+        assert!(self.descriptors.store_pair(at.word(), words, Ordering::Relaxed));
+        at
     }
 
     /// Where the driver goes on, as a notification tells it.
@@ -135,8 +140,9 @@ impl Ring {
     #[inline(always)]
     pub(in crate::queue) fn publish(&mut self) -> bool {
         let Some((first, word)) = self.unpublished.take() else { return false };
+        self.next_available = self.next_available.settled(self.size);
         // Release: everything that was added is visible before the descriptor that comes first.
-        self.descriptors.store(2 * usize::from(first.index) + 1, word, Ordering::Release);
+        self.descriptors.store(first.word() + 1, word, Ordering::Release);
         let old = core::mem::replace(&mut self.published, self.next_available);
         // We write descriptors, then read the device's wish; the device does the reverse. One of us must see the other.
         fence(Ordering::SeqCst);
@@ -151,33 +157,47 @@ impl Ring {
     /// The next used descriptor: buffer id and length, unchecked.
     #[inline(always)]
     pub(in crate::queue) fn used(&mut self) -> Option<(u32, u32)> {
-        let mut tail = self.look();
-        if !self.next_used.is_used(tail.flags) {
-            // Only here, where the driver may go to sleep, does it have to say from where on it wants an interrupt.
-            if !(self.interrupts && self.event_idx) {
-                return None;
-            }
-            self.wish(EVENTS_AT);
-            tail = self.look();
-            if !self.next_used.is_used(tail.flags) {
-                return None;
-            }
-        }
+        let at = self.next_used;
+        let tail = match self.look(at) {
+            Some(tail) if at.is_used(tail.flags) => tail,
+            _ if self.used_after_all() => self.look(self.next_used)?,
+            _ => return None,
+        };
         // Without WRITE the length means nothing (2.8.5).
         Some((tail.id.into(), if tail.flags & WRITE != 0 { tail.len } else { 0 }))
     }
 
-    /// Reads what stands where the next used descriptor is expected.
+    /// Whether the next descriptor is used, at the start of the next round if this one is over. Where the driver may go to
+    /// sleep, it says before from where on it wants an interrupt.
+    #[inline(never)]
+    fn used_after_all(&mut self) -> bool {
+        self.next_used = self.next_used.settled(self.size);
+        if self.is_used() {
+            return true;
+        }
+        if !(self.interrupts && self.event_idx) {
+            return false;
+        }
+        self.wish(EVENTS_AT);
+        self.is_used()
+    }
+
+    /// Whether the next descriptor, in this round, is used.
+    fn is_used(&self) -> bool {
+        self.look(self.next_used).is_some_and(|tail| self.next_used.is_used(tail.flags))
+    }
+
+    /// Reads what stands at `at`, where the next used descriptor is expected; none behind all descriptors.
     #[inline(always)]
-    fn look(&self) -> Tail {
+    fn look(&self, at: Position) -> Option<Tail> {
         // Acquire: the buffer is read after the flags that make it used.
-        Tail::from_word(self.descriptors.load(2 * usize::from(self.next_used.index) + 1, Ordering::Acquire))
+        self.descriptors.try_load(at.word() + 1, Ordering::Acquire).map(Tail::from_word)
     }
 
     /// A buffer of `entries` descriptors was taken back: the next used one is behind them.
     #[inline(always)]
     pub(in crate::queue) fn advance(&mut self, entries: u16) {
-        self.next_used.advance(entries, self.size);
+        self.next_used = self.next_used.ahead(entries);
     }
 
     /// Whether `count` more buffers may be used: their descriptors do not say so one by one.
@@ -186,6 +206,7 @@ impl Ring {
     }
 
     fn wish(&mut self, flags: u16) {
+        self.next_used = self.next_used.settled(self.size);
         self.driver.store(0, Events { at: self.next_used, flags }.to_word(), Ordering::Relaxed);
         // We write our wish, then look for used descriptors; the device does the reverse.
         fence(Ordering::SeqCst);
@@ -200,6 +221,6 @@ impl Ring {
     pub(in crate::queue) fn enable_interrupts(&mut self) -> bool {
         self.interrupts = true;
         self.wish(if self.event_idx { EVENTS_AT } else { EVENTS_ON });
-        !self.next_used.is_used(self.look().flags)
+        !self.is_used()
     }
 }

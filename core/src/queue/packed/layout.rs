@@ -1,5 +1,7 @@
 //! What both sides agree on: descriptors, wrap counters, event suppression (2.8.13, 2.8.14).
 
+use core::fmt;
+
 /// Bytes of a descriptor: le64 address, le32 length, le16 buffer id, le16 flags.
 pub const DESCRIPTOR_LEN: u64 = 16;
 
@@ -46,8 +48,14 @@ impl Tail {
     /// The word as it stands in memory.
     #[inline(always)]
     pub const fn to_word(self) -> u64 {
-        (self.len as u64 | (self.id as u64) << 32 | (self.flags as u64) << 48).to_le()
+        (self.len as u64 | (self.id as u64) << 32 | flags(self.flags)).to_le()
     }
+}
+
+/// Flags where they are in the second word of a descriptor.
+#[inline(always)]
+const fn flags(flags: u16) -> u64 {
+    (flags as u64) << 48
 }
 
 /// An event suppression structure, as one 32-bit word.
@@ -86,17 +94,25 @@ impl Events {
 }
 
 /// A place in the ring: an index and the wrap counter of that round.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Position {
-    /// Index into the ring, below its size.
-    pub index: u16,
-    /// The wrap counter, as the flags that make a descriptor available in this round: [`AVAILABLE`] if it is 1,
-    /// [`USED`] if it is 0.
-    round: u16,
-}
+///
+/// One word: in its lower half twice the index, which is where the descriptor's words are; where the second of them has its
+/// flags, those that make it available in that round: [`AVAILABLE`] if the wrap counter is 1, [`USED`] if it is 0. (Two
+/// fields would be written one by one and read together, and such a read waits until what was written has left the
+/// processor.)
+///
+/// Where an access beyond the last descriptor fails anyway, a place need not be compared with the size before: it may lie
+/// [behind](Self::ahead) all of them, and is [settled](Self::settled) when that shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Position(u64);
 
 /// Both flags that tell the round.
 const ROUND: u16 = AVAILABLE | USED;
+
+impl fmt::Debug for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Position").field("index", &self.index()).field("wrap", &self.wrap()).finish()
+    }
+}
 
 impl Position {
     /// Where both sides start.
@@ -104,84 +120,111 @@ impl Position {
 
     /// The place at `index` in a round with the wrap counter `wrap`.
     pub const fn new(index: u16, wrap: bool) -> Self {
-        Self { index, round: if wrap { AVAILABLE } else { USED } }
+        Self((2 * index as u64) | flags(if wrap { AVAILABLE } else { USED }))
+    }
+
+    /// Index into the ring.
+    #[inline(always)]
+    pub const fn index(self) -> u16 {
+        (self.0 >> 1) as u16
+    }
+
+    /// Which of the ring's 64-bit words is the first of the descriptor.
+    #[inline(always)]
+    pub(super) const fn word(self) -> usize {
+        self.0 as u32 as usize
     }
 
     /// The wrap counter: true in the first round.
     #[inline(always)]
     pub const fn wrap(self) -> bool {
-        self.round == AVAILABLE
+        self.available_flags() == AVAILABLE
     }
 
     /// The place `count` descriptors further on in a ring of `size`; `count` is at most `size`.
     #[must_use]
     #[inline(always)]
     pub const fn advanced(self, count: u16, size: u16) -> Self {
-        let mut place = self;
-        place.advance(count, size);
-        place
+        self.ahead(count).settled(size)
     }
 
-    /// Moves on as [`Position::advanced`] does; in the same round, nothing but the index is written.
+    /// `count` descriptors further on in the same round, even if that is behind all of them, until it is
+    /// [settled](Self::settled). `count` is at most the size of the ring.
+    #[must_use]
     #[inline(always)]
-    pub const fn advance(&mut self, count: u16, size: u16) {
-        // Fits: the index is below the size, the count not above it, and the size is up to 32768.
-        let next = self.index.wrapping_add(count);
-        if next >= size {
-            return self.turn(next - size);
-        }
-        self.index = next;
+    pub(super) const fn ahead(self, count: u16) -> Self {
+        // Fits: the index is below the size, which is up to 32768.
+        Self(self.0.wrapping_add(2 * count as u64))
     }
 
-    /// Into the next round. Apart, so that it is a branch that is hardly ever taken and not arithmetic.
+    /// The same place, in the next round if it is behind all `size` descriptors of this one.
+    #[must_use]
+    #[inline(always)]
+    pub(super) const fn settled(self, size: u16) -> Self {
+        if self.index() >= size { self.turned(self.index() - size) } else { self }
+    }
+
+    /// At `index` in the next round. Apart, so that it is a branch that is hardly ever taken and not arithmetic.
     #[cold]
-    const fn turn(&mut self, index: u16) {
-        self.index = index;
-        self.round ^= ROUND;
+    const fn turned(self, index: u16) -> Self {
+        Self::new(index, !self.wrap())
     }
 
     /// The place at `index` in the same round.
     #[must_use]
     #[inline(always)]
     pub const fn at(self, index: u16) -> Self {
-        Self { index, round: self.round }
+        Self::new(index, self.wrap())
     }
 
     /// The flags that make a descriptor available at this place.
     #[inline(always)]
     pub const fn available_flags(self) -> u16 {
-        self.round
+        (self.0 >> 48) as u16
     }
 
     /// The flags that make a descriptor used at this place.
     #[inline(always)]
     pub const fn used_flags(self) -> u16 {
         // Both with a wrap counter of 1, none with 0.
-        self.round ^ USED
+        self.available_flags() ^ USED
+    }
+
+    /// The second word of a descriptor that is available at this place, as it stands in memory.
+    #[inline(always)]
+    pub(super) const fn available_word(self, tail: Tail) -> u64 {
+        tail.to_word() | (self.0 >> 48 << 48).to_le()
+    }
+
+    /// The second word of a descriptor that is used at this place, as it stands in memory.
+    #[inline(always)]
+    pub(super) const fn used_word(self, tail: Tail) -> u64 {
+        self.available_word(tail) ^ flags(USED).to_le()
     }
 
     /// Whether a descriptor with `flags` at this place is available.
     #[inline(always)]
     pub const fn is_available(self, flags: u16) -> bool {
-        flags & ROUND == self.available_flags()
+        (flags ^ self.available_flags()) & ROUND == 0
     }
 
-    /// Whether a descriptor with `flags` at this place is available and names a buffer, not a table.
+    /// The flags in the second word of a descriptor at this place, as it stands in memory; but [`AVAILABLE`] and [`USED`]
+    /// only where they are not those of an available one.
     #[inline(always)]
-    pub const fn is_available_buffer(self, flags: u16) -> bool {
-        (flags ^ self.available_flags()) & (ROUND | INDIRECT) == 0
+    pub(super) const fn compared(self, word: u64) -> u16 {
+        ((u64::from_le(word) ^ self.0) >> 48) as u16
     }
 
     /// Whether a descriptor with `flags` at this place is used.
     #[inline(always)]
     pub const fn is_used(self, flags: u16) -> bool {
-        flags & ROUND == self.used_flags()
+        (flags ^ self.used_flags()) & ROUND == 0
     }
 
     /// As the event suppression structure and saved states hold it: the index in bits 0 to 14, the wrap counter in 15.
     #[inline(always)]
     pub const fn pack(self) -> u16 {
-        self.index | (self.wrap() as u16) << 15
+        self.index() | (self.wrap() as u16) << 15
     }
 
     /// The reverse of [`Position::pack`]; the index is not checked.
@@ -205,8 +248,8 @@ pub const fn reaches(event: Position, old: Position, new: Position, size: u16) -
 /// How many descriptors `to` is ahead of `from`; wraps to a huge number if `from` is ahead.
 #[inline(always)]
 const fn distance(from: Position, to: Position, size: u16) -> u32 {
-    let lap = if from.round == to.round { 0 } else { size as u32 };
-    (to.index as u32 + lap).wrapping_sub(from.index as u32)
+    let lap = if from.wrap() == to.wrap() { 0 } else { size as u32 };
+    (to.index() as u32 + lap).wrapping_sub(from.index() as u32)
 }
 
 #[cfg(test)]

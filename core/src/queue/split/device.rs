@@ -271,7 +271,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         let Parts { head, written, .. } = *chain.0;
         self.chains.give_back(chain)?;
         let entry = layout::used_entry(self.completed as usize & self.mask);
-        self.device.store_pair(entry, (O::u32(u32::from(head)), O::u32(written)), Ordering::Relaxed);
+        assert!(self.device.store_pair(entry, (O::u32(u32::from(head)), O::u32(written)), Ordering::Relaxed));
         self.completed = self.completed.wrapping_add(1);
         // Release: the buffer's bytes and the entry are visible before the index that covers them.
         self.device.store(INDEX, O::u16(self.completed as u16), Ordering::Release);

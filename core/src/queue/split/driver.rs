@@ -67,15 +67,15 @@ impl<O: Order> Ring<O> {
         self.indirect
     }
 
-    /// Where the next piece goes.
+    /// Where the first piece of the chain at `head` goes.
     #[inline(always)]
-    pub(in crate::queue) const fn cursor(&self) -> Cursor {
+    pub(in crate::queue) const fn cursor(&self, _head: u16) -> Cursor {
         Cursor
     }
 
-    /// Writes one piece of the chain at `head`.
+    /// Writes one piece.
     #[inline(always)]
-    pub(in crate::queue) fn write(&mut self, _at: &mut Cursor, _head: u16, piece: Buffer, place: Place) {
+    pub(in crate::queue) fn write(&mut self, _at: &mut Cursor, piece: Buffer, place: Place) {
         let next = if place.last { 0 } else { NEXT };
         let write = if place.writable { WRITE } else { 0 };
         let Buffer { address, len } = piece;
@@ -98,7 +98,7 @@ impl<O: Order> Ring<O> {
 
     #[inline(always)]
     fn write_descriptor(&self, index: u16, descriptor: Descriptor) {
-        self.descriptors.store_pair(2 * usize::from(index), O::words(descriptor), Ordering::Relaxed);
+        assert!(self.descriptors.store_pair(2 * usize::from(index), O::words(descriptor), Ordering::Relaxed));
     }
 
     /// Enters the chain at `head` into the available ring.

@@ -118,18 +118,18 @@ impl Tracker {
             self.begin(base);
         }
         let mut used = self.used(BEFORE);
-        if used.index >= self.size {
-            return Err(Nonsense::Index(used.index, self.size));
+        if used.index() >= self.size {
+            return Err(Nonsense::Index(used.index(), self.size));
         }
         let now = self.used(NOW);
         let submitted = now != used && {
-            let flags = Tail::from_word(self.ring.load(2 * usize::from(used.index) + 1, Ordering::Acquire)).flags;
+            let flags = Tail::from_word(self.ring.load(2 * usize::from(used.index()) + 1, Ordering::Acquire)).flags;
             flags & (AVAILABLE | USED) != used.available_flags()
         };
         let (free, taken) = if submitted { (NOW, now) } else { (BEFORE, used) };
         used = taken;
-        if used.index >= self.size {
-            return Err(Nonsense::Index(used.index, self.size));
+        if used.index() >= self.size {
+            return Err(Nonsense::Index(used.index(), self.size));
         }
         let first_free = self.free(free);
         self.set_free([first_free; 2]);
@@ -216,9 +216,9 @@ impl Tracker {
         }
         // The device may begin with a chain anew, after it could not see all of it.
         let place = from.advanced(state.chain.len() as u16, self.size);
-        if index == from.index && index != place.index {
+        if index == from.index() && index != place.index() {
             state.chain.clear();
-        } else if index != place.index {
+        } else if index != place.index() {
             return;
         }
         let place = from.advanced(state.chain.len() as u16, self.size);
@@ -306,7 +306,7 @@ impl Tracker {
     fn set_used(&self, places: [Position; 2]) {
         let mut word = self.word(AT_USED);
         for (when, place) in places.into_iter().enumerate() {
-            word.set_half(INDEX[when], place.index);
+            word.set_half(INDEX[when], place.index());
             word.0[WRAP[when]] = place.wrap().into();
         }
         self.set_word(AT_USED, word);

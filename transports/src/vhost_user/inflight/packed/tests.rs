@@ -64,7 +64,7 @@ impl Rig {
             let at = self.next.advanced(piece, SIZE);
             let (address, rest) = descriptor(at, id, piece, count);
             let bytes = [address.to_ne_bytes(), rest.to_ne_bytes()].concat();
-            self.ring.write(16 * usize::from(at.index), &bytes).unwrap();
+            self.ring.write(16 * usize::from(at.index()), &bytes).unwrap();
         }
         self.next = self.next.advanced(count, SIZE);
         self.available.push((id, count));
@@ -74,7 +74,7 @@ impl Rig {
         let (id, count) = self.available.remove(0);
         for piece in 0..count {
             assert_eq!(self.recovered(), self.expected(), "in the middle of a chain");
-            tracker.read_ring(16 * usize::from(self.from.advanced(piece, SIZE).index), 16);
+            tracker.read_ring(16 * usize::from(self.from.advanced(piece, SIZE).index()), 16);
         }
         self.from = self.from.advanced(count, SIZE);
         self.taken.push((id, count));
@@ -85,7 +85,7 @@ impl Rig {
         let (id, count) = self.taken[which];
         let at = self.used;
         let word = Tail { len: 0, id, flags: at.used_flags() }.to_word();
-        let offset = 16 * usize::from(at.index) + 8;
+        let offset = 16 * usize::from(at.index()) + 8;
         tracker.writes_ring(offset, 8, word);
         assert_eq!(self.recovered(), self.expected(), "it is not written yet");
         self.ring.write(offset, &word.to_ne_bytes()).unwrap();
@@ -128,7 +128,7 @@ fn whenever_the_back_end_dies_what_was_taken_and_not_used_is_in_flight_in_its_or
                 rig.put(&tracker, which, at_once);
             }
             // A look at the ring that finds nothing, or only what is to be taken later.
-            _ => tracker.read_ring(16 * usize::from(rig.from.index), 8),
+            _ => tracker.read_ring(16 * usize::from(rig.from.index()), 8),
         }
         assert_eq!(rig.recovered(), rig.expected());
     }
