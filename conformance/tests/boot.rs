@@ -3,6 +3,15 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::{Command, Output, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread::spawn;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// How long a machine may run. It is for those that never end.
+const WATCHDOG: Duration = Duration::from_secs(300);
 
 /// How a kernel ends, as instructions: it writes what switches the machine off into ACPI's control register (port 0x604),
 /// has the keyboard controller (port 0x64) reset the machine, or does what there is no handler for.
@@ -48,7 +57,17 @@ fn boot(name: &str, end: &[u8], arguments: &[&str]) -> Option<Output> {
     fs::write(&disk, [0; 4096]).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_polyvirt"));
     command.args(["boot", "--mem", "32", "--append", "from outside", "--kernel"]).arg(path).arg("--disk").arg(disk);
-    let output = command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null()).output().unwrap();
+    command.args(arguments).env_remove("RUST_LOG").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let machine = command.spawn().unwrap();
+    let pid = Pid::from_raw(machine.id() as i32);
+    let (running, ended) = channel::<()>();
+    let watchdog = spawn(move || {
+        let silent = ended.recv_timeout(WATCHDOG) == Err(RecvTimeoutError::Timeout);
+        silent.then(|| kill(pid, Signal::SIGKILL)).is_some()
+    });
+    let output = machine.wait_with_output().unwrap();
+    drop(running);
+    assert!(!watchdog.join().unwrap(), "not ended after {WATCHDOG:?}: {output:?}");
     let told = String::from_utf8_lossy(&output.stderr);
     if output.status.code() == Some(2) && told.contains("/dev/kvm") {
         println!("skipped: {told}");

@@ -346,9 +346,10 @@ impl<M: GuestMemory> Ring<M> {
     #[inline(always)]
     fn write_used(&self, at: Position, tail: Tail) -> Position {
         // Release: the buffer's bytes are visible before the flags that make it used.
-        match self.descriptors.try_store(at.word() + 1, at.used_word(tail), Ordering::Release) {
-            true => at,
-            false => self.write_used_over(at, tail),
+        if self.descriptors.try_store(at.word() + 1, at.used_word(tail), Ordering::Release) {
+            at
+        } else {
+            self.write_used_over(at, tail)
         }
     }
 
