@@ -218,6 +218,12 @@ impl Tables {
     }
 }
 
+/// Bytes in all, as far as they can be counted.
+#[inline(always)]
+fn len(pieces: &[Buffer]) -> u32 {
+    pieces.iter().fold(0, |sum, piece| piece.len.saturating_add(sum))
+}
+
 /// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
 #[repr(u8)]
 pub(super) enum Ring {
@@ -293,41 +299,56 @@ impl<T, N: Notify> DriverQueue<T, N> {
         if pieces == 0 || pieces > size {
             return Err(AddError::Pieces { token, pieces, size: size as u16 });
         }
-        let indirect = pieces > 1 && self.shadow.tables.as_ref().is_some_and(|tables| pieces <= tables.entries);
-        let entries = if indirect { 1 } else { pieces as u16 };
+        if pieces > 1 && self.shadow.tables.as_ref().is_some_and(|tables| pieces <= tables.entries) {
+            return self.add_indirect(readable, writable, token);
+        }
+        let entries = pieces as u16;
         if entries > self.shadow.free {
             return Err(self.full(token));
         }
-        let head = self.shadow.first_free;
-        let shadow = &mut self.shadow;
+        let (head, shadow) = (self.shadow.first_free, &mut self.shadow);
         let last = ring!(&mut self.ring, ring => {
             let mut at = ring.cursor(head);
-            let last = match &mut shadow.tables {
-                Some(tables) if indirect => {
-                    let table = tables.write(head, readable, writable, ring.table_words());
-                    let last = shadow.take(&[table], &[], |_, _| {});
-                    ring.write_table(&mut at, head, table);
-                    last
-                }
-                _ => shadow.take(readable, writable, |piece, place| ring.write(&mut at, piece, place)),
-            };
+            let last = shadow.take(readable, writable, |piece, place| ring.write(&mut at, piece, place));
             ring.enter(at, head);
             last
         });
-        self.in_flight[usize::from(head)] = InFlight {
-            token: Some(token),
-            sequence: self.sequence,
-            writable: writable.iter().fold(0, |sum, piece| piece.len.saturating_add(sum)),
-            entries,
-            last,
-            in_table: if indirect { pieces as u16 } else { 0 },
-        };
+        self.given(
+            head,
+            InFlight { token: Some(token), sequence: 0, writable: len(writable), entries, last, in_table: 0 },
+        );
+        Ok(())
+    }
+
+    /// As [`DriverQueue::add_buf`], for pieces that fit a table.
+    #[inline(never)]
+    fn add_indirect(&mut self, readable: &[Buffer], writable: &[Buffer], token: T) -> Result<(), AddError<T>> {
+        let (head, shadow) = (self.shadow.first_free, &mut self.shadow);
+        let Some(tables) = shadow.tables.as_mut().filter(|_| shadow.free > 0) else { return Err(self.full(token)) };
+        let last = ring!(&mut self.ring, ring => {
+            let table = tables.write(head, readable, writable, ring.table_words());
+            let mut at = ring.cursor(head);
+            ring.write_table(&mut at, head, table);
+            ring.enter(at, head);
+            shadow.take(&[table], &[], |_, _| {})
+        });
+        let in_table = (readable.len() + writable.len()) as u16;
+        self.given(
+            head,
+            InFlight { token: Some(token), sequence: 0, writable: len(writable), entries: 1, last, in_table },
+        );
+        Ok(())
+    }
+
+    /// A buffer is in the device's hands from now on.
+    #[inline(always)]
+    fn given(&mut self, head: u16, buffer: InFlight<T>) {
+        self.in_flight[usize::from(head)] = InFlight { sequence: self.sequence, ..buffer };
         if let Some(order) = &mut self.in_order {
             order.added(self.sequence, head);
         }
         self.sequence += 1;
         self.count += 1;
-        Ok(())
     }
 
     #[cold]
