@@ -101,7 +101,7 @@ impl Events {
 /// processor.)
 ///
 /// Where an access beyond the last descriptor fails anyway, a place need not be compared with the size before: it may lie
-/// [behind](Self::ahead) all of them, and is [settled](Self::settled) when that shows.
+/// behind all of them, and is settled when that shows.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Position(u64);
 
