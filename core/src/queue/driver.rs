@@ -77,6 +77,8 @@ struct InFlight<T> {
     /// Entries of the shadow that it takes, and the last of them; the first is its head.
     entries: u16,
     last: u16,
+    /// How many of its pieces the device may only read.
+    readable: u16,
     /// Pieces in the indirect table of its head; 0 if it has none.
     in_table: u16,
 }
@@ -92,13 +94,14 @@ pub(super) struct Shadow {
     tables: Option<Tables>,
 }
 
+/// Small, since many are looked at: whether the device may write the piece, [`InFlight::readable`] tells.
 #[derive(Clone, Copy)]
 struct Entry {
-    piece: Buffer,
+    address: u64,
+    len: u32,
     /// Wider than it need be: it is read soon after it was written, and a 16-bit store next to another does not
     /// forward to the 32-bit load that a compiler makes of this.
     next: u32,
-    writable: bool,
 }
 
 /// How far a chain is that takes its entries.
@@ -117,8 +120,8 @@ struct Tables {
     address: u64,
     /// Entries of each table.
     entries: usize,
-    /// The pieces in each table, and whether the device may write them.
-    shadow: Box<[(Buffer, bool)]>,
+    /// The pieces in each table.
+    shadow: Box<[Buffer]>,
 }
 
 /// Where a piece goes.
@@ -145,8 +148,7 @@ impl InOrder {
 
 impl Shadow {
     fn new(size: u16, in_order: bool) -> Self {
-        let nowhere = Buffer { address: 0, len: 0 };
-        let next = |next: u16| Entry { piece: nowhere, next: u32::from(next % size), writable: false };
+        let next = |next: u16| Entry { address: 0, len: 0, next: u32::from(next % size) };
         Self { entries: (1..=size).map(next).collect(), first_free: 0, free: size, in_order, tables: None }
     }
 
@@ -175,8 +177,7 @@ impl Shadow {
         for &piece in pieces {
             let index = taken.next;
             let entry = &mut self.entries[usize::from(index)];
-            entry.piece = piece;
-            entry.writable = writable;
+            (entry.address, entry.len) = (piece.address, piece.len);
             let next = entry.next as u16;
             let left = taken.left - 1;
             write(piece, Place { index, next, writable, last: left == 0 });
@@ -208,7 +209,7 @@ impl Tables {
         let (offset, pieces) = (first * 16, readable.len() + writable.len());
         let all = readable.iter().map(|piece| (*piece, false)).chain(writable.iter().map(|piece| (*piece, true)));
         for (number, (piece, writable)) in all.enumerate() {
-            self.shadow[first + number] = (piece, writable);
+            self.shadow[first + number] = piece;
             let (low, high) = words(piece, number as u16 + 1, writable, number + 1 == pieces);
             // The table has room: the caller compared its entries with the pieces.
             let _ = self.pages.write(offset + 16 * number, &low.to_ne_bytes());
@@ -261,7 +262,8 @@ impl<T, N: Notify> DriverQueue<T, N> {
     pub fn new(virtqueue: Virtqueue<N>) -> Result<Self, QueueError> {
         let QueueConfig { size, in_order, .. } = virtqueue.config;
         let (ring, notify) = Ring::new(virtqueue)?;
-        let nothing = |_| InFlight { token: None, sequence: 0, writable: 0, entries: 0, last: 0, in_table: 0 };
+        let nothing =
+            |_| InFlight { token: None, sequence: 0, writable: 0, entries: 0, last: 0, readable: 0, in_table: 0 };
         Ok(Self {
             ring,
             shadow: Shadow::new(size, in_order),
@@ -281,7 +283,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
         let size = self.in_flight.len();
         let entries = (tables.len() / 16 / size).min(u16::MAX.into());
         if entries > 1 && ring!(&self.ring, ring => ring.is_indirect()) {
-            let shadow = (0..entries * size).map(|_| (Buffer { address: 0, len: 0 }, false)).collect();
+            let shadow = (0..entries * size).map(|_| Buffer { address: 0, len: 0 }).collect();
             self.shadow.tables = Some(Tables { pages: tables, address, entries, shadow });
         }
         self
@@ -315,7 +317,15 @@ impl<T, N: Notify> DriverQueue<T, N> {
         });
         self.given(
             head,
-            InFlight { token: Some(token), sequence: 0, writable: len(writable), entries, last, in_table: 0 },
+            InFlight {
+                token: Some(token),
+                sequence: 0,
+                writable: len(writable),
+                entries,
+                last,
+                readable: readable.len() as u16,
+                in_table: 0,
+            },
         );
         Ok(())
     }
@@ -335,7 +345,15 @@ impl<T, N: Notify> DriverQueue<T, N> {
         let in_table = (readable.len() + writable.len()) as u16;
         self.given(
             head,
-            InFlight { token: Some(token), sequence: 0, writable: len(writable), entries: 1, last, in_table },
+            InFlight {
+                token: Some(token),
+                sequence: 0,
+                writable: len(writable),
+                entries: 1,
+                last,
+                readable: readable.len() as u16,
+                in_table,
+            },
         );
         Ok(())
     }
@@ -504,19 +522,19 @@ impl<T, N: Notify> DriverQueue<T, N> {
         for head in 0..self.in_flight.len() {
             let Some(token) = self.in_flight[head].token.take() else { continue };
             let (mut readable, mut writable) = (Vec::new(), Vec::new());
-            let mut sort = |piece, write: bool| if write { writable.push(piece) } else { readable.push(piece) };
-            let InFlight { entries, sequence, in_table, .. } = self.in_flight[head];
+            let InFlight { entries, sequence, readable: only_read, in_table, .. } = self.in_flight[head];
+            let mut sort = |number, piece| if number < only_read { readable.push(piece) } else { writable.push(piece) };
             match &self.shadow.tables {
                 Some(tables) if in_table > 0 => {
                     let first = head * tables.entries;
-                    tables.shadow[first..first + usize::from(in_table)].iter().for_each(|&(piece, w)| sort(piece, w));
+                    (0..in_table).zip(&tables.shadow[first..]).for_each(|(number, &piece)| sort(number, piece));
                 }
                 _ => {
                     let mut at = head;
-                    for _ in 0..entries {
-                        let entry = self.shadow.entries[at];
-                        sort(entry.piece, entry.writable);
-                        at = entry.next as usize;
+                    for number in 0..entries {
+                        let Entry { address, len, next } = self.shadow.entries[at];
+                        sort(number, Buffer { address, len });
+                        at = next as usize;
                     }
                 }
             }
