@@ -57,10 +57,13 @@ impl Daemon {
 
     /// The formats of rings that the daemon offers.
     pub fn formats(socket: PathBuf, kind: Kind) -> Result<Vec<RingFormat>, String> {
-        // At once: if it is not there now, that is a mistake.
-        drop(UnixStream::connect(&socket).map_err(|error| format!("{}: {error}", socket.display()))?);
+        // If there is no socket now, that is a mistake.
+        let first = dial(&socket, &[ErrorKind::ConnectionRefused]);
+        let first = first.map_err(|error| format!("{}: {error}", socket.display()))?;
         let daemon = Self::new(socket, kind, RingFormat::Split);
-        let mut driver = daemon.connect().map_err(|error| format!("{}: {error}", daemon.socket.display()))?.0;
+        // One connection, not two: some daemons listen anew for each, and one that comes too early is lost.
+        let mut driver =
+            daemon.connect(Some(first)).map_err(|error| format!("{}: {error}", daemon.socket.display()))?.0;
         let offered = driver.device_features().map_err(|error| error.to_string())?;
         if !offered.contains(Features::VERSION_1) {
             return Err(format!("{}: VIRTIO_F_VERSION_1 is not offered", daemon.socket.display()));
@@ -68,7 +71,8 @@ impl Daemon {
         Ok(RingFormat::of(false).iter().copied().filter(|format| offered.contains(format.feature())).collect())
     }
 
-    fn connect(&self) -> Result<(Driver, Arc<FlatMemory>), TransportError> {
+    /// A driver for the daemon, with `first` as its first connection if there is one already.
+    fn connect(&self, first: Option<UnixStream>) -> Result<(Driver, Arc<FlatMemory>), TransportError> {
         let (file, pages) = memory_file("polyvirt", RAM).map_err(|error| {
             polyvirt_core::hypervisor::HypervisorError::Refused { call: "memory", reason: error.to_string() }
         })?;
@@ -77,20 +81,20 @@ impl Daemon {
         let guest = Guest { share, regions: vec![(RAM_AT, file, pages)] };
         let socket = self.socket.clone();
         let options = Options { queues: if self.kind == Kind::Console { 2 } else { 1 }, ..Options::default() };
-        let dial = Box::new(move || dial(&socket));
+        let first = std::cell::Cell::new(first);
+        let listens_again = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
+        let dial = Box::new(move || first.take().map_or_else(|| dial(&socket, &listens_again), Ok));
         Ok((Driver::connect(dial, self.kind.device_type(), guest, options)?, memory))
     }
 }
 
-/// Connects to `socket`. Some daemons take it away between two sessions, and put it there again.
-fn dial(socket: &Path) -> io::Result<UnixStream> {
+/// Connects to `socket`, and tries that again after an error of `passing`: a socket is there before its daemon listens,
+/// and some daemons take it away between two sessions.
+fn dial(socket: &Path, passing: &[ErrorKind]) -> io::Result<UnixStream> {
     let begun = Instant::now();
     loop {
         match UnixStream::connect(socket) {
-            Err(error)
-                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::ConnectionRefused)
-                    && begun.elapsed() < DIAL_WATCHDOG =>
-            {
+            Err(error) if passing.contains(&error.kind()) && begun.elapsed() < DIAL_WATCHDOG => {
                 thread::sleep(DIAL_PAUSE);
             }
             done => return done,
@@ -123,7 +127,7 @@ impl Target for Daemon {
         if variant != Variant::Plain {
             return Err(NO_VARIANT.into());
         }
-        let (driver, memory) = self.connect().map_err(|error| error.to_string())?;
+        let (driver, memory) = self.connect(None).map_err(|error| error.to_string())?;
         let mut session = Session::new(self.cell(), Box::new(driver), Box::new(()));
         session.memory_end = Some(RAM_AT + RAM);
         session.peek = Some(Box::new(move |address, bytes| {
@@ -136,5 +140,30 @@ impl Target for Daemon {
             resolved.is_ok() && at == bytes.len()
         }));
         Ok(session)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn the_first_connection_is_the_one_that_is_spoken_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        let listener = UnixListener::bind(&socket).unwrap();
+        // It serves one connection and listens anew, as daemons on vhost-user-backend do.
+        let daemon = thread::spawn(move || {
+            let mut connection = listener.accept().unwrap().0;
+            drop(listener);
+            let mut header = [0; 12];
+            connection.read_exact(&mut header).map(|()| header[0])
+        });
+        assert!(Daemon::formats(socket, Kind::Rng).is_err(), "it does not answer");
+        const SET_OWNER: u8 = 3;
+        assert_eq!(daemon.join().unwrap().unwrap(), SET_OWNER);
     }
 }
