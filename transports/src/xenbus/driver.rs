@@ -34,6 +34,8 @@ pub struct Driver<G: Domain + 'static> {
     posted: Vec<Operation>,
     /// The number of the last request.
     number: u32,
+    /// Whether there was a request since the device was reset.
+    asked: bool,
     lines: Lines,
     features: Features,
     queues: BTreeMap<u16, (Areas, Channel)>,
@@ -67,13 +69,15 @@ impl<G: Domain + 'static> Driver<G> {
     /// Meets the device at `place`, or says why there is none.
     pub fn connect(guest: Arc<G>, place: GuestPlace) -> Result<Self, TransportError> {
         let watch = |node| Ok::<_, TransportError>(1 << guest.watch(&format!("{}/{node}", place.backend))?);
-        let lines = Lines { state: watch("state")?, reply: watch("reply")? };
+        // Each watch begins with an event; the reply's comes first, and is read before the state says who is there.
+        let reply = watch("reply")?;
+        let lines = Lines { state: watch("state")?, reply };
         let (posted, queues, features) = Default::default();
         let (description, backend, reply, told) =
             (Description::default(), State::Unknown, Reply::default(), News::default());
+        let (number, asked) = (0, false);
         let mut driver =
-            Self { guest, place, description, posted, number: 0, lines, features, queues, backend, reply, told };
-        driver.look(lines.all())?;
+            Self { guest, place, description, posted, number, asked, lines, features, queues, backend, reply, told };
         driver.wait_for("the backend", |driver| Some(driver.is_open()).filter(|&open| open))?;
         driver.open()?;
         if driver.description.device_type == 0 {
@@ -104,7 +108,9 @@ impl<G: Domain + 'static> Driver<G> {
     fn open(&mut self) -> Result<(), TransportError> {
         self.description = self.read("device")?.and_then(|value| Description::decode(&value)).unwrap_or_default();
         self.number = self.reply.number;
-        if self.backend == State::InitWait { self.enter(State::Connected) } else { Ok(()) }
+        // Connected already: someone was here before.
+        self.asked = self.backend != State::InitWait;
+        if self.asked { Ok(()) } else { self.enter(State::Connected) }
     }
 
     /// Whether requests are answered.
@@ -136,11 +142,12 @@ impl<G: Domain + 'static> Driver<G> {
         Ok(())
     }
 
-    /// Asks for what is posted, and looks at what has changed.
+    /// Asks for what is posted, unless nothing that is read depends on it, and looks at what has changed.
     fn catch_up(&mut self) -> Result<(), TransportError> {
         let came = self.guest.wait(self.lines.all(), Duration::ZERO)?;
         self.look(came)?;
-        if self.posted.is_empty() || !self.is_open() { Ok(()) } else { self.request() }
+        let unseen = self.posted.iter().all(|operation| matches!(operation, Operation::Queue(_)));
+        if unseen || !self.is_open() { Ok(()) } else { self.request() }
     }
 
     /// Waits until `done` says something, looking again whenever the backend's nodes change.
@@ -172,6 +179,7 @@ impl<G: Domain + 'static> Driver<G> {
     fn request(&mut self) -> Result<(), TransportError> {
         self.number = self.number.wrapping_add(1);
         let operations = core::mem::take(&mut self.posted);
+        self.asked = true;
         self.write("request", &encode_request(self.number, &operations))?;
         self.wait_for("the answer to a request", |driver| match driver.reply.number == driver.number {
             true => Some(Ok(())),
@@ -228,7 +236,10 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         self.look(came)?;
         self.posted.clear();
         if self.is_open() {
-            self.carry_out(Operation::Status(Status::empty()))?;
+            if self.asked || !self.reply.status.is_empty() {
+                self.carry_out(Operation::Status(Status::empty()))?;
+                self.asked = false;
+            }
         } else {
             self.enter(State::Closed)?;
             let gone = self.wait_for("the backend to close", |driver| match driver.backend {
