@@ -9,7 +9,7 @@ use super::chains::{PACKED_REFUSED, ring};
 use super::indirect::need_indirect;
 use super::init::serve_next;
 use super::notify::{serve_silently, silence, with_event_idx};
-use super::ring::cut;
+use super::ring::{cut, serve_many, small};
 use super::sample::{
     Attack, Sample, Tolerance, attack, descriptor, ensure, ensure_eq, entries, revive, serve, serve_told, shown,
     touches,
@@ -366,6 +366,7 @@ fn odd_events(session: &mut Session) -> Verdict {
 
 fn device_events(session: &mut Session) -> Verdict {
     let offered = session.transport.device_features()?;
+    let pieces = small(session)?;
     for features in [Features::empty(), offered & Features::EVENT_IDX] {
         let mut rings = session.bring_up(features)?;
         let queue = rings.len() - 1;
@@ -381,7 +382,7 @@ fn device_events(session: &mut Session) -> Verdict {
                     format_args!("{events:x?}"),
                 )?;
                 if step == 0 {
-                    serve(session, &mut rings)?;
+                    serve_many(session, &mut rings, 1, &pieces)?;
                 }
             }
         }

@@ -278,7 +278,7 @@ fn scattered(session: &mut Session) -> Verdict {
 }
 
 /// Lets the device serve `count` small requests at once, on any device; each is used once.
-fn serve_many(
+pub(super) fn serve_many(
     session: &mut Session,
     rings: &mut [Ring],
     count: u16,
@@ -317,7 +317,7 @@ fn serve_many(
 }
 
 /// The smallest request of a device; the same memory may be used by many at once.
-fn small(session: &Session) -> Result<Vec<(Memory, bool)>, Objection> {
+pub(super) fn small(session: &Session) -> Result<Vec<(Memory, bool)>, Objection> {
     Ok(match session.cell.device_type {
         // A flush: a header and a status.
         BLK => vec![
@@ -351,8 +351,15 @@ fn wrap(session: &mut Session) -> Verdict {
 
 fn index_wrap(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
-    let pieces = small(session)?;
-    let ring = &rings[rings.len() - 1];
+    let last = rings.len() - 1;
+    // What a hypervisor maps for each request, it would map 65536 times, and that is not what this is about; the ring is
+    // mapped all the time.
+    let pieces = small(session)?.into_iter().map(|(memory, writable)| {
+        let beside = rings[last].split().beside(&memory, writable)?;
+        Ok((beside.unwrap_or(memory), writable))
+    });
+    let pieces = pieces.collect::<Result<Vec<_>, Objection>>()?;
+    let ring = &rings[last];
     // Less than the queue, so that each burst ends before the device looks by itself for more.
     let burst = ring.size() / pieces.len() as u16 - 1;
     let mut done = 0u32;

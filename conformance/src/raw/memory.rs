@@ -17,7 +17,8 @@ pub struct Memory {
     pub address: u64,
     /// How many of them are meant.
     pub len: u32,
-    share: Arc<Shared>,
+    /// None if someone else sees to it.
+    share: Option<Arc<Shared>>,
 }
 
 struct Shared(Arc<dyn Share>, u64);
@@ -35,7 +36,13 @@ impl Memory {
         let share = session.transport.share();
         let pages = share.allocate(len as usize)?;
         let address = share.share(&pages, access)?;
-        Ok(Self { pages, address, len, share: Arc::new(Shared(share, address)) })
+        Ok(Self { pages, address, len, share: Some(Arc::new(Shared(share, address))) })
+    }
+
+    /// All of `pages`, which stay shared as long as they are used.
+    pub(super) const fn of(pages: Pages, address: u64) -> Self {
+        let len = pages.len() as u32;
+        Self { pages, address, len, share: None }
     }
 
     /// For the device to read: `bytes`.
@@ -59,7 +66,7 @@ impl Memory {
     pub fn part(&self, offset: u32, len: u32) -> Self {
         assert!(offset + len <= self.len);
         let pages = self.pages.slice(offset as usize, len as usize).expect("inside, as just checked");
-        Self { pages, address: self.address + u64::from(offset), len, share: Arc::clone(&self.share) }
+        Self { pages, address: self.address + u64::from(offset), len, share: self.share.clone() }
     }
 
     /// What it holds.

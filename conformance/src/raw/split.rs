@@ -2,12 +2,12 @@
 
 use std::sync::atomic::{Ordering, fence};
 
-use polyvirt_core::memory::{Access, MemoryError, Owner, Words};
+use polyvirt_core::memory::{Access, MemoryError, Owner, Pages, Words};
 use polyvirt_core::queue::split::layout;
 use polyvirt_core::queue::{ByteOrder, Layout, QueueConfig};
 use polyvirt_core::transport::Virtqueue;
 
-use super::{Descriptor, Made, NEXT, shown};
+use super::{Descriptor, Made, Memory, NEXT, shown};
 use crate::suite::{Objection, Trace};
 
 pub use polyvirt_core::queue::split::layout::{NO_INTERRUPT, NO_NOTIFY};
@@ -27,6 +27,8 @@ pub struct Split {
     descriptors: Words<u64, Owner>,
     driver: Words<u16, Owner>,
     device: Words<u32, Owner>,
+    /// The pages in which the driver area and the device area begin.
+    pages: [Pages; 2],
     big: bool,
     trace: Trace,
 }
@@ -35,13 +37,32 @@ impl Split {
     pub(super) fn new<N>(virtqueue: Virtqueue<N>, index: u16, trace: Trace) -> Result<Self, Objection> {
         let Virtqueue { config, descriptors, driver, device, .. } = virtqueue;
         let big = config.layout == Layout::Legacy(ByteOrder::Big);
+        let pages = [driver.clone(), device.clone()];
         let (descriptors, driver, device) = (Words::new(descriptors)?, Words::new(driver)?, Words::new(device)?);
         let (available, taken, seen, put) = (0, 0, 0, 0);
-        Ok(Self { config, index, available, taken, seen, put, descriptors, driver, device, big, trace })
+        Ok(Self { config, index, available, taken, seen, put, descriptors, driver, device, pages, big, trace })
     }
 
     fn size(&self) -> u16 {
         self.config.size
+    }
+
+    /// The bytes of `memory` once more, behind the area of the ring that the device may read or write as well; none if
+    /// they have no room there.
+    pub fn beside(&self, memory: &Memory, writable: bool) -> Result<Option<Memory>, Objection> {
+        let size = self.size();
+        let [driver, device] = &self.pages;
+        let (pages, address, used) = match writable {
+            true => (device, self.config.device, layout::device_len(size)),
+            false => (driver, self.config.driver, layout::driver_len(size)),
+        };
+        let Some(offset) = pages.len().checked_sub(memory.len as usize).filter(|&offset| offset as u64 >= used) else {
+            return Ok(None);
+        };
+        let place = pages.slice(offset, memory.len as usize).map(|pages| Memory::of(pages, address + offset as u64));
+        let Some(place) = place else { return Ok(None) };
+        place.pages.write(0, &memory.bytes()?)?;
+        Ok(Some(place))
     }
 
     fn u16(&self, value: u16) -> u16 {
