@@ -120,6 +120,9 @@ fn in_flight(session: &mut Session) -> Verdict {
     })
 }
 
+/// How often a descriptor is rewritten before others may use the processor.
+const TURNS: u32 = 101;
+
 fn rewritten(session: &mut Session) -> Verdict {
     // A thread turns descriptor 0 into nonsense and back while requests are made; whatever the device sees, it reads
     // it once, so it either serves or refuses.
@@ -137,7 +140,9 @@ fn rewritten(session: &mut Session) -> Verdict {
             let stop = &stop;
             scope.spawn(move || {
                 while !stop.load(Ordering::SeqCst) {
-                    spoil();
+                    // An odd number, so that others find it spoiled every second time where there is one processor.
+                    (0..TURNS).for_each(|_| spoil());
+                    std::thread::yield_now();
                 }
             });
             let begun = Instant::now();

@@ -9,6 +9,7 @@ mod packed;
 mod session;
 mod split;
 
+use std::mem::swap;
 use std::sync::atomic::Ordering;
 
 use polyvirt_core::memory::Access;
@@ -288,28 +289,28 @@ impl Ring {
         either!(&self.format, ring => ring.next_used())
     }
 
-    /// What turns a descriptor into `bad` and back to `good`, at any time, from any thread, and leaves alone who owns it:
-    /// the one in entry 0 of a split ring's table, every one with `good`'s address in a packed ring.
+    /// What turns a descriptor into `bad` and, the next time, back to `good`, at any time, from any thread, and leaves
+    /// alone who owns it: the one in entry 0 of a split ring's table, every one with `good`'s address in a packed ring.
     pub fn spoiler(&self, good: Descriptor, bad: Descriptor) -> Box<dyn FnMut() + Send> {
         match &self.format {
             Format::Split(split) => {
-                let (words, table) = ([bad, good].map(|it| split.words(it)), split.descriptors().clone());
+                let ([mut next, mut other], table) =
+                    ([bad, good].map(|it| split.words(it)), split.descriptors().clone());
                 Box::new(move || {
-                    for [first, second] in words {
-                        table.store(0, first, Ordering::SeqCst);
-                        table.store(1, second, Ordering::SeqCst);
-                    }
+                    table.store(0, next[0], Ordering::SeqCst);
+                    table.store(1, next[1], Ordering::SeqCst);
+                    swap(&mut next, &mut other);
                 })
             }
             Format::Packed(packed) => {
                 // A slot's second word changes hands, its address does not.
                 let (ring, size) = (packed.descriptors().clone(), usize::from(self.config.size));
-                let [bad, good] = [bad.address.to_le(), good.address.to_le()];
+                let [mut next, mut other] = [bad.address.to_le(), good.address.to_le()];
                 Box::new(move || {
-                    for at in (0..2 * size).step_by(2).filter(|&at| ring.load::<u64>(at, Ordering::SeqCst) == good) {
-                        ring.store(at, bad, Ordering::SeqCst);
-                        ring.store(at, good, Ordering::SeqCst);
+                    for at in (0..2 * size).step_by(2).filter(|&at| ring.load::<u64>(at, Ordering::SeqCst) == other) {
+                        ring.store(at, next, Ordering::SeqCst);
                     }
+                    swap(&mut next, &mut other);
                 })
             }
         }
