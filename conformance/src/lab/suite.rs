@@ -1,5 +1,7 @@
 //! The suite inside a guest: batch by batch, each on a machine of its own.
 
+use std::error::Error;
+use std::io::Write as _;
 use std::num::NonZero;
 use std::process::Command;
 use std::sync::Mutex;
@@ -7,13 +9,14 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
 use serde::Deserialize;
+use tempfile::NamedTempFile;
 
-use super::LabError;
 use super::boot::boot;
 use super::guests::Guest;
 use super::judge::Wrong;
 use super::run::{EVIDENCE, Step, empty_cell, failure, told_case};
 use super::transcript::Transcript;
+use super::{LabError, tool};
 use crate::report::{Cell, Outcome, Skipped};
 
 /// Cells that one machine runs.
@@ -102,8 +105,10 @@ fn cells(
     also: &dyn Fn(&mut Cell, &Transcript),
 ) -> Vec<Cell> {
     let base64: String = told.all("report", "part").collect();
-    let report = decode(&base64).and_then(|json| serde_json::from_slice::<Report>(&json).ok());
-    let mut cells = report.map(|report| report.cells).unwrap_or_default();
+    let (mut cells, wrong) = match report(&base64) {
+        Ok(report) => (report.cells, String::new()),
+        Err(error) => (Vec::new(), format!("no report: {error}")),
+    };
     let complaints = told.complaints().join("; ");
     let whole = cells.iter().map(|cell| &*cell.device).eq(batch.devices.iter().copied());
     if whole && told.ended() && complaints.is_empty() {
@@ -116,7 +121,7 @@ fn cells(
         return cells;
     }
     let said: Vec<_> = told.all("suite", "said").collect();
-    let observed = format!("{} {} {complaints}", told.ending(), said.join("; "));
+    let observed = format!("{} {} {complaints} {wrong}", told.ending(), said.join("; "));
     batch.cells(guest, Outcome::Failed, |cell| {
         cell.failed = 1;
         let wrong = Wrong { expected: START.1.into(), observed: observed.trim().into() };
@@ -134,6 +139,14 @@ pub(super) fn without(guest: &Guest, batches: &[Batch], error: &LabError) -> Vec
         batch.cells(guest, Outcome::Skipped, |cell| cell.skipped.push(skipped()))
     };
     batches.iter().flat_map(cells).collect()
+}
+
+/// The report that was told, packed, as `base64`.
+fn report(base64: &str) -> Result<Report, Box<dyn Error>> {
+    let mut packed = NamedTempFile::new()?;
+    packed.write_all(&decode(base64).ok_or("what was told is no base64")?)?;
+    let json = tool::run(Command::new("gzip").args(["--decompress", "--stdout"]).arg(packed.path()))?;
+    Ok(serde_json::from_str(&json)?)
 }
 
 /// The bytes that `base64` stands for (RFC 4648, 4); none if it is none.
@@ -189,7 +202,7 @@ mod tests {
         let json = r#"{"cells":[{"hypervisor":"xen","transport":"xenbus","device":"rng","ring":"split",
             "evidence":"real","versions":["Xen 4.17.7"],"passed":1,"failed":0,"rejected":0,"wedged":0,"skipped":[],
             "failures":[],"seconds":1.0,"cases":[]}]}"#;
-        let encoded = encode(json.as_bytes());
+        let encoded = encode(json);
         let (one, two) = encoded.split_at(100);
         let told = transcript(&[&format!("LAB report part {one}"), &format!("LAB report part {two}"), "LAB guest end"]);
         let cells = cells(guest(), &BATCH, &told, Some("QEMU 1"), &|cell, _| cell.passed += 1);
@@ -198,23 +211,20 @@ mod tests {
         assert_eq!(cell.versions, ["Xen 4.17.7", "QEMU 1"]);
     }
 
-    fn encode(bytes: &[u8]) -> String {
-        const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-        let mut out = String::new();
-        for group in bytes.chunks(3) {
-            let word = group.iter().chain([&0; 2]).take(3).fold(0usize, |word, &byte| word << 8 | usize::from(byte));
-            (0..=group.len()).for_each(|at| out.push(DIGITS[word >> (18 - 6 * at) & 63].into()));
-            out.push_str(&"=="[..3 - group.len()]);
-        }
-        out
+    /// As the guest's script does it.
+    fn encode(json: &str) -> String {
+        let mut file = NamedTempFile::new().unwrap();
+        file.write_all(json.as_bytes()).unwrap();
+        tool::run(Command::new("sh").args(["-c", "gzip <\"$0\" | base64 -w 0"]).arg(file.path())).unwrap()
     }
 
     #[test]
     fn a_report_that_does_not_come_whole_is_a_failure_of_every_cell() {
         let batch = Batch { devices: &["blk", "rng"], ..BATCH };
+        let empty = format!("LAB report part {}", encode(r#"{"cells":[]}"#));
         for lines in [
             &["LAB guest kernel 6.1", "LAB guest end"][..],
-            &["LAB report part eyJjZWxscyI6W10=", "LAB suite said no device", "LAB guest end"],
+            &[&*empty, "LAB suite said no device", "LAB guest end"],
             &["LAB report part eyJjZWxscyI6W119", "LAB guest end"],
         ] {
             let cells = cells(guest(), &batch, &transcript(lines), None, &|_, _| ());

@@ -76,8 +76,8 @@ pub(super) fn command(xen: &Xen, cache: &Cache, boot: &Boot<'_>) -> Result<Comma
 /// Adds to `command`, a QEMU, that it boots Xen with a domain 0 of so much `memory`, whose kernel gets `words` besides.
 pub(super) fn boots(command: &mut Command, cache: &Cache, memory: &str, kernel: &Path, words: &str, initramfs: &Path) {
     let mut modules = kernel.as_os_str().to_owned();
-    // A comma ends a module.
-    modules.push(format!(" console=hvc0 rdinit=/init quiet panic=-1 {words},"));
+    // One comma ends a module, two are one.
+    modules.push(format!(" console=hvc0 rdinit=/init quiet panic=-1 {},", words.replace(',', ",,")));
     modules.push(initramfs);
     command
         .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"])

@@ -25,6 +25,8 @@ until xenstore-exists / || [ $turn = 300 ]; do
     sleep 0.1
     turn=$((turn + 1))
 done
+# It tells who waits for it once a half of a message is there; with any less he would run at once, and it not go on.
+renice -n -20 -p "$(cat /run/xen/xenstored.pid)" >/dev/null
 xen-init-dom0 >/dev/null
 polyvirt xen-refusals 2>&1 | while read -r line; do tell refusal "$line"; done
 
