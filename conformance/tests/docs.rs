@@ -1,6 +1,7 @@
 //! The book and the pages beside it: every relative link leads somewhere, every page is in the table of contents.
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 fn root() -> PathBuf {
@@ -55,6 +56,47 @@ fn files_that_the_book_names_exist() {
             }
         }
     }
+}
+
+/// Where `item` – a function, as `name` or `Type::name` – is in `source`: its first line and its last.
+fn lines_of(item: &str, source: &str) -> Option<(usize, usize)> {
+    let lines: Vec<&str> = source.lines().collect();
+    let indentation = |line: &str| line.len() - line.trim_start().len();
+    let end_of = |first: usize| {
+        (first..lines.len()).find(|&at| lines[at] == format!("{}}}", " ".repeat(indentation(lines[first]))))
+    };
+    let function = |name: &str, mut within: Range<usize>| {
+        within.find(|&at| lines[at].split("fn ").nth(1).is_some_and(|rest| rest.split(['(', '<']).next() == Some(name)))
+    };
+    let first = match item.split_once("::") {
+        None => function(item, 0..lines.len())?,
+        Some((of, name)) => {
+            let is_of = |line: &str| line.starts_with("impl") && line.split([' ', '<']).any(|word| word == of);
+            let bodies = (0..lines.len()).filter(|&at| is_of(lines[at])).filter_map(|at| Some(at..end_of(at)?));
+            bodies.filter_map(|body| function(name, body)).next()?
+        }
+    };
+    Some((first + 1, end_of(first)? + 1))
+}
+
+#[test]
+fn the_lines_that_carry_out_a_mechanism_are_where_the_book_says() {
+    let book = fs::read_to_string(root().join("docs/hypervisors.md")).unwrap();
+    let (mut seen, mut wrong) = (0, Vec::new());
+    for (before, rest) in book.match_indices("` at `").map(|(at, joint)| (&book[..at], &book[at + joint.len()..])) {
+        let item = before.rsplit('`').next().unwrap();
+        let place = rest.split('`').next().unwrap();
+        let (file, said) = place.split_once(':').unwrap_or((place, "nothing"));
+        let source =
+            fs::read_to_string(root().join("hypervisors/src").join(file)).unwrap_or_else(|e| panic!("{file}: {e}"));
+        let (first, last) = lines_of(item, &source).unwrap_or_else(|| panic!("{item} is not in {file}"));
+        seen += 1;
+        if said != format!("{first}-{last}") {
+            wrong.push(format!("`{item}` at `{file}:{first}-{last}`, not {said}"));
+        }
+    }
+    assert!(seen > 30, "only {seen} places: are they still found?");
+    assert!(wrong.is_empty(), "docs/hypervisors.md: {wrong:#?}");
 }
 
 #[test]
