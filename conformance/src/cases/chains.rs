@@ -257,19 +257,21 @@ fn above_queue_size(session: &mut Session) -> Verdict {
 pub(super) const NOWHERE: u64 = 0x7fff_ffff_ffff_0000;
 
 /// Where the memory that the device may see ends, and what keeps it so: flat memory ends for all, a grant for itself.
-pub(super) fn memory_end(session: &Session, rings: &[Ring], sample: &Sample) -> Result<(u64, Vec<Memory>), Objection> {
+pub(super) fn memory_end(session: &Session) -> Result<(u64, Vec<Memory>), Objection> {
     if let Some(end) = session.memory_end {
         return Ok((end, Vec::new()));
     }
-    let others = rings.iter().flat_map(Ring::areas).chain(sample.ranges()).map(|(address, ..)| address).max();
-    let mut kept = Vec::new();
-    // A kernel gives out grant references in no order; one beyond all others comes sooner or later.
+    // A kernel gives out grant references in no order; two that follow each other come sooner or later. The second is
+    // taken back then: behind the first there is nothing, whatever else is granted.
+    let mut kept: Vec<Memory> = Vec::new();
     for _ in 0..1024 {
         let page = Memory::new(session, 4096, Access::READ | Access::WRITE)?;
-        let last = kept.iter().map(|memory: &Memory| memory.address).chain(others).max() < Some(page.address);
-        let end = page.address + 4096;
+        let neighbour = kept.iter().position(|other| other.address.abs_diff(page.address) == 4096);
         kept.push(page);
-        if last {
+        if let Some(neighbour) = neighbour {
+            let last = kept.len() - 1;
+            let second = if kept[neighbour].address > kept[last].address { neighbour } else { last };
+            let end = kept.swap_remove(second).address;
             return Ok((end, kept));
         }
     }
@@ -312,7 +314,7 @@ fn nowhere(session: &mut Session) -> Verdict {
 
 fn edge(session: &mut Session) -> Verdict {
     attack(session, Features::empty(), |session, rings, sample| {
-        let (end, kept) = memory_end(session, rings, sample)?;
+        let (end, kept) = memory_end(session)?;
         let ring = ring(rings, sample);
         ring.chain(0, &sample.pieces);
         let slot = data_piece(sample);
@@ -327,7 +329,7 @@ fn edge(session: &mut Session) -> Verdict {
 fn last_byte(session: &mut Session) -> Verdict {
     let mut rings = session.bring_up(Features::empty())?;
     let sample = Sample::new(session)?;
-    let (end, _kept) = memory_end(session, &rings, &sample)?;
+    let (end, _kept) = memory_end(session)?;
     let ring = ring(&mut rings, &sample);
     ring.chain(0, &sample.pieces);
     let slot = data_piece(&sample);

@@ -231,7 +231,7 @@ fn indirect_nowhere(session: &mut Session) -> Verdict {
 fn indirect_edge(session: &mut Session) -> Verdict {
     need_indirect(session)?;
     attack(session, Features::INDIRECT_DESC, |session, rings, sample| {
-        let (end, kept) = memory_end(session, rings, sample)?;
+        let (end, kept) = memory_end(session)?;
         let ring = ring(rings, sample);
         ring.set_descriptor(0, descriptor(end - 16, 32, INDIRECT, 0));
         ring.offer(0);

@@ -266,18 +266,15 @@ fn kernel() -> Option<String> {
     Some(format!("Linux {}", release.trim()))
 }
 
-/// Where the flat memory that drivers allocate from ends; none if every page stands for itself.
+/// Where flat memory ends: that is memory which is there whether it is shared or not.
 fn memory_end(memory: &impl GuestMemory, guest: &impl Share) -> Option<u64> {
     let pages = guest.allocate(1).ok()?;
     let address = guest.share(&pages, Access::READ).ok()?;
+    guest.unshare(address).ok()?;
     let reaches = |len| memory.resolve(address, len, Access::READ, |_| {}).is_ok();
-    let own = pages.len() as u64;
     // The largest length that can be resolved, bit by bit.
     let longer = |len, bit| if reaches(len + bit) { len + bit } else { len };
-    // Looked for only where memory goes on: to be refused very many grants takes Xen a second.
-    let len = if reaches(own + 1) { (0..48).rev().map(|bit| 1 << bit).fold(0, longer) } else { 0 };
-    let _ = guest.unshare(address);
-    (len > own).then_some(address + len)
+    reaches(1).then(|| address + (0..48).rev().map(|bit| 1 << bit).fold(0, longer))
 }
 
 /// Reads guest memory in the device's place.
