@@ -341,7 +341,13 @@ fn whatever_a_frontend_writes_the_backend_survives_it() {
         for node in ["state", "request"] {
             store.write(&format!("{}/{node}", place.frontend), value).unwrap();
         }
-        // Connected: from now on it listens.
+        // Anew, and connected: from now on it listens.
+        store.write(&format!("{}/state", place.frontend), "1").unwrap();
+        let begun = Instant::now();
+        while store.read(&format!("{}/state", place.backend)).unwrap().as_deref() != Some("2") {
+            assert!(begun.elapsed() < WATCHDOG, "the backend never waits");
+            std::thread::yield_now();
+        }
         store.write(&format!("{}/state", place.frontend), "4").unwrap();
         for number in 1..20 {
             for request in [
