@@ -1,11 +1,14 @@
 //! Devices whose legacy interface is broken, behind ports and behind version 1 of virtio-mmio.
 
 use polyvirt_core::Status;
+use polyvirt_core::queue::{DriverQueue, Layout};
 use polyvirt_transports::mmio::registers as mmio;
 use polyvirt_transports::pci::registers::{COMMAND, COMMAND_MASTER, DEVICE_ID, REVISION_ID, common, legacy};
 
 use super::bus::Plan;
+use super::driver::role;
 use super::function::{COMMON, PORTS, both, reading, set, writing};
+use super::naive::{Fault, Naive};
 use super::pci::saboteurs;
 use super::{Place, Saboteur};
 use crate::cells::Kind;
@@ -79,6 +82,14 @@ pub(super) const PCI: &[Saboteur] = saboteurs! { PciLegacy:
 };
 
 pub(super) const MMIO: &[Saboteur] = saboteurs! { MmioLegacy:
+    "(mmio-legacy driver) stops at a used length that counts too much", Rng, [], ["driver/legacy-used-length"],
+        role(|mut virtqueue| {
+            // The same rings to the byte, as a device of today has them.
+            virtqueue.config.layout = Layout::Modern;
+            Ok(Box::new(DriverQueue::<u32>::new(virtqueue)?))
+        });
+    "(mmio-legacy driver) believes any used length", Rng, [], ["driver/legacy-used-length"],
+        role(|virtqueue| Naive::make(virtqueue, Fault::NONE));
     "(mmio-legacy) is of another version when it is looked at again", Rng, [], ["mmio-legacy/identity"],
         Plan {
             read: Some(|meddler, register, value| {
