@@ -61,6 +61,8 @@ pub struct VirtioDevice<M: GuestMemory> {
     unserved: Vec<bool>,
     /// Whether the driver wants the device suspended: it is once it has nothing in flight.
     suspending: bool,
+    /// Whether the device is kept from guest memory.
+    cut_off: bool,
     /// Whether a legacy driver uses the device before it has said DRIVER_OK.
     early: bool,
     reason: Option<QueueError>,
@@ -98,6 +100,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             queues,
             unserved,
             suspending: false,
+            cut_off: false,
             early: false,
             reason: None,
         }
@@ -137,6 +140,17 @@ impl<M: GuestMemory> VirtioDevice<M> {
             self.reset();
             self.interface = interface;
         }
+    }
+
+    /// Whether the device may access guest memory, for transports where that can be forbidden (Bus Master Enable of PCI).
+    /// While it may not, it is as if it were slow: it takes, finishes and tells nothing. What came meanwhile is served
+    /// when it may again. True if there is more to do, as in [`kick`](Self::kick).
+    pub fn allow_memory(&mut self, allowed: bool) -> bool {
+        let again = mem::replace(&mut self.cut_off, !allowed) && allowed;
+        if again && self.suspending {
+            self.queues.iter_mut().flatten().for_each(Queue::hold);
+        }
+        again && self.work(None)
     }
 
     /// The virtio device type (chapter 5).
@@ -225,7 +239,9 @@ impl<M: GuestMemory> VirtioDevice<M> {
         if !suspended && status.contains(Status::SUSPEND) {
             if !self.suspending && self.is_running() && self.accepted.contains(Features::SUSPEND) {
                 self.suspending = true;
-                self.queues.iter_mut().flatten().for_each(Queue::hold);
+                if !self.cut_off {
+                    self.queues.iter_mut().flatten().for_each(Queue::hold);
+                }
                 // What the backend has finished meanwhile goes back now.
                 self.work(None);
             }
@@ -532,6 +548,9 @@ impl<M: GuestMemory> VirtioDevice<M> {
             let Some(Some(_)) = self.queues.get(usize::from(index)) else { return false };
             self.unserved[usize::from(index)] = true;
         }
+        if self.cut_off {
+            return false;
+        }
         if self.is_running() {
             // A device may take from any queue, whichever was kicked.
             self.queues.iter_mut().flatten().for_each(Queue::begin_burst);
@@ -561,7 +580,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
     fn settle(&mut self) {
         for (index, queue) in self.queues.iter_mut().enumerate() {
             let Some(queue) = queue else { continue };
-            if queue.needs_interrupt() {
+            if !self.cut_off && queue.needs_interrupt() {
                 self.interrupt.raise(Cause::Queue(index as u16));
             }
             self.reason = self.reason.or(queue.broken());
@@ -575,7 +594,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                 self.interrupt.raise(Cause::Config);
             }
         }
-        if self.suspending && self.queues.iter().flatten().all(Queue::is_idle) {
+        if self.suspending && !self.cut_off && self.queues.iter().flatten().all(Queue::is_idle) {
             self.suspending = false;
             self.status = (self.status - Status::DRIVER_OK) | Status::SUSPEND;
         }

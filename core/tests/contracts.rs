@@ -338,7 +338,11 @@ fn a_buffer_that_fits_no_table_is_chained_in_the_ring() {
 /// On every split layout: `spoil` writes the used ring of a driver with one buffer (token 7, 16 writable bytes, head 0)
 /// in flight. It gives `reason`, the driver is latched, and the buffer is not lost.
 fn device_caught(spoil: impl Fn(&Memory), reason: QueueError) {
-    for layout in SPLIT {
+    device_caught_on(&SPLIT, spoil, reason);
+}
+
+fn device_caught_on(layouts: &[Layout], spoil: impl Fn(&Memory), reason: QueueError) {
+    for &layout in layouts {
         let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout });
         let kicks = Doorbell::default();
         let mut driver = memory.driver(kicks.clone());
@@ -371,7 +375,35 @@ fn a_used_id_that_is_not_in_flight() {
 #[test]
 fn a_used_length_beyond_the_buffer() {
     for len in [17, u32::MAX] {
-        device_caught(|memory| memory.used(0, 0, len, 1), QueueError::UsedLength { len, writable: 16 });
+        let reason = QueueError::UsedLength { len, writable: 16 };
+        device_caught_on(&[Layout::Modern], |memory| memory.used(0, 0, len, 1), reason);
+    }
+}
+
+#[test]
+fn a_used_length_of_a_legacy_device_counts_as_far_as_the_buffer_has_room() {
+    for order in [ByteOrder::Little, ByteOrder::Big] {
+        let layout = Layout::Legacy(order);
+        let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout });
+        let mut driver = memory.driver(Doorbell::default());
+        // What is readable is counted, too; or what there never was; or nothing at all.
+        for (index, (len, counts)) in
+            [(32, 16), (17, 16), (u32::MAX, 16), (16, 16), (3, 3), (0, 0)].into_iter().enumerate()
+        {
+            driver.add_buf(&[buffer(0, 16)], &[buffer(1, 16)], 7).unwrap();
+            driver.kick().unwrap();
+            memory.used(index as u16 % SIZE, 0, len, index as u16 + 1);
+            assert_eq!(driver.get_buf(), Ok(Some((7, counts))), "{len}, {order:?}");
+        }
+        driver.add_buf(&[buffer(0, 16)], &[], 8).unwrap();
+        driver.kick().unwrap();
+        memory.used(6 % SIZE, 0, 16, 7);
+        assert_eq!(driver.get_buf(), Ok(Some((8, 0))), "nothing is writable");
+        driver.add_buf(&[], &[buffer(0, 16)], 9).unwrap();
+        driver.restart(memory.virtqueue(Doorbell::default())).unwrap();
+        driver.kick().unwrap();
+        memory.used(0, 0, 99, 1);
+        assert_eq!(driver.get_buf(), Ok(Some((9, 16))), "after a restart as well");
     }
 }
 

@@ -244,6 +244,24 @@ fn a_frontend_goes_and_another_one_comes() {
 }
 
 #[test]
+fn a_frontend_that_hurries_is_no_obstacle_to_the_next() {
+    let machine = machine();
+    let place = machine.guest.enumerate().unwrap().pop().unwrap();
+    for states in [&["5", "6", "1"][..], &["5"], &["6"], &["1"], &["6", "1", "5"], &["5", "6"]].repeat(8) {
+        let mut driver = connect(&machine.guest);
+        let mut queue = setup(&mut driver, Features::empty(), 0);
+        Requests::new(&machine.guest).exchange(&mut driver, &mut queue, 1);
+        // It goes without a word to the device, and waits for no answer. Nobody waits for the next one either.
+        for state in states {
+            machine.guest.store().write(&format!("{}/state", place.frontend), state).unwrap();
+        }
+        let mut next = connect(&machine.guest);
+        let mut queue = setup(&mut next, Features::empty(), 0);
+        Requests::new(&machine.guest).exchange(&mut next, &mut queue, 1);
+    }
+}
+
+#[test]
 fn a_queue_works_again_after_its_reset() {
     let machine = machine();
     let mut driver = connect(&machine.guest);
@@ -341,7 +359,13 @@ fn whatever_a_frontend_writes_the_backend_survives_it() {
         for node in ["state", "request"] {
             store.write(&format!("{}/{node}", place.frontend), value).unwrap();
         }
-        // Connected: from now on it listens.
+        // Anew, and connected: from now on it listens.
+        store.write(&format!("{}/state", place.frontend), "1").unwrap();
+        let begun = Instant::now();
+        while store.read(&format!("{}/state", place.backend)).unwrap().as_deref() != Some("2") {
+            assert!(begun.elapsed() < WATCHDOG, "the backend never waits");
+            std::thread::yield_now();
+        }
         store.write(&format!("{}/state", place.frontend), "4").unwrap();
         for number in 1..20 {
             for request in [

@@ -231,3 +231,10 @@ fn shared_memory_that_does_not_fit_is_refused() {
     let len = usize::try_from(PLACE_SIZE).unwrap();
     assert!(matches!(sharing(&[(1, len)]).1, Err(HypervisorError::Exhausted(_))));
 }
+
+#[test]
+fn two_shared_memory_regions_of_one_id_are_refused() {
+    assert!(sharing(&[(1, 0x1000), (2, 0x1000)]).1.is_ok());
+    let refused = sharing(&[(1, 0x1000), (1, 0x1000)]).1;
+    assert!(matches!(refused, Err(HypervisorError::Refused { call: "attach", .. })));
+}

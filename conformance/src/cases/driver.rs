@@ -64,7 +64,15 @@ pub const CASES: &[Case] = &[
         .class(&[101]),
     Case::new("driver/used-id-twice", "the device returns a buffer twice", id_twice).class(&[101]),
     Case::new("driver/used-length-beyond", "the device claims more bytes than the buffer has", length_beyond)
-        .class(&[102]),
+        .class(&[102])
+        .on(Applies::MODERN),
+    Case::new(
+        "driver/legacy-used-length",
+        "a legacy device claims more bytes than the buffer has: those that it has count",
+        legacy_length,
+    )
+    .class(&[102])
+    .on(Applies::LEGACY),
     Case::new("driver/rewritten-descriptors", "the device rewrites the descriptor table", rewritten).class(&[103]),
     Case::new("driver/features-ok-refused", "the device does not keep FEATURES_OK", features_refused)
         .judges(&["N0262", "N0263"])
@@ -411,6 +419,21 @@ fn length_beyond(session: &mut Session) -> Verdict {
         refuses(session, stage, |reason| matches!(reason, QueueError::UsedLength { .. }))?;
     }
     Ok(Finding::Rejected)
+}
+
+fn legacy_length(session: &mut Session) -> Verdict {
+    let mut stage = stage(session, Features::empty())?;
+    // Each buffer has 16 bytes to read and 32 to write.
+    for (token, (len, counts)) in (0..).zip([(48, 32), (33, 32), (0x8000_0000, 32), (u32::MAX, 32), (32, 32)]) {
+        let Made { id, .. } = stage.add(1, 2, token)?;
+        stage.ring.put_used(id.into(), len);
+        let got = stage.driver.get().map_err(|reason| {
+            Objection::failed("a used length that legacy devices tell is no reason to stop", reason)
+        })?;
+        ensure_eq("the buffer, and the bytes that count", got, Some((token, counts)))?;
+    }
+    revive(session, Vec::new())?;
+    Ok(Finding::Passed)
 }
 
 fn rewritten(session: &mut Session) -> Verdict {

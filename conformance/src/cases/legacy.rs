@@ -9,7 +9,7 @@ use polyvirt_transports::mmio::registers as mmio;
 use polyvirt_transports::pci::registers::*;
 
 use super::init::serve_next;
-use super::pci::serve_silently;
+use super::pci::{bus_master, serve_silently};
 use super::sample::{ensure, ensure_eq, revive, serve};
 use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Verdict};
 
@@ -27,6 +27,16 @@ pub const CASES: &[Case] = &[
     pci("pci-legacy/vectors-move-configuration", "with messages enabled the configuration moves by four bytes", moves),
     pci("pci-legacy/any-width", "the configuration reads the same by any width", any_width),
     pci("pci-legacy/any-access", "accesses of any width to any port are answered", any_access).class(&[30, 31]),
+    pci(
+        "pci-legacy/bus-master",
+        "without Bus Master Enable the device leaves memory alone, and with it goes on",
+        bus_master,
+    ),
+    pci(
+        "pci-legacy/other-interface",
+        "what is written through the interface that is not in use changes nothing",
+        other,
+    ),
     mmio_case("mmio-legacy/identity", "magic value, version 1 and type", mmio_identity),
     mmio_case("mmio-legacy/queue-page", "QueuePFN says where a queue is, and 0 takes it back", queue_page),
     mmio_case("mmio-legacy/odd-places", "page sizes and alignments that cannot be do no harm", odd_places).class(&[29]),
@@ -172,6 +182,83 @@ fn any_access(session: &mut Session) -> Verdict {
         session.far_side.output()?;
     }
     revive(session, rings)?;
+    Ok(Finding::Passed)
+}
+
+/// What is written to modern registers while the ports are in use.
+const TO_MODERN: [(u64, &[u8]); 6] = [
+    (common::QUEUE_SELECT, &[0, 0]),
+    (common::QUEUE_SIZE, &[1, 0]),
+    (common::QUEUE_RESET, &[1, 0]),
+    (common::QUEUE_DESC, &[0; 4]),
+    (common::DRIVER_FEATURE, &[0xff; 4]),
+    (common::DEVICE_STATUS, &[0x80]),
+];
+/// What is written to ports while the modern registers are in use.
+const TO_PORTS: [(u64, &[u8]); 6] = [
+    (legacy::QUEUE_SELECT, &[0, 0]),
+    (legacy::QUEUE_ADDRESS, &[0; 4]),
+    (legacy::QUEUE_ADDRESS, &[1, 0, 0, 0]),
+    (legacy::DRIVER_FEATURES, &[0xff; 4]),
+    (legacy::DEVICE_STATUS, &[0x80]),
+    (legacy::QUEUE_SELECT, &[0xff; 2]),
+];
+
+fn other(session: &mut Session) -> Verdict {
+    if session.capabilities(CAP_VENDOR)?.is_empty() {
+        return Err(Objection::Skipped("the device has no other interface".into()));
+    }
+    let common = session.common(0)?;
+    let mut rings = session.bring_up(Features::empty())?;
+    serve(session, &mut rings)?;
+    let words = |session: &Session, start: u64, end: u64| -> Result<Vec<u32>, Objection> {
+        (start..end).step_by(4).map(|at| session.get32(at)).collect()
+    };
+    // Up to the doorbell, and the status.
+    let ports =
+        |session: &Session| Ok::<_, Objection>((words(session, PORTS, PORTS + 16)?, session.get::<1>(PORTS + 18)?));
+    let before = ports(session)?;
+    for (field, data) in TO_MODERN {
+        session.put(common + field, data)?;
+        ensure_eq("the ports, which are in use,", ports(session)?, before.clone())?;
+    }
+    serve_next(session, &mut rings)?;
+
+    session.transport.reset()?;
+    drop(rings);
+    let queue = crate::raw::Memory::new(session, 0x4000, polyvirt_core::memory::Access::all())?;
+    let start = queue.address.next_multiple_of(0x1000);
+    for (field, data) in [
+        (common::DEVICE_STATUS, &[3][..]),
+        (common::DRIVER_FEATURE_SELECT, &[0; 4]),
+        (common::DRIVER_FEATURE, &[0; 4]),
+        // VIRTIO_F_VERSION_1.
+        (common::DRIVER_FEATURE_SELECT, &[1, 0, 0, 0]),
+        (common::DRIVER_FEATURE, &[1, 0, 0, 0]),
+        (common::DEVICE_STATUS, &[11]),
+        (common::QUEUE_SELECT, &[0, 0]),
+        (common::QUEUE_SIZE, &[4, 0]),
+        (common::QUEUE_DESC, &(start as u32).to_le_bytes()),
+        (common::QUEUE_DESC + 4, &((start >> 32) as u32).to_le_bytes()),
+        (common::QUEUE_DRIVER, &(start as u32 + 0x1000).to_le_bytes()),
+        (common::QUEUE_DRIVER + 4, &((start >> 32) as u32).to_le_bytes()),
+        (common::QUEUE_DEVICE, &(start as u32 + 0x2000).to_le_bytes()),
+        (common::QUEUE_DEVICE + 4, &((start >> 32) as u32).to_le_bytes()),
+        (common::QUEUE_ENABLE, &[1, 0]),
+        (common::DEVICE_STATUS, &[15]),
+    ] {
+        session.put(common + field, data)?;
+    }
+    let before = words(session, common, common + common::QUEUE_NOTIF_CONFIG_DATA)?;
+    ensure_eq("device_status", session.get(common + common::DEVICE_STATUS)?, [15])?;
+    ensure_eq("queue_enable", session.get16(common + common::QUEUE_ENABLE)?, 1)?;
+    for (register, data) in TO_PORTS {
+        session.put(PORTS + register, data)?;
+        let now = words(session, common, common + common::QUEUE_NOTIF_CONFIG_DATA)?;
+        ensure_eq("the modern registers, which are in use,", now, before.clone())?;
+    }
+    // A legacy driver begins with a reset, which has to count.
+    revive(session, Vec::new())?;
     Ok(Finding::Passed)
 }
 

@@ -5,7 +5,7 @@ use polyvirt_core::{Features, Status};
 use polyvirt_transports::pci::registers::*;
 
 use super::init::serve_next;
-use super::sample::{Sample, ensure, ensure_eq, offer, revive, serve};
+use super::sample::{Sample, ensure, ensure_eq, offer, revive, serve, shown, touches};
 use crate::cells::{MEMORY, PORTS};
 use crate::raw::Ring;
 use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, RingFormat, Session, Verdict};
@@ -51,6 +51,8 @@ pub const CASES: &[Case] = &[
         .once(),
     case("pci/queue-odd", "sizes and addresses that cannot be are refused", queue_odd).class(&[13, 29]),
     case("pci/queue-frozen", "size and addresses written while a queue is enabled change nothing", frozen).class(&[28]),
+    case("pci/bus-master", "without Bus Master Enable the device leaves memory alone, and with it goes on", bus_master)
+        .judges(&["N0281"]),
     case("pci/config-generation", "config_generation is another after a change", super::config::generation)
         .judges(&["N0311"])
         .once(),
@@ -425,8 +427,8 @@ fn reset(session: &mut Session) -> Verdict {
 /// Fails if anything of `ring` was accessed since `mark`.
 fn untouched(session: &Session, ring: &Ring, mark: crate::suite::Mark) -> Result<(), Objection> {
     for access in session.probe()?.since(mark)? {
-        let touched = ring.areas().iter().any(|&(address, len, _)| super::sample::touches(access, address, len));
-        ensure(!touched, "no access to a queue that was reset", super::sample::shown(access))?;
+        let touched = ring.areas().iter().any(|&(address, len, _)| touches(access, address, len));
+        ensure(!touched, "no access to a queue that was reset", shown(access))?;
     }
     Ok(())
 }
@@ -543,6 +545,37 @@ fn frozen(session: &mut Session) -> Verdict {
     for _ in 0..2 * rings[0].size() {
         serve_next(session, &mut rings)?;
     }
+    Ok(Finding::Passed)
+}
+
+/// Takes Bus Master Enable away, and returns the command register as it was.
+pub(super) fn no_bus_master(session: &Session) -> Result<[u8; 2], Objection> {
+    let command = session.get16(COMMAND.into())?;
+    session.put(COMMAND.into(), &(command & !COMMAND_MASTER).to_le_bytes())?;
+    ensure_eq("Bus Master Enable", session.get16(COMMAND.into())? & COMMAND_MASTER, 0)?;
+    Ok(command.to_le_bytes())
+}
+
+pub(super) fn bus_master(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    serve(session, &mut rings)?;
+    let command = no_bus_master(session)?;
+    let mark = session.probe()?.mark();
+    let sample = offer(session, &mut rings)?;
+    // Whatever was to come of it is there when the device has answered.
+    session.transport.status()?;
+    let ranges = sample.ranges();
+    let ring = &mut rings[usize::from(sample.queue)];
+    for access in session.probe()?.since(mark)? {
+        let touched = ring.areas().iter().chain(&ranges).any(|&(address, len, _)| touches(access, address, len));
+        ensure(!touched, "no access to memory without Bus Master Enable", shown(access))?;
+    }
+    ensure(!ring.has_used(), "nothing used", "something was")?;
+    session.put(COMMAND.into(), &command)?;
+    ring.kick()?;
+    let (_, len) = session.wait_used(ring)?;
+    sample.check(session, len)?;
+    revive(session, rings)?;
     Ok(Finding::Passed)
 }
 

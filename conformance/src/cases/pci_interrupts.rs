@@ -4,7 +4,7 @@ use polyvirt_core::Features;
 use polyvirt_core::transport::Transport;
 use polyvirt_transports::pci::registers::*;
 
-use super::pci::serve_silently;
+use super::pci::{no_bus_master, serve_silently};
 use super::sample::{ensure, ensure_eq, revive, serve};
 use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Verdict};
 
@@ -20,6 +20,9 @@ pub const CASES: &[Case] = &[
     case("pci/vectors-after-reset", "after a reset no event is mapped", vectors_after_reset).judges(&["N0371"]).once(),
     case("pci/no-vector", "what is not mapped does not interrupt", no_vector).judges(&["N0386", "N0387"]).once(),
     case("pci/masked", "a masked vector waits in its pending bit", masked).judges(&["N0281"]).once(),
+    case("pci/bus-master-messages", "without Bus Master Enable no message is sent", bus_master)
+        .judges(&["N0281"])
+        .once(),
     case("pci/isr", "without messages the interrupt status says what happened, once", isr)
         .judges(&["N0347", "N0348", "N0349"])
         .once(),
@@ -174,6 +177,32 @@ fn masked(session: &mut Session) -> Verdict {
     mask(session, 0)?;
     session.wait_interrupt()?;
     ensure_eq("pending bits after the interrupt", session.get32(pending)?, 0)?;
+    revive(session, rings)?;
+    Ok(Finding::Passed)
+}
+
+fn bus_master(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    serve(session, &mut rings)?;
+    while session.interrupted()? {}
+    let ([table, pending], vectors) = (table_and_pending(session)?, len(session)?);
+    let mask = |session: &Session, bit: u32| -> Result<(), Objection> {
+        (0..u64::from(vectors)).try_for_each(|v| session.put(table + MSIX_ENTRY * v + 12, &bit.to_le_bytes()))
+    };
+    // A message that waits is sent when its vector is unmasked, unless something else keeps it.
+    mask(session, ENTRY_MASKED)?;
+    serve_silently(session, &mut rings)?;
+    let begun = std::time::Instant::now();
+    while session.get32(pending)? == 0 {
+        ensure(begun.elapsed() < session.watchdog, "a pending bit", "there is none")?;
+        std::thread::yield_now();
+    }
+    let command = no_bus_master(session)?;
+    mask(session, 0)?;
+    session.transport.status()?;
+    ensure(!session.interrupted()?, "no message without Bus Master Enable", "one came")?;
+    session.put(COMMAND.into(), &command)?;
+    serve(session, &mut rings)?;
     revive(session, rings)?;
     Ok(Finding::Passed)
 }

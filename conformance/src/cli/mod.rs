@@ -245,3 +245,55 @@ fn complain(sentence: &str) {
     use std::io::Write as _;
     _ = writeln!(std::io::stderr(), "polyvirt: {sentence}");
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+
+    /// The command lines of this program in a page: in code spans, and in lines that are code.
+    fn commands(text: &str) -> Vec<Vec<String>> {
+        let blocks = text.lines().filter_map(|line| line.strip_prefix("    "));
+        let spans = text.split('`').skip(1).step_by(2);
+        let ours = |line: &str| {
+            let (_, words) = line
+                .split_once("polyvirt ")
+                .filter(|(before, _)| matches!(*before, "" | "RUST_LOG=debug "))
+                .or_else(|| line.split_once("cargo run --release -- ").filter(|(before, _)| before.is_empty()))?;
+            let words = words.split('#').next()?.replace("$(xl domid guest)", "1");
+            Some(words.split_whitespace().filter(|word| *word != "&").map(str::to_owned).collect())
+        };
+        blocks.chain(spans).filter_map(ours).collect()
+    }
+
+    #[test]
+    fn commands_that_the_pages_name_are_understood() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let pages = fs::read_dir(root.join("docs")).unwrap().map(|entry| entry.unwrap().path());
+        let pages = pages.chain(["README.md", "CONTRIBUTING.md"].map(|page| root.join(page)));
+        let mut seen = 0;
+        for page in pages.filter(|page| page.extension().is_some_and(|end| end == "md")) {
+            for words in commands(&fs::read_to_string(&page).unwrap()) {
+                seen += 1;
+                let parsed = Cli::try_parse_from(std::iter::once("polyvirt").chain(words.iter().map(String::as_str)));
+                // Where only the command is named, what it needs is not.
+                let named = |kind| {
+                    matches!(
+                        kind,
+                        ErrorKind::MissingRequiredArgument
+                            | ErrorKind::MissingSubcommand
+                            | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
+                    )
+                };
+                if let Err(error) = parsed.map(drop)
+                    && !named(error.kind())
+                {
+                    panic!("{}: polyvirt {}: {error}", page.display(), words.join(" "));
+                }
+            }
+        }
+        assert!(seen > 25, "only {seen} commands: are they still found?");
+    }
+}

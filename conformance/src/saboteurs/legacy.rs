@@ -1,11 +1,14 @@
 //! Devices whose legacy interface is broken, behind ports and behind version 1 of virtio-mmio.
 
 use polyvirt_core::Status;
+use polyvirt_core::queue::{DriverQueue, Layout};
 use polyvirt_transports::mmio::registers as mmio;
-use polyvirt_transports::pci::registers::{DEVICE_ID, REVISION_ID, legacy};
+use polyvirt_transports::pci::registers::{COMMAND, COMMAND_MASTER, DEVICE_ID, REVISION_ID, common, legacy};
 
 use super::bus::Plan;
-use super::function::{PORTS, reading, set, writing};
+use super::driver::role;
+use super::function::{COMMON, PORTS, both, reading, set, writing};
+use super::naive::{Fault, Naive};
 use super::pci::saboteurs;
 use super::{Place, Saboteur};
 use crate::cells::Kind;
@@ -44,11 +47,49 @@ pub(super) const PCI: &[Saboteur] = saboteurs! { PciLegacy:
             assert!(at < PORTS || at.is_multiple_of(data.len() as u64), "{} bytes at {at:#x}", data.len());
             true
         });
+    "(pci-legacy) shows no Bus Master Enable, and reaches memory all the same", Rng, [], ["pci-legacy/bus-master"],
+        both(
+            |meddler, at, data| {
+                if at == u64::from(COMMAND) {
+                    meddler.seen = u64::from(data[0] & COMMAND_MASTER as u8);
+                    data[0] |= COMMAND_MASTER as u8;
+                }
+                true
+            },
+            |meddler, at, data| {
+                if at == u64::from(COMMAND) {
+                    data[0] = data[0] & !(COMMAND_MASTER as u8) | meddler.seen as u8;
+                }
+            },
+        );
+    "(pci-legacy) has ports that take back a modern driver's queue", Rng, [], ["pci-legacy/other-interface"],
+        both(
+            |meddler, at, data| {
+                meddler.flag |= at == PORTS + legacy::QUEUE_ADDRESS && *data == [0; 4];
+                true
+            },
+            |meddler, at, data| if meddler.flag { set(at, data, COMMON + common::QUEUE_ENABLE, &[0]) },
+        );
+    "(pci-legacy) has registers that end what a legacy driver does", Rng, [], ["pci-legacy/other-interface"],
+        writing(|meddler, at, data| {
+            if at == COMMON + common::DEVICE_STATUS && *data == [0x80] {
+                meddler.tell(PORTS + legacy::DEVICE_STATUS, &[0x80]);
+            }
+            true
+        });
     "(pci-legacy) hears no kick before DRIVER_OK", Rng, [], ["legacy/used-before-driver-ok"],
         writing(|meddler, at, _| at != PORTS + legacy::QUEUE_NOTIFY || meddler.running());
 };
 
 pub(super) const MMIO: &[Saboteur] = saboteurs! { MmioLegacy:
+    "(mmio-legacy driver) stops at a used length that counts too much", Rng, [], ["driver/legacy-used-length"],
+        role(|mut virtqueue| {
+            // The same rings to the byte, as a device of today has them.
+            virtqueue.config.layout = Layout::Modern;
+            Ok(Box::new(DriverQueue::<u32>::new(virtqueue)?))
+        });
+    "(mmio-legacy driver) believes any used length", Rng, [], ["driver/legacy-used-length"],
+        role(|virtqueue| Naive::make(virtqueue, Fault::NONE));
     "(mmio-legacy) is of another version when it is looked at again", Rng, [], ["mmio-legacy/identity"],
         Plan {
             read: Some(|meddler, register, value| {

@@ -171,6 +171,32 @@ pub(super) const SABOTEURS: &[Saboteur] = saboteurs! { Pci:
             }
             true
         });
+    "(pci) shows no Bus Master Enable, and reaches memory all the same", Rng, ["N0281"],
+        ["pci/bus-master", "pci/bus-master-messages"],
+        both(
+            |meddler, at, data| {
+                if at == u64::from(COMMAND) {
+                    meddler.seen = u64::from(data[0] & COMMAND_MASTER as u8);
+                    data[0] |= COMMAND_MASTER as u8;
+                }
+                true
+            },
+            |meddler, at, data| {
+                if at == u64::from(COMMAND) {
+                    data[0] = data[0] & !(COMMAND_MASTER as u8) | meddler.seen as u8;
+                }
+            },
+        );
+    "(pci) does not go on when it is a bus master again", Rng, ["N0281"], ["pci/bus-master"],
+        writing(|meddler, at, data| {
+            if at == u64::from(COMMAND) {
+                meddler.flag |= meddler.running() && data[0] & COMMAND_MASTER as u8 == 0;
+                if meddler.flag {
+                    data[0] &= !(COMMAND_MASTER as u8);
+                }
+            }
+            true
+        });
     "(pci) has one generation for all configurations", Console, ["N0311"], ["pci/config-generation"],
         reading(|_, at, data| set(at, data, COMMON + common::CONFIG_GENERATION, &[0]));
     "(pci) has the upper half of a field after the lower only", Blk, ["N0294"], ["pci/config-halves"],

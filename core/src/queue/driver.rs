@@ -55,6 +55,8 @@ pub struct DriverQueue<T, N = Box<dyn Notify>> {
     /// Counts what was added, to keep the order across a restart.
     sequence: u64,
     broken: Option<QueueError>,
+    /// Whether used lengths count only as far as a buffer has room: devices of before 1.0 often tell others (2.7.8.2).
+    any_length: bool,
     in_order: Option<InOrder>,
     notify: N,
 }
@@ -260,7 +262,8 @@ impl Ring {
 impl<T, N: Notify> DriverQueue<T, N> {
     /// Takes `virtqueue` into use, empty.
     pub fn new(virtqueue: Virtqueue<N>) -> Result<Self, QueueError> {
-        let QueueConfig { size, in_order, .. } = virtqueue.config;
+        let QueueConfig { size, in_order, layout, .. } = virtqueue.config;
+        let any_length = matches!(layout, Layout::Legacy(_));
         let (ring, notify) = Ring::new(virtqueue)?;
         let nothing =
             |_| InFlight { token: None, sequence: 0, writable: 0, entries: 0, last: 0, readable: 0, in_table: 0 };
@@ -271,6 +274,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
             count: 0,
             sequence: 0,
             broken: None,
+            any_length,
             in_order: in_order.then(|| InOrder::new(size, 0)),
             notify,
         })
@@ -389,7 +393,8 @@ impl<T, N: Notify> DriverQueue<T, N> {
     }
 
     /// Takes back a used buffer: its token and how many bytes the device wrote. Out of order is normal. An error latches
-    /// the queue.
+    /// the queue. More bytes than the buffer has room for are an error, but on the legacy interface all that it has: there
+    /// devices often tell a wrong length.
     ///
     /// An interrupt can be relied on only for what is used after this has returned none (or [`DriverQueue::enable_cb`]
     /// true): look before waiting.
@@ -407,13 +412,13 @@ impl<T, N: Notify> DriverQueue<T, N> {
             self.broken = Some(QueueError::UsedId { id });
             return Err(QueueError::UsedId { id });
         };
-        if len > entry.writable {
+        if len > entry.writable && !self.any_length {
             let reason = QueueError::UsedLength { len, writable: entry.writable };
             entry.token = Some(token);
             self.broken = Some(reason);
             return Err(reason);
         }
-        let (entries, last) = (entry.entries, entry.last);
+        let (entries, last, len) = (entry.entries, entry.last, len.min(entry.writable));
         ring!(&mut self.ring, ring => ring.advance(entries));
         // The id is an index of `in_flight`, so it fits.
         self.shadow.release(id as u16, last, entries);
@@ -483,7 +488,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
     /// Fails, changing nothing, if the ring is unusable, has another size, or lacks indirect descriptors for a buffer that
     /// used them.
     pub fn restart(&mut self, virtqueue: Virtqueue<N>) -> Result<(), QueueError> {
-        let QueueConfig { size, indirect, in_order, .. } = virtqueue.config;
+        let QueueConfig { size, indirect, in_order, layout, .. } = virtqueue.config;
         if usize::from(size) != self.in_flight.len() {
             return Err(QueueError::Size { size: size.into(), max: self.in_flight.len() as u16 });
         }
@@ -494,8 +499,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
             }
         }
         let (ring, notify) = Ring::new(virtqueue)?;
-        self.ring = ring;
-        self.notify = notify;
+        (self.ring, self.notify, self.any_length) = (ring, notify, matches!(layout, Layout::Legacy(_)));
         self.in_order = in_order.then(|| InOrder::new(size, 0));
         let buffers = self.take_all();
         if !indirect {

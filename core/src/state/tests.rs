@@ -653,6 +653,29 @@ fn suspend_shows_only_when_nothing_is_in_flight_any_more() {
 }
 
 #[test]
+fn a_device_that_may_not_access_memory_touches_nothing_and_goes_on_when_it_may() {
+    let (mut rig, mut driver, _other) = suspendable();
+    rig.book.with(|book| book.slow = true);
+    assert!(add(&mut driver, 1));
+    rig.state.kick(0);
+    assert_eq!(rig.book.served(), 1);
+    assert!(!rig.state.allow_memory(false));
+    rig.book.with(|book| book.slow = false);
+    assert!(add(&mut driver, 2));
+    rig.book.accesses();
+    rig.state.set_status(READY | Status::SUSPEND);
+    assert!(!rig.state.kick(0) && !rig.state.poll());
+    assert_eq!((rig.book.accesses(), rig.book.interrupts()), (vec![], vec![]));
+    assert_eq!((rig.book.served(), rig.state.status()), (0, READY), "what is in flight is not finished");
+    rig.state.allow_memory(true);
+    assert!(rig.state.status().contains(Status::SUSPEND));
+    assert_eq!(rig.book.interrupts(), [Cause::Queue(0)]);
+    assert_eq!((driver.get_buf(), driver.get_buf()), (Ok(Some((1, 0))), Ok(None)), "nothing is taken any more");
+    rig.state.set_status(READY);
+    assert_eq!(driver.get_buf(), Ok(Some((2, 0))));
+}
+
+#[test]
 fn suspend_is_nothing_without_the_feature_or_before_driver_ok() {
     let (mut rig, mut driver, _other) = Rig::running();
     rig.state.set_status(READY | Status::SUSPEND);

@@ -1,6 +1,7 @@
 //! The host's side: registers decoded into the device state machine.
 
 use alloc::boxed::Box;
+use alloc::format;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -116,10 +117,14 @@ impl<M: GuestMemory> Device<M> {
     }
 
     /// Shows the device's shared memory behind the registers, which are at guest-physical `base`. Fails if it does not
-    /// fit there.
+    /// fit there, or if two regions have one id.
     pub fn with_shared_memory(mut self, base: u64) -> Result<Self, HypervisorError> {
         let mut end = BLOCK_SIZE;
         for region in self.state.shared_memory() {
+            if self.shared.iter().any(|(_, other)| other.id == region.id) {
+                let reason = format!("two shared memory regions have the id {}", region.id);
+                return Err(HypervisorError::Refused { call: "attach", reason });
+            }
             self.shared.push((end, region.clone()));
             end = (end + region.pages.len() as u64).next_multiple_of(0x1000);
         }

@@ -133,6 +133,7 @@ impl<M: GuestMemory> Device<M> {
             new.add_shared_memory()?;
         }
         new.add_messages();
+        new.configured();
         Ok(new)
     }
 
@@ -196,10 +197,19 @@ impl<M: GuestMemory> Device<M> {
             let through = self.configuration.u32(self.window.unwrap_or_default() + CAP_DATA).to_le_bytes();
             self.write_bar(bar, at, &through[..len]);
         }
+        self.configured();
+    }
+
+    /// Does as configuration space says now.
+    pub(super) fn configured(&mut self) {
         let command = self.configuration.u16(COMMAND);
         let control = self.configuration.u16(self.msix + MSIX_CONTROL);
-        self.interrupts.configure(control, command & COMMAND_NO_PIN == 0);
+        self.interrupts.configure(control, command);
         self.slot.decode(self.configuration.decoded(), &self.doorbells);
+        // What came while the device could not reach memory is done when the host polls.
+        if self.state.allow_memory(command & COMMAND_MASTER != 0) {
+            self.waker.wake_by_ref();
+        }
     }
 
     /// Which access behind a base address register an access to configuration space causes, if it touches the window's
@@ -260,8 +270,9 @@ impl<M: GuestMemory> Device<M> {
         })
     }
 
-    /// The driver uses `interface`, if the device has it and is free to choose.
-    pub(super) fn use_interface(&mut self, interface: Interface) {
+    /// The driver accesses the device through `interface`. Whether it is the one in use: that is the first one used after a
+    /// reset, and what is done through the other one does not concern its driver, but for a reset.
+    pub(super) fn use_interface(&mut self, interface: Interface) -> bool {
         let has = match interface {
             Interface::Modern => self.modern,
             Interface::Legacy(_) => self.legacy.is_some(),
@@ -269,6 +280,7 @@ impl<M: GuestMemory> Device<M> {
         if has {
             self.state.set_interface(interface);
         }
+        self.state.interface() == interface
     }
 
     pub(super) fn set_status(&mut self, status: u8) {

@@ -20,8 +20,8 @@ pub(super) struct Interrupts {
 struct State {
     /// The control word of the MSI-X capability.
     control: u16,
-    /// Whether the pin may be used.
-    pin_allowed: bool,
+    /// The command register: whether the pin may be used, and whether messages may be sent.
+    command: u16,
     /// Whether the pin is asserted.
     asserted: bool,
     isr: u8,
@@ -44,7 +44,7 @@ impl Interrupts {
         (0..vectors).for_each(|_| table.extend([0, 0, 0, ENTRY_MASKED].map(u32::to_le_bytes).as_flattened()));
         let state = State {
             control: 0,
-            pin_allowed: true,
+            command: 0,
             asserted: false,
             isr: 0,
             table,
@@ -69,10 +69,10 @@ impl Interrupts {
         self.lock().control & MSIX_ENABLE != 0
     }
 
-    /// What software wrote to configuration space: the MSI-X control word, and whether the pin may be used.
-    pub(super) fn configure(&self, control: u16, pin_allowed: bool) {
+    /// What software wrote to configuration space: the MSI-X control word, and the command register.
+    pub(super) fn configure(&self, control: u16, command: u16) {
         let mut state = self.lock();
-        (state.control, state.pin_allowed) = (control, pin_allowed);
+        (state.control, state.command) = (control, command);
         for vector in 0..state.vectors.len() {
             self.deliver(&mut state, vector);
         }
@@ -186,7 +186,7 @@ impl Interrupts {
     }
 
     fn drive_pin(&self, state: &mut State) {
-        let wanted = state.wants_pin() && state.pin_allowed;
+        let wanted = state.wants_pin() && state.command & COMMAND_NO_PIN == 0;
         if wanted != state.asserted {
             state.asserted = wanted;
             self.wires.pin(wanted);
@@ -209,8 +209,9 @@ impl State {
         self.isr != 0 && self.control & MSIX_ENABLE == 0
     }
 
+    /// A message is a write to memory, so it waits for Bus Master Enable, too.
     fn is_held(&self, vector: usize) -> bool {
-        self.control & MSIX_MASK != 0 || self.word(vector, 12) & ENTRY_MASKED != 0
+        self.command & COMMAND_MASTER == 0 || self.control & MSIX_MASK != 0 || self.word(vector, 12) & ENTRY_MASKED != 0
     }
 }
 
@@ -310,14 +311,14 @@ mod tests {
     #[test]
     fn a_pin_that_may_not_be_used_waits() {
         let (log, interrupts) = interrupts();
-        interrupts.configure(0, false);
+        interrupts.configure(0, COMMAND_MASTER | COMMAND_NO_PIN);
         interrupts.raise(Cause::Queue(1));
         assert_eq!((log.take(), interrupts.wants_pin()), (vec![], true));
-        interrupts.configure(0, true);
+        interrupts.configure(0, COMMAND_MASTER);
         assert_eq!(log.take(), [Wire::Pin(true)]);
-        interrupts.configure(MSIX_ENABLE, true);
+        interrupts.configure(MSIX_ENABLE, COMMAND_MASTER);
         assert_eq!(log.take(), [Wire::Pin(false)]);
-        interrupts.configure(0, true);
+        interrupts.configure(0, COMMAND_MASTER);
         assert_eq!(log.take(), [Wire::Pin(true)]);
         interrupts.reset();
         assert_eq!((log.take(), interrupts.take_isr()), (vec![Wire::Pin(false)], 0));
@@ -326,7 +327,7 @@ mod tests {
     #[test]
     fn a_message_goes_where_its_entry_says_and_only_if_mapped() {
         let (log, interrupts) = interrupts();
-        interrupts.configure(MSIX_ENABLE, true);
+        interrupts.configure(MSIX_ENABLE, COMMAND_MASTER);
         interrupts.raise(Cause::Queue(1));
         interrupts.raise(Cause::Config);
         assert_eq!(log.take(), [], "unmapped");
@@ -346,7 +347,7 @@ mod tests {
         for function_mask in [false, true] {
             let (log, interrupts) = interrupts();
             let mask = if function_mask { MSIX_MASK } else { 0 };
-            interrupts.configure(MSIX_ENABLE | mask, true);
+            interrupts.configure(MSIX_ENABLE | mask, COMMAND_MASTER);
             set_entry(&interrupts, 1, Message { data: 7, ..MESSAGE }, u32::from(!function_mask));
             interrupts.set_vector(Cause::Config, 1);
             interrupts.raise(Cause::Config);
@@ -355,7 +356,7 @@ mod tests {
             set_entry(&interrupts, 1, MESSAGE, u32::from(!function_mask));
             assert_eq!(log.take(), []);
             match function_mask {
-                true => interrupts.configure(MSIX_ENABLE, true),
+                true => interrupts.configure(MSIX_ENABLE, COMMAND_MASTER),
                 false => interrupts.write_table(16 + 12, &[0]),
             }
             assert_eq!(log.take(), [Wire::Route(1, MESSAGE), Wire::Signal(1)]);
@@ -364,9 +365,25 @@ mod tests {
     }
 
     #[test]
+    fn a_message_waits_for_bus_master_enable_and_the_pin_does_not() {
+        let (log, interrupts) = interrupts();
+        interrupts.configure(MSIX_ENABLE, 0);
+        set_entry(&interrupts, 1, MESSAGE, 0);
+        interrupts.set_vector(Cause::Queue(0), 1);
+        interrupts.raise(Cause::Queue(0));
+        assert_eq!((log.take(), pending(&interrupts)), (vec![], 2));
+        interrupts.configure(MSIX_ENABLE, COMMAND_MASTER);
+        assert_eq!(log.take(), [Wire::Route(1, MESSAGE), Wire::Signal(1)]);
+        assert_eq!(pending(&interrupts), 0);
+        interrupts.configure(0, 0);
+        interrupts.raise(Cause::Config);
+        assert_eq!(log.take(), [Wire::Pin(true)]);
+    }
+
+    #[test]
     fn what_was_held_back_is_forgotten_at_a_reset() {
         let (log, interrupts) = interrupts();
-        interrupts.configure(MSIX_ENABLE, true);
+        interrupts.configure(MSIX_ENABLE, COMMAND_MASTER);
         interrupts.set_vector(Cause::Queue(0), 0);
         interrupts.raise(Cause::Queue(0));
         assert_eq!(pending(&interrupts), 1);

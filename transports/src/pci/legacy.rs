@@ -1,13 +1,14 @@
 //! The legacy interface of a function: registers in ports, the paper's of 2008 to the byte (4.1.4.10).
 
-use polyvirt_core::Features;
 use polyvirt_core::hypervisor::Cause;
 use polyvirt_core::memory::GuestMemory;
 use polyvirt_core::queue::split;
 use polyvirt_core::state::{Area, Interface};
+use polyvirt_core::{Features, Status};
 
 use super::device::{Device, floor_power_of_two};
 use super::registers::legacy::*;
+use super::registers::{COMMAND, COMMAND_MASTER};
 
 /// Bytes of the registers with those of MSI-X.
 const HEADER: usize = config(true) as usize;
@@ -17,12 +18,12 @@ impl<M: GuestMemory> Device<M> {
     pub(super) fn read_legacy(&mut self, offset: u64, data: &mut [u8]) {
         data.fill(0);
         let Some(order) = self.legacy else { return };
-        self.use_interface(Interface::Legacy(order));
+        let used = self.use_interface(Interface::Legacy(order));
         let (header, start) = (self.legacy_header(), config(self.interrupts.messages()));
         for (index, byte) in data.iter_mut().enumerate() {
             let at = offset.saturating_add(index as u64);
             if at == ISR {
-                *byte = self.interrupts.take_isr();
+                *byte = if used { self.interrupts.take_isr() } else { 0 };
             } else if let Some(at) = at.checked_sub(start) {
                 self.state.read_config(at, std::slice::from_mut(byte));
             } else {
@@ -34,7 +35,11 @@ impl<M: GuestMemory> Device<M> {
     /// Writes ports. A register is written whole; the configuration with any width.
     pub(super) fn write_legacy(&mut self, offset: u64, data: &[u8]) {
         let Some(order) = self.legacy else { return };
-        self.use_interface(Interface::Legacy(order));
+        if !self.use_interface(Interface::Legacy(order)) {
+            return if (offset, data) == (DEVICE_STATUS, &[0]) {
+                self.set_status(0)
+            };
+        }
         let messages = self.interrupts.messages();
         if let Some(at) = offset.checked_sub(config(messages)) {
             return self.state.write_config(at, data);
@@ -48,7 +53,12 @@ impl<M: GuestMemory> Device<M> {
             (QUEUE_ADDRESS, &[a, b, c, d]) => self.place_queue(u32::from_le_bytes([a, b, c, d])),
             (QUEUE_SELECT, &[a, b]) => self.queue_select = u16::from_le_bytes([a, b]),
             (QUEUE_NOTIFY, &[a, b]) => self.ring(u16::from_le_bytes([a, b])),
-            (DEVICE_STATUS, &[status]) => self.set_status(status),
+            (DEVICE_STATUS, &[status]) => {
+                if Status::from_bits_retain(status) == Status::ACKNOWLEDGE | Status::DRIVER {
+                    self.become_bus_master();
+                }
+                self.set_status(status);
+            }
             (CONFIG_VECTOR, &[a, b]) => self.interrupts.set_vector(Cause::Config, u16::from_le_bytes([a, b])),
             (QUEUE_VECTOR, &[a, b]) => self.interrupts.set_vector(Cause::Queue(queue), u16::from_le_bytes([a, b])),
             _ => {}
@@ -70,6 +80,16 @@ impl<M: GuestMemory> Device<M> {
         set(CONFIG_VECTOR, &self.interrupts.vector(Cause::Config).to_le_bytes());
         set(QUEUE_VECTOR, &self.interrupts.vector(Cause::Queue(queue)).to_le_bytes());
         header
+    }
+
+    /// Drivers of before 2010 (Linux 2.6.33) leave Bus Master Enable to firmware, and firmware to them: as other
+    /// implementations do, it is set for a legacy driver that says that it is there.
+    fn become_bus_master(&mut self) {
+        let command = self.configuration.u16(COMMAND);
+        if command & COMMAND_MASTER == 0 {
+            self.configuration.set(COMMAND, &(command | COMMAND_MASTER).to_le_bytes());
+            self.configured();
+        }
     }
 
     /// The driver places the selected queue at `page`, or at 0 takes it back.

@@ -38,7 +38,7 @@ impl<M: GuestMemory> Device<M> {
 
     /// Reads a structure, with any width.
     pub(super) fn read_modern(&mut self, offset: u64, data: &mut [u8]) {
-        self.use_interface(Interface::Modern);
+        let used = self.use_interface(Interface::Modern);
         data.fill(0);
         if let Some(at) = offset.checked_sub(NOTIFY_AT) {
             // Doorbells are for writing.
@@ -47,7 +47,7 @@ impl<M: GuestMemory> Device<M> {
             self.see_generation();
             self.state.read_config(at, data);
         } else if let Some(at) = offset.checked_sub(ISR_AT) {
-            if let (0, Some(isr)) = (at, data.first_mut()) {
+            if let (true, 0, Some(isr)) = (used, at, data.first_mut()) {
                 *isr = self.interrupts.take_isr();
             }
         } else {
@@ -59,7 +59,11 @@ impl<M: GuestMemory> Device<M> {
 
     /// Writes a structure: a field whole, the device configuration with any width.
     pub(super) fn write_modern(&mut self, offset: u64, data: &[u8]) {
-        self.use_interface(Interface::Modern);
+        if !self.use_interface(Interface::Modern) {
+            return if (offset, data) == (COMMON_AT + common::DEVICE_STATUS, &[0]) {
+                self.set_status(0)
+            };
+        }
         if let Some(at) = offset.checked_sub(NOTIFY_AT) {
             let multiplier = u64::from(NOTIFY_MULTIPLIER);
             if at.is_multiple_of(multiplier) {

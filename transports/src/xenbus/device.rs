@@ -161,22 +161,12 @@ impl<M: GuestMemory> Device<M> {
 
     /// Looks at what the frontend wrote.
     fn look(&mut self) -> Result<(), HypervisorError> {
-        if self.backend.close.swap(false, Ordering::SeqCst) && self.connection != State::Closed {
+        let closes = self.backend.close.swap(false, Ordering::SeqCst) && self.connection != State::Closed;
+        if closes {
             self.leave(State::Closing)?;
         }
-        if self.news.state.take() {
-            let frontend = self.read("state")?.map_or(State::Unknown, |state| State::parse(&state));
-            match (frontend, self.connection) {
-                (State::Connected, State::InitWait) => self.enter(State::Connected)?,
-                (State::Closing, State::InitWait | State::Connected) => self.leave(State::Closing)?,
-                (State::Closed, State::InitWait | State::Connected | State::Closing) => self.leave(State::Closed)?,
-                (State::Initialising, State::Closed) => {
-                    // What nobody answered when the connection was closed is not asked for any more.
-                    self.handled = self.request()?.map_or(self.handled, |(number, _)| number);
-                    self.publish()?;
-                }
-                _ => {}
-            }
+        if self.news.state.take() || closes {
+            self.follow()?;
         }
         if self.connection == State::Connected
             && self.news.request.take()
@@ -191,6 +181,26 @@ impl<M: GuestMemory> Device<M> {
             self.show()?;
         }
         Ok(())
+    }
+
+    /// Follows the frontend to where it is now. How it came there does not count: watches coalesce, and a frontend need
+    /// not wait for anyone before it goes on.
+    fn follow(&mut self) -> Result<(), HypervisorError> {
+        let frontend = self.read("state")?.map_or(State::Unknown, |state| State::parse(&state));
+        match (frontend, self.connection) {
+            (State::Connected, State::InitWait) => self.enter(State::Connected),
+            (State::Closing, State::InitWait | State::Connected) => self.leave(State::Closing),
+            (State::Closed, State::InitWait | State::Connected | State::Closing)
+            | (State::Unknown, State::Connected | State::Closing) => self.leave(State::Closed),
+            (State::Initialising, State::Connected | State::Closing | State::Closed) => {
+                // It begins anew: what was before is over, whether it said so or not.
+                self.leave(State::Closed)?;
+                // What nobody answered when the connection was closed is not asked for any more.
+                self.handled = self.request()?.map_or(self.handled, |(number, _)| number);
+                self.publish()
+            }
+            _ => Ok(()),
+        }
     }
 
     fn request(&self) -> Result<Option<Request>, HypervisorError> {

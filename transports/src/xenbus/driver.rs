@@ -19,6 +19,8 @@ use crate::areas::Areas;
 const WATCHDOG: Duration = Duration::from_secs(10);
 /// How often nodes may change without the one that is waited for being among them.
 const ATTEMPTS: u32 = 10_000;
+/// How often the other side may close a connection that is being opened.
+const ROUNDS: u32 = 10;
 
 /// The driver side, connected to the device at a place.
 ///
@@ -78,8 +80,17 @@ impl<G: Domain + 'static> Driver<G> {
         let (number, asked) = (0, false);
         let mut driver =
             Self { guest, place, description, posted, number, asked, lines, features, queues, backend, reply, told };
-        driver.wait_for("the backend", |driver| Some(driver.is_open()).filter(|&open| open))?;
-        driver.open()?;
+        driver.wait_for("the backend", |driver| {
+            (!matches!(driver.backend, State::Unknown | State::Initialising)).then_some(())
+        })?;
+        let frontend = driver.guest.store().read(&format!("{}/state", driver.place.frontend))?;
+        match (driver.backend, frontend.map_or(State::Unknown, |state| State::parse(&state))) {
+            // Someone was here before: the connection is taken over as it is.
+            (State::Connected, State::Connected) => driver.meet(true)?,
+            (State::InitWait, State::Unknown | State::Initialising) => driver.open()?,
+            // Someone was, and is in the middle of something.
+            _ => driver.reopen()?,
+        }
         if driver.description.device_type == 0 {
             return Err(TransportError::NotADevice { expected: "a device type other than 0", found: 0 });
         }
@@ -104,18 +115,54 @@ impl<G: Domain + 'static> Driver<G> {
         self.write("state", &(state as u8).to_string())
     }
 
-    /// Begins with what the backend says that waits for a frontend.
-    fn open(&mut self) -> Result<(), TransportError> {
+    /// Begins with what the backend says.
+    fn meet(&mut self, asked: bool) -> Result<(), TransportError> {
+        // It was written before the state was.
+        self.look(self.lines.reply)?;
         self.description = self.read("device")?.and_then(|value| Description::decode(&value)).unwrap_or_default();
-        self.number = self.reply.number;
-        // Connected already: someone was here before.
-        self.asked = self.backend != State::InitWait;
-        if self.asked { Ok(()) } else { self.enter(State::Connected) }
+        (self.number, self.asked) = (self.reply.number, asked);
+        Ok(())
+    }
+
+    /// Opens the connection to a backend that waits for a frontend.
+    fn open(&mut self) -> Result<(), TransportError> {
+        for _ in 0..ROUNDS {
+            self.enter(State::Connected)?;
+            if self.backend_becomes(&[State::Connected, State::Closing, State::Closed])? == State::Connected {
+                return self.meet(false);
+            }
+            // It has closed it meanwhile, for its own reasons or for what someone before this driver has written.
+            self.close()?;
+        }
+        Err(TransportError::Closed)
+    }
+
+    /// Leaves whatever the two sides were in the middle of behind, until the backend waits for a frontend.
+    fn close(&mut self) -> Result<(), TransportError> {
+        self.enter(State::Closed)?;
+        self.backend_becomes(&[State::Closed])?;
+        self.enter(State::Initialising)?;
+        self.backend_becomes(&[State::InitWait]).map(drop)
+    }
+
+    /// Opens the connection again, wherever the two sides are.
+    fn reopen(&mut self) -> Result<(), TransportError> {
+        self.close()?;
+        self.open()
+    }
+
+    /// Waits until the backend is in one of these states; [`TransportError::Closed`] if it is gone.
+    fn backend_becomes(&mut self, states: &[State]) -> Result<State, TransportError> {
+        self.wait_for("the backend to follow", |driver| match driver.backend {
+            // Its directory is gone: there is nobody who could come back.
+            State::Unknown => Some(Err(TransportError::Closed)),
+            state => states.contains(&state).then_some(Ok(state)),
+        })?
     }
 
     /// Whether requests are answered.
     const fn is_open(&self) -> bool {
-        matches!(self.backend, State::InitWait | State::Connected)
+        matches!(self.backend, State::Connected)
     }
 
     fn news(&self) -> News {
@@ -187,6 +234,18 @@ impl<G: Domain + 'static> Driver<G> {
         })?
     }
 
+    /// Asks for a reset, if there is something to reset; false if the connection is closed, or is while it is asked for.
+    fn reset_through_connection(&mut self) -> Result<bool, TransportError> {
+        if self.is_open() && (self.asked || !self.reply.status.is_empty()) {
+            match self.carry_out(Operation::Status(Status::empty())) {
+                Err(TransportError::Closed) => {}
+                answer => answer?,
+            }
+            self.asked = false;
+        }
+        Ok(self.is_open())
+    }
+
     fn carry_out(&mut self, operation: Operation) -> Result<(), TransportError> {
         self.post(operation)?;
         self.request()
@@ -235,27 +294,8 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         let came = self.guest.wait(self.lines.all(), Duration::ZERO)?;
         self.look(came)?;
         self.posted.clear();
-        if self.is_open() {
-            if self.asked || !self.reply.status.is_empty() {
-                self.carry_out(Operation::Status(Status::empty()))?;
-                self.asked = false;
-            }
-        } else {
-            self.enter(State::Closed)?;
-            let gone = self.wait_for("the backend to close", |driver| match driver.backend {
-                State::Closed => Some(false),
-                // Its directory is gone: there is nobody who could come back.
-                State::Unknown => Some(true),
-                _ => None,
-            })?;
-            if gone {
-                return Err(TransportError::Closed);
-            }
-            self.enter(State::Initialising)?;
-            self.wait_for("the backend to come back", |driver| (driver.backend == State::InitWait).then_some(()))?;
-            // It was written before the state was.
-            self.look(self.lines.reply)?;
-            self.open()?;
+        if !self.reset_through_connection()? {
+            self.reopen()?;
         }
         self.features = Features::empty();
         self.forget_queues()?;

@@ -28,6 +28,11 @@
 //!
 //! The connection opens once: the backend waits in [`State::InitWait`], the frontend says [`State::Connected`], and then
 //! the backend does. A reset of the device is a request and leaves the connection as it is.
+//!
+//! The backend follows the frontend's state as it reads it, not each change: one at [`State::Closing`] or
+//! [`State::Closed`] it follows there, one that is gone it lets go of, and for one at [`State::Initialising`] it passes
+//! [`State::Closed`] and waits again. A frontend that finds the backend anywhere else than waiting goes through
+//! [`State::Closed`] and [`State::Initialising`] itself, and waits for the backend to follow at each.
 
 use alloc::format;
 use alloc::string::String;

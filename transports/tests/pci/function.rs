@@ -222,6 +222,58 @@ fn a_masked_message_comes_with_its_unmasking() {
 }
 
 #[test]
+fn without_bus_master_enable_a_device_neither_touches_memory_nor_sends_messages() {
+    for off_from in ["the beginning", "DRIVER_OK on", "the kick on"] {
+        let (machine, common) = placed();
+        let off = |now| {
+            if off_from == now {
+                machine.enable(FIRST, COMMAND_MEMORY);
+            }
+        };
+        let message = Message { address: 0xfee0_0000, data: 0x41 };
+        let entry = [&message.address.to_le_bytes()[..], &message.data.to_le_bytes(), &[0; 4]].concat();
+        set(&machine, 0xc000_0000, &entry);
+        machine.set_config(FIRST, machine.msix(FIRST) + MSIX_CONTROL, &MSIX_ENABLE.to_le_bytes());
+        set(&machine, common + common::QUEUE_VECTOR, &[0, 0]);
+        off("the beginning");
+        run(&machine, common, Features::empty());
+        off("DRIVER_OK on");
+        machine.wires();
+        offer(&machine, 1);
+        off("the kick on");
+        let doorbell = BAR4 + u64::from(structure(&machine, CAP_NOTIFY).1);
+        let before: [u8; 0x3000] = machine.peek(RAM);
+        set(&machine, doorbell, &[0, 0]);
+        let device = machine.served.lock().unwrap()[0].1.clone();
+        assert!(!device.lock().unwrap().kick(0), "nothing that it could do");
+        assert!(!device.lock().unwrap().poll());
+        assert!(machine.peek(RAM) == before, "not even the flags of the rings, off from {off_from}");
+        assert_eq!(machine.wires(), []);
+        machine.enable(FIRST, MEMORY);
+        assert_eq!(used(&machine), 1, "what was asked for meanwhile is done, off from {off_from}");
+        let signals: Vec<_> = machine.wires().into_iter().filter(|(_, wire)| *wire == Wire::Signal(0)).collect();
+        assert_eq!(signals.len(), 1);
+        offer(&machine, 2);
+        set(&machine, doorbell, &[0, 0]);
+        assert_eq!(used(&machine), 2);
+    }
+}
+
+#[test]
+fn a_reset_without_bus_master_enable_forgets_what_was_asked_for() {
+    let (machine, common) = placed();
+    run(&machine, common, Features::empty());
+    machine.enable(FIRST, COMMAND_MEMORY);
+    offer(&machine, 1);
+    set(&machine, BAR4 + u64::from(structure(&machine, CAP_NOTIFY).1), &[0, 0]);
+    set(&machine, common + common::DEVICE_STATUS, &[0]);
+    assert_eq!(machine.get(Space::Memory, common + common::DEVICE_STATUS), [0]);
+    machine.enable(FIRST, MEMORY);
+    let told = |wire: &Wire| matches!(wire, Wire::Signal(_) | Wire::Pin(_));
+    assert!(used(&machine) == 0 && !machine.wires().iter().any(|(_, wire)| told(wire)));
+}
+
+#[test]
 fn a_queue_is_reset_alone_and_only_if_that_was_negotiated() {
     for negotiated in [false, true] {
         let (machine, common) = placed();

@@ -155,3 +155,91 @@ fn a_driver_keeps_to_the_interface_that_it_began_with() {
     assert_eq!(get(&machine, 18), [1], "a modern driver has it");
     assert_eq!(get::<4>(&machine, 0)[3], 0x30, "and there is no VIRTIO_F_ANY_LAYOUT for it");
 }
+
+#[test]
+fn ports_do_not_touch_what_a_modern_driver_uses_but_reset_it() {
+    let machine = placed(LITTLE);
+    let modern = 0x10_0000_0000;
+    machine.place(FIRST, 4, modern);
+    machine.enable(FIRST, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER);
+    let put = |field, data: &[u8]| machine.put(Space::Memory, modern + field, data);
+    put(common::DEVICE_STATUS, &[3]);
+    put(common::DRIVER_FEATURE_SELECT, &[1, 0, 0, 0]);
+    put(common::DRIVER_FEATURE, &[1, 0, 0, 0]);
+    put(common::DEVICE_STATUS, &[11]);
+    put(common::QUEUE_SELECT, &[0, 0]);
+    for (field, address) in
+        [(common::QUEUE_DESC, RAM), (common::QUEUE_DRIVER, RAM + 0x1000), (common::QUEUE_DEVICE, RAM + 0x2000)]
+    {
+        put(field, &address.to_le_bytes());
+    }
+    put(common::QUEUE_ENABLE, &[1, 0]);
+    put(common::CONFIG_VECTOR, &[1, 0]);
+    put(common::QUEUE_VECTOR, &[2, 0]);
+    put(common::DEVICE_STATUS, &[15]);
+    let registers = || machine.get::<{ common::LEN }>(Space::Memory, modern);
+    let before = registers();
+    // Two bytes of the ring say that there is one buffer: it is used, and the pin tells it.
+    machine.poke(RAM, &[(RAM + 0x3000).to_le_bytes(), (8 | 2u64 << 32).to_le_bytes()].concat());
+    machine.poke(RAM + 0x1002, &[1, 0]);
+    put(0x3000, &[0, 0]);
+    for at in (0..40).filter(|at| *at != 18) {
+        for data in [&[0; 1][..], &[0; 2], &[0; 4], &[0xff], &[0xff; 2], &[0xff; 4], &[1, 0], &[1, 0, 0, 0]] {
+            set(&machine, at, data);
+            assert_eq!(registers(), before, "{data:?} at port {at}");
+        }
+        get::<4>(&machine, at);
+    }
+    for status in [1, 3, 7, 0x80] {
+        set(&machine, 18, &[status]);
+        assert_eq!(registers(), before, "status {status:#x}");
+    }
+    assert_eq!(machine.get(Space::Memory, modern + 0x1000), [1], "its interrupt status is its own");
+    machine.poke(RAM + 0x1002, &[2, 0]);
+    put(0x3000, &[0, 0]);
+    assert_eq!(machine.peek(RAM + 0x2002), [2, 0], "the queue goes on");
+    set(&machine, 18, &[0]);
+    assert_eq!(machine.get(Space::Memory, modern + common::DEVICE_STATUS), [0], "a legacy driver begins with a reset");
+}
+
+#[test]
+fn modern_registers_do_not_touch_what_a_legacy_driver_uses_but_reset_it() {
+    let machine = placed(LITTLE);
+    let modern = 0x10_0000_0000;
+    machine.place(FIRST, 4, modern);
+    machine.enable(FIRST, COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER);
+    set(&machine, 18, &[3]);
+    set(&machine, 8, &((RAM / 4096) as u32).to_le_bytes());
+    set(&machine, 18, &[7]);
+    machine.poke(RAM, &[(RAM + 0x3000).to_le_bytes(), (8 | 2u64 << 32).to_le_bytes()].concat());
+    machine.poke(RAM + 64 + 2, &[1, 0]);
+    set(&machine, 16, &[0, 0]);
+    let registers = || get::<19>(&machine, 0);
+    let before = registers();
+    for at in (0..common::LEN as u64).chain(0x1000..0x1004).chain(0x2000..0x2008).chain(0x3000..0x3008) {
+        for data in [&[0; 1][..], &[0; 2], &[0; 4], &[0; 8], &[0xff], &[0xff; 2], &[1, 0], &[1, 0, 0, 0]] {
+            if at != common::DEVICE_STATUS {
+                machine.put(Space::Memory, modern + at, data);
+            }
+            assert_eq!(registers(), before, "{data:?} at {at:#x}");
+        }
+        machine.get::<4>(Space::Memory, modern + at);
+    }
+    assert_eq!(get(&machine, 19), [1], "its interrupt status is its own");
+    assert_eq!(get(&machine, 20), [1, 2, 3, 4, 5, 6], "and its configuration");
+    machine.put(Space::Memory, modern + common::DEVICE_STATUS, &[0]);
+    assert_eq!(get(&machine, 18), [0], "a modern driver begins with a reset");
+}
+
+#[test]
+fn a_legacy_driver_that_says_that_it_is_there_makes_the_device_a_bus_master() {
+    let machine = placed(LITTLE);
+    let master = || machine.config16(FIRST, COMMAND) & COMMAND_MASTER != 0;
+    set(&machine, 18, &[1]);
+    assert!(!master());
+    set(&machine, 18, &[3]);
+    assert!(master());
+    machine.enable(FIRST, COMMAND_IO);
+    set(&machine, 18, &[7]);
+    assert!(!master(), "who takes it away later means it");
+}
