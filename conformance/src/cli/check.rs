@@ -21,7 +21,7 @@ use super::daemon;
 use super::output::Output;
 use super::progress::Progress;
 use super::select::Selection;
-use super::{CheckArgs, CheckFormat, CliError, FAILURE, SUCCESS, TellArgs};
+use super::{CheckArgs, CheckFormat, CliError, External, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
 use crate::report::{self, Cell, Facts, ImageSource, Report};
 
@@ -38,10 +38,10 @@ impl From<ImageError> for CliError {
 
 /// Runs the cells that `args` selects, tells the result, and returns the exit code.
 ///
-/// `daemon` is a device that is not ours, and what is expected of it.
-pub(super) fn run(args: &CheckArgs, daemon: Option<(&str, Option<&str>)>, output: &mut Output) -> Result<u8, CliError> {
-    let (targets, expected) = match daemon {
-        Some((target, expect)) => daemon::select(args, target, expect)?,
+/// `external` is a device that is not ours.
+pub(super) fn run(args: &CheckArgs, external: Option<External<'_>>, output: &mut Output) -> Result<u8, CliError> {
+    let (targets, expected) = match external {
+        Some(external) => daemon::select(args, external)?,
         None => (select(args)?, None),
     };
     let image = the_image(args, &targets)?;
@@ -133,7 +133,8 @@ fn run_cells(
     expected: Option<&Expectations>,
     quiet: bool,
 ) -> Result<(Vec<Cell>, Option<ImageSource>), CliError> {
-    let cases = cases::all();
+    let daemons = targets.iter().any(|target| target.cell().hypervisor == daemon::HYPERVISOR);
+    let cases = if daemons { cases::of_daemons() } else { cases::all() };
     let steps: usize = targets.iter().map(|target| steps(&**target, &cases)).sum();
     let progress = Progress::new(steps, quiet);
     let run = |target: &Arc<dyn Target>| {

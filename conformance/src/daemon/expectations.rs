@@ -130,7 +130,7 @@ mod tests {
 
     fn expectations(line: &str) -> Result<Expectations, ExpectationError> {
         let text = format!("# seen\npeer: toy\nversion: 1\ndevice: rng\n\n{line}\n");
-        Expectations::parse(&text, &cases::all())
+        Expectations::parse(&text, &cases::of_daemons())
     }
 
     fn result(case: &'static str, outcome: Outcome) -> CellResult {
@@ -168,7 +168,7 @@ mod tests {
 
     #[test]
     fn a_known_failure_is_not_counted_and_tells_its_reason() {
-        let case = cases::all()[0].name;
+        let case = cases::of_daemons()[0].name;
         let failed = Outcome::Failed { expected: String::new(), observed: String::new(), reproduction: String::new() };
         let mut result = result(case, failed);
         expectations(&format!("{case}: it never did")).unwrap().apply(&mut result);
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_known_failure_that_passes_is_a_failure() {
-        let case = cases::all()[0].name;
+        let case = cases::of_daemons()[0].name;
         let mut result = result(case, Outcome::Passed);
         expectations(&format!("{case}: it never did")).unwrap().apply(&mut result);
         assert_eq!((result.passed, result.failed, result.failures.len()), (0, 1, 1));
@@ -194,7 +194,7 @@ mod tests {
     #[test]
     fn those_that_come_with_the_program_are_well_formed() {
         for (name, text) in KNOWN {
-            let parsed = Expectations::parse(text, &cases::all());
+            let parsed = Expectations::parse(text, &cases::of_daemons());
             assert!(parsed.is_ok_and(|known| ["blk", "rng", "console"].contains(&&*known.device)), "{name}");
         }
     }
