@@ -23,7 +23,7 @@ fn program(name: &str, expectations: &str) -> Option<PathBuf> {
     let told = Command::new(&program).arg("--version").output().unwrap().stdout;
     let told = String::from_utf8_lossy(&told).lines().next().unwrap_or_default().to_owned();
     let text = Expectations::text(expectations).unwrap();
-    let versions = Expectations::parse(text, &cases::all()).unwrap().version;
+    let versions = Expectations::parse(text, &cases::of_daemons()).unwrap().version;
     if !versions.split(" and ").any(|version| told.split_whitespace().any(|word| word == version)) {
         println!("skipped: {told}: what is known is of {versions}");
         return None;
@@ -40,7 +40,7 @@ fn judge(device: &str, socket: &Path, command: &str, expectations: Option<&str>)
     let result: Value = serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {output:?}"));
     let failures: Vec<_> = result["cells"].as_array().unwrap().iter().map(|cell| &cell["failures"]).collect();
     assert!(output.status.success(), "{failures:#?}");
-    assert!(result["summary"]["passed"].as_u64().unwrap() > 40, "{}", result["summary"]);
+    assert!(result["summary"]["passed"].as_u64().unwrap() > 10, "{}", result["summary"]);
 }
 
 #[test]

@@ -20,7 +20,7 @@ use tempfile::NamedTempFile;
 use super::daemon;
 use super::output::Output;
 use super::progress::Progress;
-use super::select::Selection;
+use super::select::{Selection, matches};
 use super::{CheckArgs, CheckFormat, CliError, External, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
 use crate::report::{self, Cell, Facts, ImageSource, Report};
@@ -48,7 +48,7 @@ pub(super) fn run(args: &CheckArgs, external: Option<External<'_>>, output: &mut
     let page = args.tell.report.as_deref().map(Page::create).transpose()?;
 
     let begun = Instant::now();
-    let (mut cells, source) = run_cells(&targets, image.as_ref(), expected.as_ref(), args.tell.quiet)?;
+    let (mut cells, source) = run_cells(&targets, image.as_ref(), expected.as_ref(), (&args.case, args.tell.quiet))?;
     if args.lab {
         cells.extend(super::lab::cells(args.tell.quiet)?);
     }
@@ -131,10 +131,16 @@ fn run_cells(
     targets: &[Arc<dyn Target>],
     image: Option<&Image>,
     expected: Option<&Expectations>,
-    quiet: bool,
+    (asked, quiet): (&[String], bool),
 ) -> Result<(Vec<Cell>, Option<ImageSource>), CliError> {
     let daemons = targets.iter().any(|target| target.cell().hypervisor == daemon::HYPERVISOR);
-    let cases = if daemons { cases::of_daemons() } else { cases::all() };
+    let mut cases = if daemons { cases::of_daemons() } else { cases::all() };
+    if !asked.is_empty() {
+        cases.retain(|case| asked.iter().any(|pattern| matches(pattern, case.name)));
+        if cases.is_empty() {
+            return Err(CliError::Mistake(format!("there is no case {}", asked.join(" or "))));
+        }
+    }
     let steps: usize = targets.iter().map(|target| steps(&**target, &cases)).sum();
     let progress = Progress::new(steps, quiet);
     let run = |target: &Arc<dyn Target>| {

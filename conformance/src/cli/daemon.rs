@@ -46,7 +46,8 @@ pub(super) fn select(args: &CheckArgs, external: External<'_>) -> Result<Known, 
     let expected = expect.map(|name| expectations(name, kind)).transpose()?;
     let targets = formats.into_iter().filter(|ring| rings.has(ring.name())).map(|ring| {
         let known = expected.iter().flat_map(|expected| expected.cases.keys());
-        Arc::new(Daemon::new(socket.clone(), kind, ring).started_by(process.clone()).known_to_fail(known)) as Arc<dyn Target>
+        Arc::new(Daemon::new(socket.clone(), kind, ring).started_by(process.clone()).known_to_fail(known))
+            as Arc<dyn Target>
     });
     Ok((targets.collect(), expected))
 }

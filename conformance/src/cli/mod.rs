@@ -120,6 +120,9 @@ struct CheckArgs {
     /// Only these formats of rings
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     ring: Vec<String>,
+    /// Only these cases; * stands for any text
+    #[arg(long, value_name = "GLOB,…", value_delimiter = ',')]
+    case: Vec<String>,
     /// Carry a copy of this disk image through every block cell; without it, a generated one
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,

@@ -8,10 +8,9 @@ use std::collections::BTreeSet;
 use std::io::{self, ErrorKind};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Pages};
@@ -31,9 +30,6 @@ pub const RAM: u64 = 8 << 20;
 /// Guest-physical address of it.
 pub const RAM_AT: u64 = 0x4000_0000;
 
-/// How long a daemon may take until it listens again, and how often it is tried.
-const DIAL_WATCHDOG: Duration = Duration::from_secs(5);
-const DIAL_PAUSE: Duration = Duration::from_millis(5);
 /// How long a case waits for an event that is known not to come.
 const KNOWN_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -97,10 +93,11 @@ impl Daemon {
 
     /// The formats of rings that the daemon offers.
     pub fn formats(socket: PathBuf, kind: Kind, process: Option<Arc<Process>>) -> Result<Vec<RingFormat>, String> {
-        let first = match &process {
-            Some(process) => process.connect(),
-            // If there is no socket now, that is a mistake.
-            None => dial(&socket, &[ErrorKind::ConnectionRefused]),
+        // If there is no socket now, that is a mistake.
+        let missing = process.is_none() && !socket.exists();
+        let first = match missing {
+            true => Err(ErrorKind::NotFound.into()),
+            false => process::connect(&socket, process.as_ref()),
         };
         let first = first.map_err(|error| format!("{}: {error}", socket.display()))?;
         let daemon = Self::new(socket, kind, RingFormat::Split).started_by(process);
@@ -140,20 +137,6 @@ impl Daemon {
         let (socket, process) = (self.socket.clone(), self.process.clone());
         session.daemon = Some(DaemonHandle { socket, process, ram: Arc::new((file, pages)) });
         Ok(session)
-    }
-}
-
-/// Connects to `socket`, and tries that again after an error of `passing`: a socket is there before its daemon listens,
-/// and some daemons take it away between two sessions.
-fn dial(socket: &Path, passing: &[ErrorKind]) -> io::Result<UnixStream> {
-    let begun = Instant::now();
-    loop {
-        match UnixStream::connect(socket) {
-            Err(error) if passing.contains(&error.kind()) && begun.elapsed() < DIAL_WATCHDOG => {
-                thread::sleep(DIAL_PAUSE);
-            }
-            done => return done,
-        }
     }
 }
 
@@ -205,6 +188,7 @@ impl Target for Daemon {
 mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixListener;
+    use std::thread;
 
     use super::*;
 

@@ -56,8 +56,8 @@ enum Rule {
     PolledCallsDisable,
     /// An address outside memory ends the connection.
     ClosesOnBadAddress,
-    /// A ring cannot be disabled.
-    DisableIgnored,
+    /// A ring that was disabled stays so.
+    EnableIgnored,
     /// A further memory slot takes the place of the first.
     SlotReplaces,
     /// A new table of memory while rings run is not taken.
@@ -110,16 +110,11 @@ pub const DAEMONS: &[BrokenDaemon] = &[
         BOTH,
         &["life/begins-anew", "life/broken-ring-begins-anew"],
     ),
-    broken(
-        "loses the first call after a start",
-        Rule::FirstCallLost,
-        BOTH,
-        &["life/call-at-a-start", "life/killed-before-the-call"],
-    ),
+    broken("loses the first call after a start", Rule::FirstCallLost, BOTH, &["life/killed-before-the-call"]),
     broken("does not poll for kicks, and says nothing", Rule::PolledKicksIgnored, BOTH, &["life/polled-kicks"]),
     broken("serves only rings that it can call", Rule::PolledCallsDisable, BOTH, &["life/polled-calls"]),
     broken("gives up at a ring outside memory", Rule::ClosesOnBadAddress, BOTH, &["life/ring-outside-memory"]),
-    broken("serves rings that are disabled", Rule::DisableIgnored, BOTH, &["life/disabled-ring"]),
+    broken("enables a ring once", Rule::EnableIgnored, BOTH, &["life/enabled-again"]),
     broken("has one memory slot", Rule::SlotReplaces, BOTH, &["life/slots-under-load"]),
     broken("keeps the first table of memory", Rule::TableIgnored, BOTH, &["life/table-of-another-file"]),
     broken("takes the last region of a table", Rule::TableTruncated, BOTH, &["life/table-again"]),
@@ -174,6 +169,7 @@ struct Ring {
     base: u32,
     addressed: bool,
     started: bool,
+    enabled: bool,
     kick: Option<OwnedFd>,
     /// The front end's descriptor for calls.
     call: Option<OwnedFd>,
@@ -254,8 +250,10 @@ impl Session {
             (R::SetVringCall, Rule::PolledCallsDisable) if nofd => {
                 self.inject(R::SetVringEnable, &VringState { index, num: 0 }.to_bytes(), &[])?;
             }
-            (R::SetVringEnable, Rule::DisableIgnored) if VringState::from_bytes(&message.payload).num == 0 => {
-                return self.ignore(&message);
+            (R::SetVringEnable, Rule::EnableIgnored) if VringState::from_bytes(&message.payload).num == 1 => {
+                if std::mem::replace(&mut self.ring(index).enabled, true) {
+                    return self.ignore(&message);
+                }
             }
             (R::GetVringBase, Rule::DoneTwice) => self.do_again(index)?,
             (R::SetMemTable, rule) => {
