@@ -13,6 +13,7 @@ pub mod in_order_driver;
 pub mod indirect;
 pub mod init;
 pub mod legacy;
+pub mod life;
 pub mod mmio;
 pub mod mmio_driver;
 pub mod mmio_notification;
@@ -32,7 +33,7 @@ pub mod suspend;
 
 use crate::suite::Case;
 
-/// All cases, in the order in which they run.
+/// All cases for devices of ours, in the order in which they run.
 pub fn all() -> Vec<Case> {
     [
         init::CASES,
@@ -63,4 +64,9 @@ pub fn all() -> Vec<Case> {
         drivers::CASES,
     ]
     .concat()
+}
+
+/// All cases for a device that is someone else's: those of all devices, and those about the life of a daemon.
+pub fn of_daemons() -> Vec<Case> {
+    [all(), life::cases()].concat()
 }

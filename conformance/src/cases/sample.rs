@@ -96,6 +96,12 @@ impl Sample {
         }
     }
 
+    /// Checks what came of it, whatever the device says of its length.
+    pub fn check_memory(&self) -> Result<(), Objection> {
+        let Some((memory, _)) = self.pieces.last().filter(|(_, writable)| *writable) else { return Ok(()) };
+        ensure(memory.bytes()?.iter().any(|&byte| byte != POISON), "bytes in the buffer", "it is as it was")
+    }
+
     fn last_byte(&self) -> Result<u8, Objection> {
         let (memory, _) = self.pieces.last().expect("a sample has pieces");
         Ok(*memory.bytes()?.last().expect("a piece has bytes"))

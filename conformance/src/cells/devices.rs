@@ -53,6 +53,7 @@ impl Kind {
         M: GuestMemory + Send + 'static,
     {
         Ok(match (self, variant) {
+            (_, Variant::Undriven) => return Err(NO_VARIANT.into()),
             (Self::Blk, Variant::Image(path)) => {
                 let file = File::options().read(true).write(true).open(path).map_err(|error| error.to_string())?;
                 let backend = blk::FileBackend::new(file).map_err(|error| error.to_string())?;

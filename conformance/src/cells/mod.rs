@@ -194,7 +194,7 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
                 W::attach(&mut bus, memory, device).map_err(|error| error.to_string())?;
                 far_side
             }
-            Variant::Plain | Variant::ReadOnly => {
+            Variant::Plain | Variant::ReadOnly | Variant::Undriven => {
                 let memory = probe.watch(memory);
                 let (mut device, mut far_side) = self.kind.device(variant)?;
                 let saboteur = self.saboteur.as_deref();

@@ -20,8 +20,8 @@ use tempfile::NamedTempFile;
 use super::daemon;
 use super::output::Output;
 use super::progress::Progress;
-use super::select::Selection;
-use super::{CheckArgs, CheckFormat, CliError, FAILURE, SUCCESS, TellArgs};
+use super::select::{Selection, matches};
+use super::{CheckArgs, CheckFormat, CliError, External, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
 use crate::report::{self, Cell, Facts, ImageSource, Report};
 
@@ -38,17 +38,17 @@ impl From<ImageError> for CliError {
 
 /// Runs the cells that `args` selects, tells the result, and returns the exit code.
 ///
-/// `daemon` is a device that is not ours, and what is expected of it.
-pub(super) fn run(args: &CheckArgs, daemon: Option<(&str, Option<&str>)>, output: &mut Output) -> Result<u8, CliError> {
-    let (targets, expected) = match daemon {
-        Some((target, expect)) => daemon::select(args, target, expect)?,
+/// `external` is a device that is not ours.
+pub(super) fn run(args: &CheckArgs, external: Option<External<'_>>, output: &mut Output) -> Result<u8, CliError> {
+    let (targets, expected) = match external {
+        Some(external) => daemon::select(args, external)?,
         None => (select(args)?, None),
     };
     let image = the_image(args, &targets)?;
     let page = args.tell.report.as_deref().map(Page::create).transpose()?;
 
     let begun = Instant::now();
-    let (mut cells, source) = run_cells(&targets, image.as_ref(), expected.as_ref(), args.tell.quiet)?;
+    let (mut cells, source) = run_cells(&targets, image.as_ref(), expected.as_ref(), (&args.case, args.tell.quiet))?;
     if args.lab {
         cells.extend(super::lab::cells(args.tell.quiet)?);
     }
@@ -131,9 +131,16 @@ fn run_cells(
     targets: &[Arc<dyn Target>],
     image: Option<&Image>,
     expected: Option<&Expectations>,
-    quiet: bool,
+    (asked, quiet): (&[String], bool),
 ) -> Result<(Vec<Cell>, Option<ImageSource>), CliError> {
-    let cases = cases::all();
+    let daemons = targets.iter().any(|target| target.cell().hypervisor == daemon::HYPERVISOR);
+    let mut cases = if daemons { cases::of_daemons() } else { cases::all() };
+    if !asked.is_empty() {
+        cases.retain(|case| asked.iter().any(|pattern| matches(pattern, case.name)));
+        if cases.is_empty() {
+            return Err(CliError::Mistake(format!("there is no case {}", asked.join(" or "))));
+        }
+    }
     let steps: usize = targets.iter().map(|target| steps(&**target, &cases)).sum();
     let progress = Progress::new(steps, quiet);
     let run = |target: &Arc<dyn Target>| {

@@ -6,11 +6,11 @@ use std::sync::Arc;
 
 use polyvirt_conformance::cases;
 use polyvirt_conformance::cells::Kind;
-use polyvirt_conformance::daemon::{Daemon, Expectations};
+use polyvirt_conformance::daemon::{Daemon, Expectations, Process};
 use polyvirt_conformance::suite::Target;
 
 use super::select::Selection;
-use super::{CheckArgs, CliError};
+use super::{CheckArgs, CliError, External};
 
 /// What stands in the place of a hypervisor's name.
 pub(super) const HYPERVISOR: &str = "daemon";
@@ -18,8 +18,9 @@ pub(super) const HYPERVISOR: &str = "daemon";
 /// The cells of a daemon, and what is known of it.
 pub(super) type Known = (Vec<Arc<dyn Target>>, Option<Expectations>);
 
-/// The cells of the daemon that `target` names, and what is known of it.
-pub(super) fn select(args: &CheckArgs, target: &str, expect: Option<&str>) -> Result<Known, CliError> {
+/// The cells of the daemon that `external` names, and what is known of it.
+pub(super) fn select(args: &CheckArgs, external: External<'_>) -> Result<Known, CliError> {
+    let External { target, expect, command } = external;
     let mistake = |sentence: String| CliError::Mistake(sentence);
     let Some(("vhost-user", path)) = target.split_once(':') else {
         return Err(mistake(format!("'{target}' is no target: expected vhost-user:PATH")));
@@ -39,12 +40,14 @@ pub(super) fn select(args: &CheckArgs, target: &str, expect: Option<&str>) -> Re
         }
     };
     let socket = PathBuf::from(path);
-    let formats = Daemon::formats(socket.clone(), kind).map_err(mistake)?;
+    let process = command.map(|command| Arc::new(Process::new(command.into(), socket.clone())));
+    let formats = Daemon::formats(socket.clone(), kind, process.clone()).map_err(mistake)?;
     let rings = Selection::new("ring format", &args.ring, &formats.iter().map(|ring| ring.name()).collect::<Vec<_>>())?;
     let expected = expect.map(|name| expectations(name, kind)).transpose()?;
     let targets = formats.into_iter().filter(|ring| rings.has(ring.name())).map(|ring| {
         let known = expected.iter().flat_map(|expected| expected.cases.keys());
-        Arc::new(Daemon::new(socket.clone(), kind, ring).known_to_fail(known)) as Arc<dyn Target>
+        Arc::new(Daemon::new(socket.clone(), kind, ring).started_by(process.clone()).known_to_fail(known))
+            as Arc<dyn Target>
     });
     Ok((targets.collect(), expected))
 }
@@ -57,7 +60,7 @@ fn expectations(name: &str, kind: Kind) -> Result<Expectations, CliError> {
             CliError::Mistake(format!("expectations '{name}': {error}; those that come with the program: {known}"))
         })?,
     };
-    let expected = Expectations::parse(&text, &cases::all())
+    let expected = Expectations::parse(&text, &cases::of_daemons())
         .map_err(|error| CliError::Mistake(format!("expectations '{name}': {error}")))?;
     match expected.device == kind.name() {
         true => Ok(expected),

@@ -98,6 +98,10 @@ struct CheckCommand {
     /// The deviations that are known of TARGET: the name of a list that comes with the program, or a file
     #[arg(long, value_name = "NAME|FILE", requires = "target")]
     expect: Option<String>,
+    /// Start TARGET by this line of the shell, in which {socket} stands for its path: then the suite can kill it too, and
+    /// judges what it does when it comes back
+    #[arg(long, value_name = "COMMAND", requires = "target")]
+    daemon: Option<String>,
     #[command(flatten)]
     args: CheckArgs,
 }
@@ -116,6 +120,9 @@ struct CheckArgs {
     /// Only these formats of rings
     #[arg(long, value_name = "NAME,…", value_delimiter = ',')]
     ring: Vec<String>,
+    /// Only these cases; * stands for any text
+    #[arg(long, value_name = "GLOB,…", value_delimiter = ',')]
+    case: Vec<String>,
     /// Carry a copy of this disk image through every block cell; without it, a generated one
     #[arg(long, value_name = "FILE")]
     image: Option<PathBuf>,
@@ -155,10 +162,22 @@ enum CheckFormat {
     Junit,
 }
 
+/// A device that is not ours.
+#[derive(Clone, Copy)]
+struct External<'a> {
+    /// Where it is.
+    target: &'a str,
+    /// What is known of it.
+    expect: Option<&'a str>,
+    /// What starts it.
+    command: Option<&'a str>,
+}
+
 impl CheckCommand {
-    /// The target, and what is expected of it.
-    fn target(&self) -> Option<(&str, Option<&str>)> {
-        self.target.as_deref().map(|target| (target, self.expect.as_deref()))
+    /// The target, and what is said about it.
+    fn external(&self) -> Option<External<'_>> {
+        let (expect, command) = (self.expect.as_deref(), self.daemon.as_deref());
+        self.target.as_deref().map(|target| External { target, expect, command })
     }
 }
 
@@ -192,7 +211,7 @@ fn run_command() -> ExitCode {
     let mut output = Output::standard();
     let done = match cli.command {
         None => check::run(&cli.check, None, &mut output),
-        Some(Command::Check(command)) => check::run(&command.args, command.target(), &mut output),
+        Some(Command::Check(command)) => check::run(&command.args, command.external(), &mut output),
         Some(Command::List { format }) => list::run(format, &mut output),
         Some(Command::Boot(args)) => boot::run(&args, &mut output),
         Some(Command::Serve(args)) => serve::run(&args, &mut output),

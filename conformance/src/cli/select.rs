@@ -22,6 +22,21 @@ impl<'a> Selection<'a> {
     }
 }
 
+/// Whether `name` is what `pattern` says, in which `*` stands for any text.
+pub(super) fn matches(pattern: &str, name: &str) -> bool {
+    let Some((first, rest)) = pattern.split_once('*') else { return pattern == name };
+    let Some(mut left) = name.strip_prefix(first) else { return false };
+    let mut parts = rest.split('*').peekable();
+    while let Some(part) = parts.next() {
+        if parts.peek().is_none() {
+            return left.ends_with(part);
+        }
+        let Some(at) = left.find(part) else { return false };
+        left = &left[at + part.len()..];
+    }
+    true
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -43,5 +58,17 @@ mod tests {
         let asked = ["blk".to_owned(), "disk".to_owned()];
         let error = Selection::new("device", &asked, &["blk", "rng"]).map(|_| ()).unwrap_err();
         assert_eq!(error.to_string(), "there is no device 'disk': choose from blk, rng");
+    }
+
+    #[test]
+    fn a_star_stands_for_any_text() {
+        for (pattern, name) in
+            [("a/b", "a/b"), ("a/*", "a/b"), ("*", ""), ("*b", "a/b"), ("a*c*e", "abcde"), ("*/*", "/")]
+        {
+            assert!(matches(pattern, name), "{pattern} {name}");
+        }
+        for (pattern, name) in [("a/b", "a/bc"), ("a/*", "b/a/"), ("*b", "abc"), ("a*c*e", "abcd"), ("ab*ba", "aba")] {
+            assert!(!matches(pattern, name), "{pattern} {name}");
+        }
     }
 }

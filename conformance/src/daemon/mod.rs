@@ -1,34 +1,35 @@
 //! Someone else's device: a daemon behind a socket, which speaks vhost-user.
 
 mod expectations;
+pub mod front;
+mod process;
 
 use std::collections::BTreeSet;
 use std::io::{self, ErrorKind};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use polyvirt_core::Features;
-use polyvirt_core::memory::{Access, FlatMemory, GuestMemory};
+use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Pages};
 use polyvirt_core::transport::{Transport, TransportError};
 use polyvirt_hypervisors::FlatShare;
 use polyvirt_transports::vhost_user::{Driver, Guest, Options, memory_file};
 
 pub use expectations::{ExpectationError, Expectations};
+pub use process::{Process, SOCKET};
 
 use crate::cells::Kind;
-use crate::suite::{Case, Cell, Evidence, NO_VARIANT, RingFormat, Session, Target, Variant};
+use crate::suite::{Case, Cell, Evidence, NO_VARIANT, Objection, RingFormat, Session, Target, Variant};
+use front::Undriven;
 
 /// Guest memory of a session, bytes.
-const RAM: u64 = 8 << 20;
+pub const RAM: u64 = 8 << 20;
 /// Guest-physical address of it.
-const RAM_AT: u64 = 0x4000_0000;
+pub const RAM_AT: u64 = 0x4000_0000;
 
-/// How long a daemon may take until it listens again, and how often it is tried.
-const DIAL_WATCHDOG: Duration = Duration::from_secs(5);
-const DIAL_PAUSE: Duration = Duration::from_millis(5);
 /// How long a case waits for an event that is known not to come.
 const KNOWN_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -40,12 +41,47 @@ pub struct Daemon {
     ring: RingFormat,
     /// Cases that it is known to fail.
     known: BTreeSet<String>,
+    /// Its process, if the suite starts it.
+    process: Option<Arc<Process>>,
+}
+
+/// What a case needs that speaks the protocol itself, and kills the daemon.
+#[derive(Clone)]
+pub struct DaemonHandle {
+    socket: PathBuf,
+    process: Option<Arc<Process>>,
+    /// The memory of the session: its file, and as it is mapped here. It outlives connections and daemons.
+    pub ram: Arc<(OwnedFd, Pages)>,
+}
+
+impl DaemonHandle {
+    /// A new connection; the daemon is started if it does not run and the suite can.
+    pub fn connect(&self) -> io::Result<UnixStream> {
+        process::connect(&self.socket, self.process.as_ref())
+    }
+
+    /// Kills the daemon; a case is skipped if the suite did not start it.
+    pub fn kill(&self) -> Result<(), Objection> {
+        let process = self.process.as_ref().ok_or_else(process::not_ours)?;
+        process.kill().map_err(|error| Objection::failed("the daemon can be killed", error))
+    }
+
+    /// Skips a case that has to kill the daemon if the suite did not start it.
+    pub fn can_be_killed(&self) -> Result<(), Objection> {
+        self.process.as_ref().map(drop).ok_or_else(process::not_ours)
+    }
 }
 
 impl Daemon {
     /// The daemon that listens at `socket` and is a device of `kind`, driven with rings of `ring`.
     pub const fn new(socket: PathBuf, kind: Kind, ring: RingFormat) -> Self {
-        Self { socket, kind, ring, known: BTreeSet::new() }
+        Self { socket, kind, ring, known: BTreeSet::new(), process: None }
+    }
+
+    /// The suite starts it, as `process` says, and may kill it.
+    #[must_use]
+    pub fn started_by(self, process: Option<Arc<Process>>) -> Self {
+        Self { process, ..self }
     }
 
     /// It is known to fail these cases: most of them would wait for something that does not come.
@@ -56,11 +92,15 @@ impl Daemon {
     }
 
     /// The formats of rings that the daemon offers.
-    pub fn formats(socket: PathBuf, kind: Kind) -> Result<Vec<RingFormat>, String> {
+    pub fn formats(socket: PathBuf, kind: Kind, process: Option<Arc<Process>>) -> Result<Vec<RingFormat>, String> {
         // If there is no socket now, that is a mistake.
-        let first = dial(&socket, &[ErrorKind::ConnectionRefused]);
+        let missing = process.is_none() && !socket.exists();
+        let first = match missing {
+            true => Err(ErrorKind::NotFound.into()),
+            false => process::connect(&socket, process.as_ref()),
+        };
         let first = first.map_err(|error| format!("{}: {error}", socket.display()))?;
-        let daemon = Self::new(socket, kind, RingFormat::Split);
+        let daemon = Self::new(socket, kind, RingFormat::Split).started_by(process);
         // One connection, not two: some daemons listen anew for each, and one that comes too early is lost.
         let mut driver =
             daemon.connect(Some(first)).map_err(|error| format!("{}: {error}", daemon.socket.display()))?.0;
@@ -79,26 +119,24 @@ impl Daemon {
         let memory = Arc::new(FlatMemory::new([(RAM_AT, pages.clone())]));
         let share = Arc::new(FlatShare::new(RAM_AT, pages.clone()));
         let guest = Guest { share, regions: vec![(RAM_AT, file, pages)] };
-        let socket = self.socket.clone();
+        let (socket, process) = (self.socket.clone(), self.process.clone());
         let options = Options { queues: if self.kind == Kind::Console { 2 } else { 1 }, ..Options::default() };
         let first = std::cell::Cell::new(first);
-        let listens_again = [ErrorKind::NotFound, ErrorKind::ConnectionRefused];
-        let dial = Box::new(move || first.take().map_or_else(|| dial(&socket, &listens_again), Ok));
+        let dial = Box::new(move || first.take().map_or_else(|| process::connect(&socket, process.as_ref()), Ok));
         Ok((Driver::connect(dial, self.kind.device_type(), guest, options)?, memory))
     }
 }
 
-/// Connects to `socket`, and tries that again after an error of `passing`: a socket is there before its daemon listens,
-/// and some daemons take it away between two sessions.
-fn dial(socket: &Path, passing: &[ErrorKind]) -> io::Result<UnixStream> {
-    let begun = Instant::now();
-    loop {
-        match UnixStream::connect(socket) {
-            Err(error) if passing.contains(&error.kind()) && begun.elapsed() < DIAL_WATCHDOG => {
-                thread::sleep(DIAL_PAUSE);
-            }
-            done => return done,
-        }
+impl Daemon {
+    /// A session in which nobody has connected yet.
+    fn undriven(&self) -> Result<Session, String> {
+        let (file, pages) = memory_file("polyvirt", RAM).map_err(|error| error.to_string())?;
+        let share = Arc::new(FlatShare::new(RAM_AT, pages.clone()));
+        let transport = Undriven { device_type: self.kind.device_type(), share };
+        let mut session = Session::new(self.cell(), Box::new(transport), Box::new(()));
+        let (socket, process) = (self.socket.clone(), self.process.clone());
+        session.daemon = Some(DaemonHandle { socket, process, ram: Arc::new((file, pages)) });
+        Ok(session)
     }
 }
 
@@ -124,6 +162,9 @@ impl Target for Daemon {
     }
 
     fn session(&self, variant: Variant<'_>) -> Result<Session, String> {
+        if variant == Variant::Undriven {
+            return self.undriven();
+        }
         if variant != Variant::Plain {
             return Err(NO_VARIANT.into());
         }
@@ -147,6 +188,7 @@ impl Target for Daemon {
 mod tests {
     use std::io::Read;
     use std::os::unix::net::UnixListener;
+    use std::thread;
 
     use super::*;
 
@@ -162,7 +204,7 @@ mod tests {
             let mut header = [0; 12];
             connection.read_exact(&mut header).map(|()| header[0])
         });
-        assert!(Daemon::formats(socket, Kind::Rng).is_err(), "it does not answer");
+        assert!(Daemon::formats(socket, Kind::Rng, None).is_err(), "it does not answer");
         const SET_OWNER: u8 = 3;
         assert_eq!(daemon.join().unwrap().unwrap(), SET_OWNER);
     }

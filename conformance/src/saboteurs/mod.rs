@@ -19,6 +19,7 @@ mod parsers;
 mod pci;
 mod pci_driver;
 mod pci_interrupts;
+mod proxy;
 mod registers;
 mod rings;
 mod suspend;
@@ -31,6 +32,8 @@ use crate::cells::{
     Kind, Lguest, LguestPage, Local, Loopback, MemoryOf, Mmio, MmioLegacy, OnPci, Pci, PciLegacy, Port, Sabotage, Wire,
 };
 use crate::suite::{RingFormat, Target};
+
+pub use proxy::{BrokenDaemon, DAEMONS};
 
 /// Guest memory as a saboteur sees it: flat.
 type Memory = MemoryOf<Loopback>;

@@ -144,6 +144,9 @@ impl Applies {
     /// Over MMIO, through the legacy interface.
     pub const MMIO_LEGACY: Self = Self { transport: Some("mmio-legacy"), ..Self::LEGACY };
 
+    /// Against a daemon, over vhost-user.
+    pub const VHOST_USER: Self = Self { transport: Some("vhost-user"), ..Self::ANY };
+
     /// With one device type.
     pub const fn to(device: u32) -> Self {
         Self { device: Some(device), ..Self::ANY }
@@ -174,6 +177,8 @@ pub enum Variant<'a> {
     ReadOnly,
     /// A block device that serves this raw image.
     Image(&'a Path),
+    /// A daemon that nobody has connected to: the case speaks the protocol itself.
+    Undriven,
 }
 
 /// What a case says when it ends: a [`Finding`], or an [`Objection`] as soon as something is not as it should be.

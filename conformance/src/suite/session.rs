@@ -9,6 +9,7 @@ use polyvirt_core::transport::{Transport, TransportError};
 
 use super::role::{MakeRole, honest};
 use super::{Cell, Objection, Probe, Recorded, Trace};
+use crate::daemon::DaemonHandle;
 
 /// How long a case waits for an event if nobody says otherwise.
 const EVENT_WATCHDOG: Duration = Duration::from_secs(5);
@@ -38,6 +39,8 @@ pub struct Session {
     pub watchdog: Duration,
     /// Reads what the device would read at an address; false where it may not.
     pub peek: Option<Peek>,
+    /// The daemon that the device is; for targets that are daemons, and cases that speak to them themselves.
+    pub daemon: Option<DaemonHandle>,
     /// Panics of the device.
     pub alarm: Alarm,
     /// Dropped last: the machine.
@@ -60,6 +63,7 @@ impl Session {
             driver_role: honest,
             watchdog: EVENT_WATCHDOG,
             peek: None,
+            daemon: None,
             alarm: Alarm::default(),
             _machine: machine,
         }
@@ -74,6 +78,11 @@ impl Session {
     /// The probe; a case that needs it is skipped where there is none.
     pub fn probe(&self) -> Result<Probe, Objection> {
         self.probe.clone().ok_or_else(|| Objection::Skipped("the device's memory accesses cannot be observed".into()))
+    }
+
+    /// The daemon; a case that needs one is skipped where there is none.
+    pub fn daemon(&self) -> Result<DaemonHandle, Objection> {
+        self.daemon.clone().ok_or_else(|| Objection::Skipped("the device is no daemon".into()))
     }
 
     /// The registers; a case that needs them is skipped where there are none.
