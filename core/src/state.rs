@@ -357,6 +357,24 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.queue(index)?.broken()
     }
 
+    /// The device needs a reset, for a `reason` that its transport found: a queue that cannot be handed over.
+    pub fn fail(&mut self, reason: QueueError) {
+        self.reason = self.reason.or(Some(reason));
+        self.settle();
+    }
+
+    /// The device needs no reset any more, unless a queue is still latched: for transports on which a broken queue is
+    /// begun anew by a [`VirtioDevice::reset_queue`], without a reset of the device. Its other queues go on.
+    pub fn recover(&mut self) {
+        if self.reason.is_none() || self.queues.iter().flatten().any(|queue| queue.broken().is_some()) {
+            return;
+        }
+        self.reason = None;
+        self.status -= Status::DEVICE_NEEDS_RESET;
+        self.unserved.iter_mut().zip(&self.queues).for_each(|(unserved, queue)| *unserved = queue.is_some());
+        self.begin();
+    }
+
     /// Queue `index` back to its initial state, alone (2.6.1: VIRTIO_F_RING_RESET, or QueueReady = 0 on MMIO). When this
     /// returns, the device does not touch the queue's memory any more.
     pub fn reset_queue(&mut self, index: u16) {
@@ -491,7 +509,9 @@ impl<M: GuestMemory> VirtioDevice<M> {
     }
 
     fn start_queue(&mut self, index: u16) {
-        let Some(QueueSetup { max_size, size, areas, saved, .. }) = self.setup(index).cloned() else { return };
+        let Some(QueueSetup { max_size, size, areas, saved, .. }) = self.setup(index).cloned() else {
+            return;
+        };
         let layout = match self.interface {
             Interface::Modern if self.accepted.contains(Features::RING_PACKED) => Layout::Packed,
             Interface::Modern => Layout::Modern,
