@@ -131,6 +131,12 @@ impl Backend {
         self.begin();
     }
 
+    /// A session panicked: what is in flight is given up, since nobody knows how far it is, and the device begins anew.
+    pub(super) fn give_up(&mut self) {
+        self.state.reset();
+        self.begin();
+    }
+
     /// Fails if memory of the front end went away.
     pub(super) fn check_memory(&self) -> Result<(), ServeError> {
         if let Some((guest, size)) = self.memory.lost() {

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -79,8 +80,19 @@ pub fn listen(
 impl Backend {
     /// Serves one connection until its end. The device is as before afterwards, and can be served again.
     pub fn serve(&mut self, socket: UnixStream, stop: &Stop) -> Result<Ended, ServeError> {
-        let done = self.session(socket, stop);
-        self.end();
+        // The device is reset whatever it panicked about, which is all that has to hold then. If it cannot even be reset,
+        // that panic goes on: there is nothing left to serve.
+        let work = AssertUnwindSafe(|| {
+            let done = self.session(socket, stop);
+            self.end();
+            done
+        });
+        let done = catch_unwind(work).unwrap_or_else(|panic| {
+            self.give_up();
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let what = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("of a kind of its own");
+            Err(ServeError::Panicked { what: what.into() })
+        });
         match done {
             Err(ServeError::Connection(ConnectionError::Closed)) => Ok(Ended::Closed),
             done => done,

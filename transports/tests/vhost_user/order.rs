@@ -179,3 +179,21 @@ fn absurd_bytes_about_what_is_in_flight_end_the_session_or_break_the_queue() {
     }
     server.check();
 }
+
+#[test]
+fn a_device_that_panics_ends_its_session_and_not_the_server() {
+    let server = Server::start();
+    for features in [Features::empty(), Features::RING_PACKED] {
+        let mut front = begun(&server, features);
+        let mut queue = front.queue(0);
+        server.device.keep(true);
+        queue.send(&front.ram, 0, b"in flight, for ever");
+        front.ask::<u64>(Request::GetFeatures, &[]);
+        server.device.panic();
+        queue.send(&front.ram, 1, b"the last straw");
+        front.closed();
+        assert_eq!(server.ended(), Err(ServeError::Panicked { what: "as it was told".into() }));
+        server.device.keep(false);
+        server.check();
+    }
+}

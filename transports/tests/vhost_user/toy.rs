@@ -33,6 +33,7 @@ pub(crate) struct Handle(Arc<Mutex<State>>);
 struct State {
     read: Vec<Vec<u8>>,
     keeps: bool,
+    panics: bool,
     config: Option<u8>,
     waker: Option<Waker>,
 }
@@ -51,6 +52,11 @@ impl Handle {
             state.waker.clone()
         };
         waker.inspect(Waker::wake_by_ref);
+    }
+
+    /// The device panics at the next request.
+    pub(crate) fn panic(&self) {
+        self.lock().panics = true;
     }
 
     /// Changes the first byte of the configuration.
@@ -81,6 +87,10 @@ impl Toy {
             chain.read(0, &mut bytes).unwrap();
             chain.write(0, &vec![FILL; chain.writable_len() as usize]).unwrap();
             let mut state = self.handle.lock();
+            if std::mem::take(&mut state.panics) {
+                drop(state);
+                panic!("as it was told");
+            }
             state.read.push(bytes);
             if state.keeps {
                 self.kept.push((index, chain));
