@@ -102,6 +102,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // A session ends when what is in flight is done.
+        self.device.keep(false);
         self.stop.stop();
         let done = self.thread.take().unwrap().join();
         assert!(done.is_ok() || std::thread::panicking(), "the server panicked");

@@ -6,6 +6,8 @@
 pub(super) mod packed;
 pub(super) mod split;
 
+use std::sync::atomic::Ordering;
+
 use polyvirt_core::memory::{MemoryError, Owner, Pages, Words};
 
 /// Every queue's part begins at a multiple of this.
@@ -38,6 +40,6 @@ fn part(memory: &Pages, index: u16, entries: u16, packed: bool) -> Result<Words<
 /// Nothing is known of queue `index` any more: it begins anew.
 pub(super) fn forget(memory: &Pages, index: u16, entries: u16, packed: bool) {
     if let Ok(words) = part(memory, index, entries, packed) {
-        words.store(AT_VERSION, 0u16, std::sync::atomic::Ordering::Release);
+        words.store(AT_VERSION, 0u16, Ordering::Release);
     }
 }
