@@ -7,6 +7,7 @@ use std::task::{Wake, Waker};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use polyvirt_core::device::Device;
+use polyvirt_core::hypervisor::{Cause, Interrupt as _};
 use polyvirt_core::memory::Pages;
 use polyvirt_core::queue::MAX_QUEUE_SIZE;
 use polyvirt_core::state::{Interface, VirtioDevice};
@@ -241,7 +242,13 @@ impl Backend {
             }
             R::SetVringCall => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
+                let moved = fd.is_some() && self.rings[index].running;
                 self.calls.set_call(index, fd);
+                if moved {
+                    // A call may have gone where nobody looks any more: QEMU starts a queue before it says which descriptor
+                    // it listens to.
+                    self.calls.raise(Cause::Queue(index as u16));
+                }
             }
             R::SetVringErr => {
                 let (index, fd) = self.ring_fd(&body, fds)?;

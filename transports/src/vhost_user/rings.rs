@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
+use polyvirt_core::hypervisor::{Cause, Interrupt as _};
 use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
 use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, Position, USED};
 use polyvirt_core::queue::split::layout::{descriptors_len, device_len, driver_len};
@@ -23,6 +24,15 @@ use super::messages::*;
 
 /// The areas of a queue: address, bytes, and what the device does there.
 type Areas = [(u64, u64, Access); 3];
+
+/// Whether it is known to memory that outlives this process what is in flight of a queue.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// From now on, at most.
+    FromNow,
+    /// It was before, too.
+    Before,
+}
 
 impl Backend {
     /// Begins or ends to serve queue `index`, as what is known about it by now demands.
@@ -112,7 +122,9 @@ impl Backend {
         let Some(areas) = self.areas(index)? else { return Ok(()) };
         let [(descriptors, ..), _, (used, ..)] = areas;
         let state = self.resumed(self.rings[index].base, descriptors, used);
-        let saved = self.book(index, areas, SavedQueue { state, in_flight: vec![] })?;
+        let (saved, kept) = self.book(index, areas, SavedQueue { state, in_flight: vec![] })?;
+        let layout = if self.packed() { Layout::Packed } else { Layout::Modern };
+        let anew = kept != Kept::Before && saved.state == QueueState::start(layout);
         tracing::info!(index, entries, ?saved, "a queue starts");
         let queue = index as u16;
         self.state.set_queue_size(queue, entries);
@@ -127,12 +139,17 @@ impl Backend {
         }
         (self.rings[index].running, self.rings[index].broken) = (true, false);
         self.tell_broken();
+        if !anew {
+            // Whoever had the queue before may have died between a used buffer and the call for it. What the driver says
+            // about calls does not count here: with EVENT_IDX it names a buffer that lies behind us already.
+            self.calls.raise(Cause::Queue(queue));
+        }
         Ok(())
     }
 
     /// Has a book kept of what is in flight of queue `index`, if there is memory for it: where the queue goes on, which is
     /// `saved` if nothing else is known.
-    fn book(&mut self, index: usize, areas: Areas, mut saved: SavedQueue) -> Result<SavedQueue, String> {
+    fn book(&mut self, index: usize, areas: Areas, mut saved: SavedQueue) -> Result<(SavedQueue, Kept), String> {
         let [(descriptors, descriptors_len, _), (available, driver_len, _), (used, device_len, _)] = areas;
         let log = self.rings[index].log.clone();
         let packed = self.packed();
@@ -147,8 +164,9 @@ impl Backend {
             if !packed {
                 self.memory.watch(vec![(used, Watch::Used(log, None))]);
             }
-            return Ok(saved);
+            return Ok((saved, Kept::FromNow));
         };
+        let knows = inflight::knows(memory, queue, area.entries, packed);
         let pages = |address, len| {
             self.memory.pages(address, len).ok_or_else(|| String::from("it is not in memory, or in several pieces"))
         };
@@ -168,7 +186,7 @@ impl Backend {
             let used_watch = Watch::Used(log, Some(tracker.clone()));
             self.memory.watch(vec![(available, Watch::Available(tracker)), (used, used_watch)]);
         }
-        Ok(saved)
+        Ok((saved, if knows { Kept::Before } else { Kept::FromNow }))
     }
 
     /// Writes what is in flight to where the driver had it: behind what is used. There it is taken again like everything

@@ -129,6 +129,11 @@ impl Ram {
         Self { file: file.try_clone().unwrap().into(), pages }
     }
 
+    /// The same memory, for another front end.
+    pub(crate) fn again(&self) -> Self {
+        Self { file: self.file.try_clone().unwrap(), pages: self.pages.clone() }
+    }
+
     /// As the other side is told.
     pub(crate) fn region(&self) -> Region {
         Region { guest: RAM_AT, size: RAM, user: self.user(0), offset: 0 }

@@ -6,7 +6,7 @@ use polyvirt_core::Features;
 use polyvirt_transports::vhost_user::messages::*;
 use polyvirt_transports::vhost_user::{Ended, ServeError, map, memory_file};
 
-use crate::front::{Front, SIZE, Server};
+use crate::front::{Front, SIZE, Server, event, wait_for};
 
 const FORMATS: [Features; 2] = [Features::VERSION_1, Features::VERSION_1.union(Features::RING_PACKED)];
 
@@ -113,4 +113,70 @@ fn a_queue_that_begins_elsewhere_than_it_ended_begins_anew() {
         drop(front);
         assert_eq!(server.ended(), Ok(Ended::Closed));
     }
+}
+
+#[test]
+fn a_queue_that_goes_on_is_called_once_for_what_was_used_before() {
+    for features in FORMATS {
+        for features in [features, features | Features::EVENT_IDX] {
+            for kept in [false, true] {
+                let server = Server::start();
+                let mut front = begun(&server, features);
+                let book = kept.then(|| {
+                    front.send(Request::GetInflightFd, &ASKED.to_bytes(), &[]);
+                    let mut answer = front.answer();
+                    (answer.fds.remove(0), InflightArea::from_bytes(&answer.payload))
+                });
+                let mut queue = front.queue(0);
+                queue.send(&front.ram, 0, b"used");
+                // As if its back end had died before it called.
+                queue.called();
+                let ram = front.ram.again();
+                drop(front);
+                assert_eq!(server.ended(), Ok(Ended::Closed));
+                let mut front = server.connect();
+                front.ram = ram;
+                front.begin(features, ProtocolFeatures::INFLIGHT_SHMFD);
+                if let Some((book, area)) = &book {
+                    front.tell(Request::SetInflightFd, &area.to_bytes(), &[book.as_fd()]);
+                }
+                front.start(&queue, if features.contains(Features::RING_PACKED) { 0x8002_8002 } else { 1 });
+                queue.called();
+                assert_eq!(queue.wait(1), [0]);
+                drop(front);
+                assert_eq!(server.ended(), Ok(Ended::Closed));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_queue_that_begins_is_not_called_for_nothing() {
+    let server = Server::start();
+    for features in FORMATS {
+        let mut front = begun(&server, features);
+        front.send(Request::GetInflightFd, &ASKED.to_bytes(), &[]);
+        front.answer();
+        let queue = front.queue(0);
+        front.ask::<u64>(Request::GetFeatures, &[]);
+        assert!(queue.call.read().is_err());
+        drop(front);
+        assert_eq!(server.ended(), Ok(Ended::Closed));
+    }
+}
+
+#[test]
+fn who_listens_elsewhere_from_now_on_is_called_there() {
+    let server = Server::start();
+    let mut front = begun(&server, FORMATS[0]);
+    let mut queue = front.queue(0);
+    queue.send(&front.ram, 0, b"used");
+    wait_for(&queue.call);
+    // QEMU does not look at the descriptor that it had before.
+    queue.call = event();
+    front.tell(Request::SetVringCall, &0u64.to_bytes(), &[queue.call.as_fd()]);
+    queue.called();
+    assert_eq!(queue.wait(1), [0]);
+    drop(front);
+    assert_eq!(server.ended(), Ok(Ended::Closed));
 }
