@@ -75,6 +75,8 @@ struct QueueSetup {
     enabled: bool,
     /// Where the device goes on, if not at the beginning.
     saved: Option<SavedQueue>,
+    /// Whether buffers are used in order although that was not negotiated.
+    in_order: bool,
 }
 
 impl<M: GuestMemory> VirtioDevice<M> {
@@ -334,6 +336,15 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
     }
 
+    /// Buffers of queue `index` are used in the order in which they were made available, whether that was negotiated or
+    /// not: then the used index alone tells what is in flight, to whoever goes on with the queue. Ignored while the queue
+    /// is enabled.
+    pub fn keep_queue_order(&mut self, index: u16) {
+        if let Some(setup) = self.disabled(index) {
+            setup.in_order = true;
+        }
+    }
+
     /// From now on the device takes nothing from queue `index`, but finishes what it has: poll until
     /// [nothing is in flight](Self::queue_in_flight). [`VirtioDevice::reset_queue`] ends that.
     pub fn hold_queue(&mut self, index: u16) {
@@ -509,7 +520,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
     }
 
     fn start_queue(&mut self, index: u16) {
-        let Some(QueueSetup { max_size, size, areas, saved, .. }) = self.setup(index).cloned() else {
+        let Some(QueueSetup { max_size, size, areas, saved, in_order, .. }) = self.setup(index).cloned() else {
             return;
         };
         let layout = match self.interface {
@@ -527,7 +538,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     layout,
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
-                    in_order: self.accepted.contains(Features::IN_ORDER),
+                    in_order: in_order || self.accepted.contains(Features::IN_ORDER),
                 };
                 match saved {
                     Some(saved) => Queue::restore(self.memory.clone(), config, &saved),
@@ -612,7 +623,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, saved: None }
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, saved: None, in_order: false }
     }
 }
 

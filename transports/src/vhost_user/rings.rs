@@ -28,7 +28,11 @@ type Areas = [(u64, u64, Access); 3];
 /// Whether it is known to memory that outlives this process what is in flight of a queue.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kept {
-    /// From now on, at most.
+    /// It is not, and the front end did not ask.
+    Unasked,
+    /// It is not: that memory is too short.
+    No,
+    /// From now on.
     FromNow,
     /// It was before, too.
     Before,
@@ -132,6 +136,9 @@ impl Backend {
             self.state.set_queue_address(queue, area, address);
         }
         self.state.set_saved_queue(queue, saved);
+        if kept == Kept::No && !self.packed() {
+            self.state.keep_queue_order(queue);
+        }
         self.state.enable_queue(queue);
         self.memory.unwatch();
         if self.state.queue_state(queue).is_none() {
@@ -154,19 +161,26 @@ impl Backend {
         let log = self.rings[index].log.clone();
         let packed = self.packed();
         let (queue, entries) = (index as u16, self.rings[index].entries);
-        // QEMU makes memory for rings of the length it was started with, and over mmio the driver may choose longer ones. Of a
-        // packed ring no part can be kept: what is in flight goes round all of it.
-        let kept = |area: &InflightArea| queue < area.queues && (!packed || u32::from(area.entries) >= entries);
-        let Some((memory, area)) = self.inflight.as_ref().filter(|(_, area)| kept(area)) else {
-            if self.inflight.is_some() {
-                tracing::warn!(index, "the ring is longer than the memory for what is in flight: that is not kept");
+        let book = self.inflight.as_ref().filter(|(_, area)| queue < area.queues);
+        let knows = book.is_some_and(|(memory, area)| inflight::knows(memory, queue, area.entries, packed));
+        // QEMU makes memory for rings of the length it was started with, and over mmio the driver may choose longer ones.
+        let Some((memory, area)) = book.filter(|(_, area)| u32::from(area.entries) >= entries) else {
+            if knows {
+                return Err("more may be in flight than the memory for that can tell".into());
             }
             if !packed {
                 self.memory.watch(vec![(used, Watch::Used(log, None))]);
             }
-            return Ok((saved, Kept::FromNow));
+            if book.is_none() {
+                return Ok((saved, Kept::Unasked));
+            }
+            tracing::warn!(index, "the ring is longer than the memory for what is in flight: that is not kept");
+            // Used in order, what is in flight is what is available behind the used index, whoever is killed.
+            if !packed {
+                saved.state.available = saved.state.used;
+            }
+            return Ok((saved, Kept::No));
         };
-        let knows = inflight::knows(memory, queue, area.entries, packed);
         let pages = |address, len| {
             self.memory.pages(address, len).ok_or_else(|| String::from("it is not in memory, or in several pieces"))
         };

@@ -33,6 +33,8 @@ pub(crate) struct Handle(Arc<Mutex<State>>);
 struct State {
     read: Vec<Vec<u8>>,
     keeps: bool,
+    /// How many of those that it keeps come back, the last first.
+    release: usize,
     panics: bool,
     config: Option<u8>,
     waker: Option<Waker>,
@@ -49,6 +51,16 @@ impl Handle {
         let waker = {
             let mut state = self.lock();
             state.keeps = keeps;
+            state.waker.clone()
+        };
+        waker.inspect(Waker::wake_by_ref);
+    }
+
+    /// Has one come back of those that the device keeps: the last.
+    pub(crate) fn release_last(&self) {
+        let waker = {
+            let mut state = self.lock();
+            state.release += 1;
             state.waker.clone()
         };
         waker.inspect(Waker::wake_by_ref);
@@ -135,7 +147,12 @@ impl Device<Memory> for Toy {
             self.config[0] = byte;
             queues.config_changed();
         }
-        while !self.handle.lock().keeps
+        let gives = |state: &mut State| {
+            let released = state.release.checked_sub(1);
+            state.release = released.unwrap_or(0);
+            !state.keeps || released.is_some()
+        };
+        while gives(&mut self.handle.lock())
             && let Some((index, chain)) = self.kept.pop()
         {
             queues.get(index).unwrap().complete(chain).unwrap();
