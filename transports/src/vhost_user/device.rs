@@ -63,6 +63,8 @@ pub(super) struct Ring {
     pub(super) enabled: bool,
     /// Whether the device has the queue.
     pub(super) running: bool,
+    /// Whether kicks do not come: the device looks by itself.
+    pub(super) polled: bool,
     /// Whether it is broken, which was told: latched, if it runs; else it cannot be taken as it is set up.
     pub(super) broken: bool,
     /// What [`Request::GetVringBase`] told.
@@ -228,7 +230,7 @@ impl Backend {
                 let index = self.index(&body)?.0;
                 self.stop(index);
                 let ring = self.set_up(index);
-                (ring.started, ring.kick) = (false, None);
+                (ring.started, ring.polled, ring.kick) = (false, false, None);
                 let num = self.rings[index].base.unwrap_or_else(|| self.first_base());
                 self.rings[index].handed_back = Some(num);
                 return Ok(Reply::new(&VringState { index: index as u32, num }));
@@ -236,8 +238,8 @@ impl Backend {
             R::SetVringKick => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
                 let ring = self.set_up(index);
+                (ring.started, ring.polled) = (true, fd.is_none());
                 ring.kick = fd.map(never_block);
-                ring.started = true;
                 self.update(index)?;
             }
             R::SetVringCall => {
@@ -423,7 +425,8 @@ impl Backend {
         for index in 0..self.rings.len() {
             self.forget_inflight(index);
             let ring = &mut self.rings[index];
-            (ring.started, ring.enabled, ring.base, ring.broken) = (false, false, None, false);
+            (ring.started, ring.enabled, ring.base) = (false, false, None);
+            (ring.polled, ring.broken) = (false, false);
         }
         self.implied = false;
         self.state.reset();

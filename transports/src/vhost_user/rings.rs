@@ -390,6 +390,13 @@ impl Backend {
         (0..self.rings.len()).for_each(|index| self.stop(index));
     }
 
+    /// Where the device is in the queues that it looks at by itself: it has to, for as long as there is one.
+    pub(super) fn polled(&self) -> Vec<(usize, QueueState)> {
+        let running = self.state.is_running();
+        let rings = self.rings.iter().enumerate().filter(|(_, ring)| running && ring.running && ring.polled);
+        rings.filter_map(|(index, _)| Some((index, self.state.queue_state(index as u16)?))).collect()
+    }
+
     pub(super) fn tell_broken(&mut self) {
         for (index, ring) in self.rings.iter_mut().enumerate().filter(|(_, ring)| ring.running && !ring.broken) {
             if let Some(reason) = self.state.queue_broken(index as u16) {

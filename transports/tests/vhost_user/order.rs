@@ -313,6 +313,32 @@ fn absurd_bytes_about_what_is_in_flight_break_the_queue_at_most() {
 }
 
 #[test]
+fn a_queue_without_a_descriptor_for_kicks_is_polled() {
+    for features in [Features::empty(), Features::RING_PACKED] {
+        let server = Server::start();
+        let mut front = begun(&server, features);
+        let mut queue = Queue::new(&front, 0);
+        front.set_up(&queue, first(features));
+        front.tell(Request::SetVringKick, &VRING_NOFD.to_bytes(), &[]);
+        front.enable(0, 1);
+        for slot in [0, 1, 2] {
+            // Its event was not handed over.
+            queue.send(&front.ram, slot, b"no kick");
+            assert_eq!(queue.wait(1), [slot]);
+        }
+        // Once it is stopped it is looked at no more; by kicks it goes on.
+        let base = front.stop(0);
+        queue.send(&front.ram, 3, b"nobody looks");
+        front.ask::<u64>(Request::GetFeatures, &[]);
+        assert_eq!(server.device.read().len(), 3);
+        front.start(&queue, base);
+        assert_eq!(queue.wait(1), [3]);
+        drop(front);
+        assert_eq!(server.ended(), Ok(Ended::Closed));
+    }
+}
+
+#[test]
 fn a_device_that_panics_ends_its_session_and_not_the_server() {
     let server = Server::start();
     for features in [Features::empty(), Features::RING_PACKED] {
