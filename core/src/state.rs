@@ -77,6 +77,8 @@ struct QueueSetup {
     enabled: bool,
     /// Where the device goes on, if not at the beginning.
     saved: Option<SavedQueue>,
+    /// Whether buffers are used in order although that was not negotiated.
+    in_order: bool,
 }
 
 impl<M: GuestMemory> VirtioDevice<M> {
@@ -350,6 +352,15 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
     }
 
+    /// Buffers of queue `index` are used in the order in which they were made available, whether that was negotiated or
+    /// not: then the used index alone tells what is in flight, to whoever goes on with the queue. Ignored while the queue
+    /// is enabled.
+    pub fn keep_queue_order(&mut self, index: u16) {
+        if let Some(setup) = self.disabled(index) {
+            setup.in_order = true;
+        }
+    }
+
     /// From now on the device takes nothing from queue `index`, but finishes what it has: poll until
     /// [nothing is in flight](Self::queue_in_flight). [`VirtioDevice::reset_queue`] ends that.
     pub fn hold_queue(&mut self, index: u16) {
@@ -371,6 +382,24 @@ impl<M: GuestMemory> VirtioDevice<M> {
     /// Why queue `index` alone is latched; none while it works.
     pub fn queue_broken(&self, index: u16) -> Option<QueueError> {
         self.queue(index)?.broken()
+    }
+
+    /// The device needs a reset, for a `reason` that its transport found: a queue that cannot be handed over.
+    pub fn fail(&mut self, reason: QueueError) {
+        self.reason = self.reason.or(Some(reason));
+        self.settle();
+    }
+
+    /// The device needs no reset any more, unless a queue is still latched: for transports on which a broken queue is
+    /// begun anew by a [`VirtioDevice::reset_queue`], without a reset of the device. Its other queues go on.
+    pub fn recover(&mut self) {
+        if self.reason.is_none() || self.queues.iter().flatten().any(|queue| queue.broken().is_some()) {
+            return;
+        }
+        self.reason = None;
+        self.status -= Status::DEVICE_NEEDS_RESET;
+        self.unserved.iter_mut().zip(&self.queues).for_each(|(unserved, queue)| *unserved = queue.is_some());
+        self.begin();
     }
 
     /// Queue `index` back to its initial state, alone (2.6.1: VIRTIO_F_RING_RESET, or QueueReady = 0 on MMIO). When this
@@ -507,7 +536,9 @@ impl<M: GuestMemory> VirtioDevice<M> {
     }
 
     fn start_queue(&mut self, index: u16) {
-        let Some(QueueSetup { max_size, size, areas, saved, .. }) = self.setup(index).cloned() else { return };
+        let Some(QueueSetup { max_size, size, areas, saved, in_order, .. }) = self.setup(index).cloned() else {
+            return;
+        };
         let layout = match self.interface {
             Interface::Modern if self.accepted.contains(Features::RING_PACKED) => Layout::Packed,
             Interface::Modern => Layout::Modern,
@@ -523,7 +554,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     layout,
                     event_idx: self.accepted.contains(Features::EVENT_IDX),
                     indirect: self.accepted.contains(Features::INDIRECT_DESC),
-                    in_order: self.accepted.contains(Features::IN_ORDER),
+                    in_order: in_order || self.accepted.contains(Features::IN_ORDER),
                 };
                 match saved {
                     Some(saved) => Queue::restore(self.memory.clone(), config, &saved),
@@ -611,7 +642,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, saved: None }
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, saved: None, in_order: false }
     }
 }
 

@@ -142,7 +142,7 @@ impl Driver {
     /// Acknowledges what was used. How many.
     pub(crate) fn reap(&mut self) -> usize {
         let mut count = 0;
-        while let Some(slot) = self.used() {
+        while let Some(slot) = self.used(self.get(LAST) as u16) {
             let number = self.get(place(slot) + 1);
             match self.state(slot) {
                 PUBLISHED => {
@@ -163,9 +163,18 @@ impl Driver {
         count
     }
 
-    /// The slot that was used next.
-    fn used(&self) -> Option<u16> {
-        let last = self.get(LAST) as u16;
+    /// Whether everything in flight is used, though not acknowledged.
+    pub(crate) fn is_all_used(&self) -> bool {
+        let mut left = (0..SLOTS).filter(|slot| self.state(*slot) != FREE).count();
+        let mut last = self.get(LAST) as u16;
+        while left > 0 && self.used(last).is_some() {
+            (left, last) = (left - 1, self.behind(last));
+        }
+        left == 0
+    }
+
+    /// The slot that was used at `last`.
+    fn used(&self, last: u16) -> Option<u16> {
         let slot = if self.packed {
             let at = Position::unpack(last);
             let tail = Tail::from_word(self.words.load(2 * usize::from(at.index()) + 1, Ordering::Acquire));

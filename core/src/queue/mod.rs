@@ -228,6 +228,10 @@ pub enum QueueError {
         /// Entries.
         size: u16,
     },
+    /// (Device role) the transport cannot hand the queue over: its rings are in no memory, or what is said to be in flight
+    /// is nonsense.
+    #[error("the queue cannot be handed over")]
+    HandOver,
     /// (Driver role) the device returned something that is not in flight.
     #[error("the device returned {id}, which is not in flight")]
     UsedId {

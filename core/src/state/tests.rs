@@ -541,6 +541,43 @@ fn a_broken_ring_asks_for_a_reset_once_and_is_left_alone() {
 }
 
 #[test]
+fn a_device_whose_broken_queue_is_gone_goes_on_if_its_transport_says_so() {
+    let (mut rig, _first, mut second) = Rig::running();
+    poke(&rig, RAM + 0x1002, 5);
+    rig.state.kick(0);
+    add(&mut second, 1);
+    rig.state.recover();
+    assert!(rig.state.needs_reset().is_some(), "it is still there");
+    assert!(!rig.state.kick(1));
+    rig.state.reset_queue(0);
+    assert!(rig.state.needs_reset().is_some(), "a queue's reset alone mends no device (2.1)");
+    rig.book.interrupts();
+    rig.state.recover();
+    assert_eq!((rig.state.status(), rig.state.needs_reset()), (READY, None));
+    // Nobody kicks it again.
+    assert_eq!(second.get_buf(), Ok(Some((1, 0))));
+    let mut first = rig.enable(0);
+    add(&mut first, 2);
+    rig.state.kick(0);
+    assert_eq!(first.get_buf(), Ok(Some((2, 0))));
+    assert_eq!(rig.book.interrupts(), [Cause::Queue(1), Cause::Queue(0)]);
+}
+
+#[test]
+fn what_a_transport_finds_wrong_stops_the_device() {
+    let (mut rig, mut first, _second) = Rig::running();
+    rig.state.fail(QueueError::HandOver);
+    assert_eq!(rig.state.status(), READY | Status::DEVICE_NEEDS_RESET);
+    assert_eq!(rig.state.needs_reset(), Some(QueueError::HandOver));
+    assert_eq!(rig.book.interrupts(), [Cause::Config]);
+    rig.state.fail(QueueError::Overrun { size: 4 });
+    assert_eq!(rig.state.needs_reset(), Some(QueueError::HandOver), "the first reason stays");
+    add(&mut first, 1);
+    assert!(!rig.state.kick(0));
+    assert_eq!(rig.book.served(), 0);
+}
+
+#[test]
 fn a_ring_broken_before_driver_ok_is_found_then() {
     let mut rig = Rig::negotiated(Features::empty());
     rig.enable(0);

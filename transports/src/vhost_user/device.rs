@@ -7,6 +7,7 @@ use std::task::{Wake, Waker};
 
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use polyvirt_core::device::Device;
+use polyvirt_core::hypervisor::{Cause, Interrupt as _};
 use polyvirt_core::memory::Pages;
 use polyvirt_core::queue::MAX_QUEUE_SIZE;
 use polyvirt_core::state::{Interface, VirtioDevice};
@@ -16,7 +17,6 @@ use super::body::{Body, needs};
 use super::calls::{Calls, never_block};
 use super::connection::{Connection, Message};
 use super::error::ServeError;
-use super::inflight;
 use super::log::UsedLog;
 use super::map::{is_lost, map};
 use super::memory::Memory;
@@ -46,6 +46,8 @@ pub struct Backend {
     pub(super) protocol: ProtocolFeatures,
     /// The memory that knows what is in flight, and how it is divided.
     pub(super) inflight: Option<(Pages, InflightArea)>,
+    /// Whether the driver was taken to be ready because a queue was started.
+    pub(super) implied: bool,
 }
 
 /// A queue as the front end set it up.
@@ -61,7 +63,9 @@ pub(super) struct Ring {
     pub(super) enabled: bool,
     /// Whether the device has the queue.
     pub(super) running: bool,
-    /// Whether its being broken was told.
+    /// Whether kicks do not come: the device looks by itself.
+    pub(super) polled: bool,
+    /// Whether it is broken, which was told: latched, if it runs; else it cannot be taken as it is set up.
     pub(super) broken: bool,
     /// What [`Request::GetVringBase`] told.
     pub(super) handed_back: Option<u32>,
@@ -108,8 +112,8 @@ impl Backend {
             .with_features(Features::RING_RESET | features)
             .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
-        let mut backend =
-            Self { state, memory, calls, news, rings: Vec::new(), protocol: ProtocolFeatures::empty(), inflight: None };
+        let (rings, protocol) = (Vec::new(), ProtocolFeatures::empty());
+        let mut backend = Self { state, memory, calls, news, rings, protocol, inflight: None, implied: false };
         backend.begin();
         Ok(backend)
     }
@@ -120,13 +124,19 @@ impl Backend {
         self.rings.resize_with(self.state.queue_count().into(), Ring::default);
         self.calls.reset(self.rings.len());
         self.protocol = ProtocolFeatures::empty();
-        self.inflight = None;
+        (self.inflight, self.implied) = (None, false);
         self.memory.clear();
     }
 
     /// The session is over: what is in flight is finished while its memory is there, and nothing touches it afterwards.
     pub(super) fn end(&mut self) {
         self.stop_all();
+        self.state.reset();
+        self.begin();
+    }
+
+    /// A session panicked: what is in flight is given up, since nobody knows how far it is, and the device begins anew.
+    pub(super) fn give_up(&mut self) {
         self.state.reset();
         self.begin();
     }
@@ -203,7 +213,7 @@ impl Backend {
                 if num == 0 || num > max.into() || !(packed || num.is_power_of_two()) {
                     return Err(body.refused(format!("{num} entries, expected a power of two up to {max}")));
                 }
-                self.rings[index].entries = num;
+                self.set_up(index).entries = num;
             }
             R::SetVringAddr => self.set_addresses(&body)?,
             R::SetVringBase => {
@@ -213,28 +223,34 @@ impl Backend {
                 if self.rings[index].handed_back.is_some_and(|base| base != num) {
                     self.forget_inflight(index);
                 }
-                self.rings[index].base = Some(num);
+                self.set_up(index).base = Some(num);
             }
             R::GetVringBase => {
                 body.fixed::<VringState>()?;
                 let index = self.index(&body)?.0;
                 self.stop(index);
-                self.rings[index].started = false;
-                self.rings[index].kick = None;
+                let ring = self.set_up(index);
+                (ring.started, ring.polled, ring.kick) = (false, false, None);
                 let num = self.rings[index].base.unwrap_or_else(|| self.first_base());
                 self.rings[index].handed_back = Some(num);
                 return Ok(Reply::new(&VringState { index: index as u32, num }));
             }
             R::SetVringKick => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
-                let ring = &mut self.rings[index];
+                let ring = self.set_up(index);
+                (ring.started, ring.polled) = (true, fd.is_none());
                 ring.kick = fd.map(never_block);
-                ring.started = true;
                 self.update(index)?;
             }
             R::SetVringCall => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
+                let moved = fd.is_some() && self.rings[index].running;
                 self.calls.set_call(index, fd);
+                if moved {
+                    // A call may have gone where nobody looks any more: QEMU starts a queue before it says which descriptor
+                    // it listens to.
+                    self.calls.raise(Cause::Queue(index as u16));
+                }
             }
             R::SetVringErr => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
@@ -267,11 +283,11 @@ impl Backend {
                 if num > 1 {
                     return Err(body.refused(format!("{num}, expected 0 or 1")));
                 }
-                let ring = &mut self.rings[index];
+                let inband = self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
+                let ring = self.set_up(index);
                 ring.enabled = num == 1;
                 // Without a descriptor for kicks there is no message that starts the queue. One without addresses is not
                 // used: QEMU enables every queue, and its firmware sets up only the first.
-                let inband = self.protocol.contains(ProtocolFeatures::INBAND_NOTIFICATIONS);
                 ring.started |= num == 1 && inband && ring.addresses.is_some();
                 self.update(index)?;
             }
@@ -354,7 +370,9 @@ impl Backend {
             }
             return Ok(());
         }
-        if !self.protocol.contains(ProtocolFeatures::STATUS) {
+        // Who does not tell the status begins with this. So does QEMU's vhost-user-rng, although it has STATUS: what the
+        // driver before it accepted would stay.
+        if !self.protocol.contains(ProtocolFeatures::STATUS) || std::mem::take(&mut self.implied) {
             self.state.reset();
         }
         self.state.set_driver_features(accepted);
@@ -383,20 +401,6 @@ impl Backend {
         self.memory.replace(regions.zip(fds).collect()).map_err(|error| body.refused(error))
     }
 
-    fn set_addresses(&mut self, body: &Body<'_>) -> Result<(), ServeError> {
-        let addresses: VringAddr = body.fixed()?;
-        let index = self.index(body)?.0;
-        let ring = &mut self.rings[index];
-        let place = |a: &VringAddr| (a.descriptors, a.available, a.used);
-        // This may change while the queue runs: so logging begins, and ends.
-        ring.log.set((addresses.flags & VRING_LOG != 0).then_some(addresses.log));
-        if ring.running && ring.addresses.as_ref().map(place) != Some(place(&addresses)) {
-            return Err(body.refused("a queue that runs cannot be moved"));
-        }
-        ring.addresses = Some(addresses);
-        Ok(())
-    }
-
     fn set_status(&mut self, status: u64) -> Result<(), ServeError> {
         let request = Request::SetStatus.name();
         let Ok(status) = u8::try_from(status) else {
@@ -406,7 +410,9 @@ impl Backend {
             self.reset();
             return Ok(());
         }
-        self.state.set_status(Status::from_bits_retain(status));
+        let status = Status::from_bits_retain(status);
+        self.implied &= !status.contains(Status::DRIVER_OK);
+        self.state.set_status(status);
         for index in 0..self.rings.len() {
             self.update(index)?;
         }
@@ -420,19 +426,10 @@ impl Backend {
             self.forget_inflight(index);
             let ring = &mut self.rings[index];
             (ring.started, ring.enabled, ring.base) = (false, false, None);
+            (ring.polled, ring.broken) = (false, false);
         }
+        self.implied = false;
         self.state.reset();
-    }
-
-    /// Nothing of queue `index` is in flight, and nobody is to think so.
-    fn forget_inflight(&mut self, index: usize) {
-        // The features tell the layout.
-        if let Some((memory, area)) = &self.inflight
-            && index < usize::from(area.queues)
-            && !self.state.driver_features().is_empty()
-        {
-            inflight::forget(memory, index as u16, area.entries, self.packed());
-        }
     }
 
     /// The driver kicked queue `index`. True if there is more to do.
@@ -458,7 +455,7 @@ impl Backend {
     }
 
     /// The queue that the payload begins with, and its most entries.
-    fn index(&self, body: &Body<'_>) -> Result<(usize, u16), ServeError> {
+    pub(super) fn index(&self, body: &Body<'_>) -> Result<(usize, u16), ServeError> {
         let index = body.payload.first_chunk::<4>().map_or(u32::MAX, |index| u32::from_ne_bytes(*index));
         self.queue(body, index as usize)
     }

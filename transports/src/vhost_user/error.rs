@@ -64,6 +64,12 @@ pub enum ServeError {
         /// Why.
         reason: String,
     },
+    /// The device or what serves it panicked, which is a fault of ours. The device was reset.
+    #[error("a panic: {what}")]
+    Panicked {
+        /// What it said.
+        what: String,
+    },
     /// The host failed.
     #[error("{call}: {reason}")]
     System {

@@ -6,10 +6,11 @@ use std::sync::atomic::Ordering;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
+use polyvirt_core::hypervisor::{Cause, Interrupt as _};
 use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
 use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, Position, USED};
 use polyvirt_core::queue::split::layout::{descriptors_len, device_len, driver_len};
-use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueState, SavedQueue};
+use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueError, QueueState, SavedQueue};
 use polyvirt_core::state::Area;
 use polyvirt_core::{Features, Status};
 
@@ -24,12 +25,26 @@ use super::messages::*;
 /// The areas of a queue: address, bytes, and what the device does there.
 type Areas = [(u64, u64, Access); 3];
 
+/// Whether it is known to memory that outlives this process what is in flight of a queue.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kept {
+    /// It is not, and the front end did not ask.
+    Unasked,
+    /// It is not: that memory is too short.
+    No,
+    /// From now on.
+    FromNow,
+    /// It was before, too.
+    Before,
+}
+
 impl Backend {
     /// Begins or ends to serve queue `index`, as what is known about it by now demands.
     pub(super) fn update(&mut self, index: usize) -> Result<(), ServeError> {
-        let Ring { started, enabled, running, .. } = self.rings[index];
+        let Ring { started, enabled, running, broken, .. } = self.rings[index];
         match (started && enabled, running) {
-            (true, false) => self.start(index),
+            // One that is broken is not tried again by every kick.
+            (true, false) if !broken => self.start(index),
             (false, true) => {
                 self.stop(index);
                 Ok(())
@@ -38,8 +53,59 @@ impl Backend {
         }
     }
 
+    pub(super) fn set_addresses(&mut self, body: &Body<'_>) -> Result<(), ServeError> {
+        let addresses: VringAddr = body.fixed()?;
+        let index = self.index(body)?.0;
+        let ring = self.set_up(index);
+        let place = |a: &VringAddr| (a.descriptors, a.available, a.used);
+        // This may change while the queue runs: so logging begins, and ends.
+        ring.log.set((addresses.flags & VRING_LOG != 0).then_some(addresses.log));
+        if ring.running && ring.addresses.as_ref().map(place) != Some(place(&addresses)) {
+            return Err(body.refused("a queue that runs cannot be moved"));
+        }
+        ring.addresses = Some(addresses);
+        Ok(())
+    }
+
+    /// The front end says something about queue `index`: if it was broken, it may be another now.
+    pub(super) fn set_up(&mut self, index: usize) -> &mut Ring {
+        let ring = &mut self.rings[index];
+        ring.broken &= ring.running;
+        ring
+    }
+
     fn start(&mut self, index: usize) -> Result<(), ServeError> {
-        let failed = |reason: String| ServeError::Queue { index, reason };
+        let missing = |what: &str| Err(ServeError::Queue { index, reason: format!("it has no {what}") });
+        match self.rings[index] {
+            Ring { addresses: None, .. } => return missing("addresses"),
+            Ring { entries: 0, .. } => return missing("size"),
+            _ => {}
+        }
+        // What is broken stops the whole device. When nothing is any more, all of it goes on.
+        let mut recovered = false;
+        if self.state.needs_reset().is_some() && !self.rings.iter().any(|ring| ring.broken) {
+            self.state.recover();
+            recovered = self.state.needs_reset().is_none();
+            self.tell_broken();
+        }
+        // Where its rings are and what they hold is the driver's, whom the front end does not answer for: what is wrong
+        // there breaks the queue, not the session.
+        if let Err(reason) = self.take_over(index) {
+            tracing::warn!(index, reason, "a queue cannot be used");
+            self.memory.unwatch();
+            self.state.reset_queue(index as u16);
+            self.rings[index].broken = true;
+            self.calls.broken(index);
+            self.state.fail(QueueError::HandOver);
+        }
+        if recovered {
+            (0..self.rings.len()).try_for_each(|other| self.update(other))?;
+        }
+        Ok(())
+    }
+
+    /// Hands queue `index` to the device, if that runs and all is known that it takes.
+    fn take_over(&mut self, index: usize) -> Result<(), String> {
         // A queue that was started and enabled says that the driver is ready. It may be all that does: QEMU's
         // vhost-user-rng takes VHOST_USER_PROTOCOL_F_STATUS and never sends DRIVER_OK.
         if !self.state.status().intersects(Status::DRIVER_OK | Status::SUSPEND) {
@@ -47,9 +113,10 @@ impl Backend {
             self.state.set_status(ready);
             if !self.state.status().contains(Status::FEATURES_OK) {
                 let accepted = self.state.driver_features();
-                return Err(failed(format!("it is to run with unacceptable features: {accepted:?}")));
+                return Err(format!("it is to run with unacceptable features: {accepted:?}"));
             }
             self.state.set_status(ready | Status::DRIVER_OK);
+            self.implied = true;
         }
         if !self.state.is_running() {
             // The driver has to reset the device.
@@ -59,7 +126,9 @@ impl Backend {
         let Some(areas) = self.areas(index)? else { return Ok(()) };
         let [(descriptors, ..), _, (used, ..)] = areas;
         let state = self.resumed(self.rings[index].base, descriptors, used);
-        let saved = self.book(index, areas, SavedQueue { state, in_flight: vec![] }).map_err(failed)?;
+        let (saved, kept) = self.book(index, areas, SavedQueue { state, in_flight: vec![] })?;
+        let layout = if self.packed() { Layout::Packed } else { Layout::Modern };
+        let anew = kept != Kept::Before && saved.state == QueueState::start(layout);
         tracing::info!(index, entries, ?saved, "a queue starts");
         let queue = index as u16;
         self.state.set_queue_size(queue, entries);
@@ -67,41 +136,55 @@ impl Backend {
             self.state.set_queue_address(queue, area, address);
         }
         self.state.set_saved_queue(queue, saved);
+        if kept == Kept::No && !self.packed() {
+            self.state.keep_queue_order(queue);
+        }
         self.state.enable_queue(queue);
         self.memory.unwatch();
         if self.state.queue_state(queue).is_none() {
-            let reason = self.state.needs_reset().map_or_else(String::new, |reason| reason.to_string());
-            return Err(failed(reason));
+            return Err(self.state.needs_reset().map_or_else(String::new, |reason| reason.to_string()));
         }
         (self.rings[index].running, self.rings[index].broken) = (true, false);
         self.tell_broken();
+        if !anew {
+            // Whoever had the queue before may have died between a used buffer and the call for it. What the driver says
+            // about calls does not count here: with EVENT_IDX it names a buffer that lies behind us already.
+            self.calls.raise(Cause::Queue(queue));
+        }
         Ok(())
     }
 
     /// Has a book kept of what is in flight of queue `index`, if there is memory for it: where the queue goes on, which is
     /// `saved` if nothing else is known.
-    fn book(&mut self, index: usize, areas: Areas, mut saved: SavedQueue) -> Result<SavedQueue, String> {
+    fn book(&mut self, index: usize, areas: Areas, mut saved: SavedQueue) -> Result<(SavedQueue, Kept), String> {
         let [(descriptors, descriptors_len, _), (available, driver_len, _), (used, device_len, _)] = areas;
         let log = self.rings[index].log.clone();
         let packed = self.packed();
-        // QEMU makes memory for rings of the length it was started with, and over mmio the driver may choose longer ones. Of a
-        // packed ring no part can be kept: what is in flight goes round all of it.
-        let kept = |area: &InflightArea| {
-            index < usize::from(area.queues) && (!packed || u32::from(area.entries) >= self.rings[index].entries)
-        };
-        let Some((memory, area)) = self.inflight.as_ref().filter(|(_, area)| kept(area)) else {
-            if self.inflight.is_some() {
-                tracing::warn!(index, "the ring is longer than the memory for what is in flight: that is not kept");
+        let (queue, entries) = (index as u16, self.rings[index].entries);
+        let book = self.inflight.as_ref().filter(|(_, area)| queue < area.queues);
+        let knows = book.is_some_and(|(memory, area)| inflight::knows(memory, queue, area.entries, packed));
+        // QEMU makes memory for rings of the length it was started with, and over mmio the driver may choose longer ones.
+        let Some((memory, area)) = book.filter(|(_, area)| u32::from(area.entries) >= entries) else {
+            if knows {
+                return Err("more may be in flight than the memory for that can tell".into());
             }
             if !packed {
                 self.memory.watch(vec![(used, Watch::Used(log, None))]);
             }
-            return Ok(saved);
+            if book.is_none() {
+                return Ok((saved, Kept::Unasked));
+            }
+            tracing::warn!(index, "the ring is longer than the memory for what is in flight: that is not kept");
+            // Used in order, what is in flight is what is available behind the used index, whoever is killed.
+            if !packed {
+                saved.state.available = saved.state.used;
+            }
+            return Ok((saved, Kept::No));
         };
         let pages = |address, len| {
             self.memory.pages(address, len).ok_or_else(|| String::from("it is not in memory, or in several pieces"))
         };
-        let (queue, size) = (index as u16, self.rings[index].entries.min(u16::MAX.into()) as u16);
+        let size = entries.min(u16::MAX.into()) as u16;
         if packed {
             let ring = pages(descriptors, descriptors_len)?;
             let tracker = packed::Tracker::new(memory, queue, area.entries, size, ring);
@@ -117,7 +200,7 @@ impl Backend {
             let used_watch = Watch::Used(log, Some(tracker.clone()));
             self.memory.watch(vec![(available, Watch::Available(tracker)), (used, used_watch)]);
         }
-        Ok(saved)
+        Ok((saved, if knows { Kept::Before } else { Kept::FromNow }))
     }
 
     /// Writes what is in flight to where the driver had it: behind what is used. There it is taken again like everything
@@ -135,13 +218,10 @@ impl Backend {
     }
 
     /// The areas of queue `index`: device address, bytes, what the device does there. None if they are not known yet.
-    fn areas(&self, index: usize) -> Result<Option<Areas>, ServeError> {
-        let failed = |reason: String| ServeError::Queue { index, reason };
+    fn areas(&self, index: usize) -> Result<Option<Areas>, String> {
         let Ring { addresses, entries, .. } = &self.rings[index];
-        let Some(VringAddr { descriptors, available, used, .. }) = *addresses else {
-            return Err(failed("it has no addresses".into()));
-        };
-        let size = u16::try_from(*entries).map_err(|_| failed(format!("{entries} entries")))?;
+        let Some(VringAddr { descriptors, available, used, .. }) = *addresses else { return Ok(None) };
+        let size = u16::try_from(*entries).map_err(|_| format!("{entries} entries"))?;
         let [first, second, third] = self.lens(size);
         if self.state.driver_features().contains(Features::ACCESS_PLATFORM) {
             let areas = [(descriptors, first.0, first.1), (available, second.0, second.1), (used, third.0, third.1)];
@@ -151,8 +231,8 @@ impl Backend {
             // All of them are asked for at once.
             return Ok((areas.iter().filter(|area| missing(area)).count() == 0).then_some(areas));
         }
-        let guest =
-            |user| self.memory.guest_address(user).ok_or_else(|| failed(format!("{user:#x} is in no memory region")));
+        // QEMU names an address of its own heap for a ring that the driver has placed outside of memory.
+        let guest = |user| self.memory.guest_address(user).ok_or_else(|| format!("{user:#x} is in no memory region"));
         Ok(Some([
             (guest(descriptors)?, first.0, first.1),
             (guest(available)?, second.0, second.1),
@@ -231,6 +311,17 @@ impl Backend {
         Ok(())
     }
 
+    /// Nothing of queue `index` is in flight, and nobody is to think so.
+    pub(super) fn forget_inflight(&mut self, index: usize) {
+        // The features tell the layout.
+        if let Some((memory, area)) = &self.inflight
+            && index < usize::from(area.queues)
+            && !self.state.driver_features().is_empty()
+        {
+            inflight::forget(memory, index as u16, area.entries, self.packed());
+        }
+    }
+
     /// The payload, which is about no more queues and entries than there can be.
     fn inflight_area(&self, body: &Body<'_>) -> Result<InflightArea, ServeError> {
         let area: InflightArea = body.fixed()?;
@@ -292,11 +383,18 @@ impl Backend {
             tracing::info!(index, base, "a queue stops");
         }
         self.state.reset_queue(queue);
-        self.rings[index].running = false;
+        (self.rings[index].running, self.rings[index].broken) = (false, false);
     }
 
     pub(super) fn stop_all(&mut self) {
         (0..self.rings.len()).for_each(|index| self.stop(index));
+    }
+
+    /// Where the device is in the queues that it looks at by itself: it has to, for as long as there is one.
+    pub(super) fn polled(&self) -> Vec<(usize, QueueState)> {
+        let running = self.state.is_running();
+        let rings = self.rings.iter().enumerate().filter(|(_, ring)| running && ring.running && ring.polled);
+        rings.filter_map(|(index, _)| Some((index, self.state.queue_state(index as u16)?))).collect()
     }
 
     pub(super) fn tell_broken(&mut self) {

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use nix::errno::Errno;
@@ -12,6 +13,9 @@ use nix::unistd::read;
 use super::connection::{Connection, ConnectionError};
 use super::device::Backend;
 use super::error::ServeError;
+
+/// How often queues that are polled are looked at in vain before the thread rests between two looks, a millisecond each.
+const LOOKS: u32 = 100;
 
 /// Ends a server from another thread.
 #[derive(Clone)]
@@ -50,7 +54,7 @@ pub fn listen(
     loop {
         let mut fds =
             [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(stop.0.as_fd(), PollFlags::POLLIN)];
-        wait(&mut fds, false)?;
+        wait(&mut fds, PollTimeout::NONE)?;
         if fds[1].any().unwrap_or(true) {
             return Ok(());
         }
@@ -79,8 +83,19 @@ pub fn listen(
 impl Backend {
     /// Serves one connection until its end. The device is as before afterwards, and can be served again.
     pub fn serve(&mut self, socket: UnixStream, stop: &Stop) -> Result<Ended, ServeError> {
-        let done = self.session(socket, stop);
-        self.end();
+        // The device is reset whatever it panicked about, which is all that has to hold then. If it cannot even be reset,
+        // that panic goes on: there is nothing left to serve.
+        let work = AssertUnwindSafe(|| {
+            let done = self.session(socket, stop);
+            self.end();
+            done
+        });
+        let done = catch_unwind(work).unwrap_or_else(|panic| {
+            self.give_up();
+            let text = panic.downcast_ref::<String>().map(String::as_str);
+            let what = text.or(panic.downcast_ref::<&str>().copied()).unwrap_or("of a kind of its own");
+            Err(ServeError::Panicked { what: what.into() })
+        });
         match done {
             Err(ServeError::Connection(ConnectionError::Closed)) => Ok(Ended::Closed),
             done => done,
@@ -91,16 +106,26 @@ impl Backend {
         let mut connection = Connection::new(socket)?;
         // Which queues have more to do, and whether the device has.
         let (mut due, mut news) = (vec![false; self.rings.len()], false);
+        // How often nothing was found in the queues that are looked at without kicks.
+        let mut idle = 0;
         loop {
             self.check_memory()?;
             let room = self.flush();
-            let ready = self.ready(&connection, stop, room.as_ref(), news || due.contains(&true))?;
+            let polled = self.polled();
+            let timeout = match (news || due.contains(&true), polled.is_empty()) {
+                (true, _) => PollTimeout::ZERO,
+                (false, true) => PollTimeout::NONE,
+                (false, false) if idle < LOOKS => PollTimeout::ZERO,
+                (false, false) => PollTimeout::from(1u8),
+            };
+            let ready = self.ready(&connection, stop, room.as_ref(), timeout)?;
             if ready.stop {
                 return Ok(Ended::Stopped);
             }
             for index in ready.kicks {
                 due[index] |= self.kicked(index);
             }
+            polled.iter().for_each(|(index, _)| due[*index] = true);
             if ready.news {
                 // Before the work, so that news during it are seen afterwards.
                 let _ = self.news.read();
@@ -113,6 +138,7 @@ impl Backend {
             for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
                 *due = self.kick(index)?;
             }
+            idle = if self.polled() == polled { idle.saturating_add(1) } else { 0 };
             if ready.message
                 && let Some(message) = connection.receive()?
             {
@@ -138,13 +164,13 @@ impl Backend {
         }
     }
 
-    /// Waits until something is to be done, or only looks if `busy`.
+    /// Waits until something is to be done, for `timeout` at most.
     fn ready(
         &self,
         connection: &Connection,
         stop: &Stop,
         room: Option<&OwnedFd>,
-        busy: bool,
+        timeout: PollTimeout,
     ) -> Result<Ready, ServeError> {
         let input = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut fds = vec![input(stop.0.as_fd()), input(connection.as_fd()), input(self.news.as_fd())];
@@ -152,7 +178,7 @@ impl Backend {
             self.rings.iter().enumerate().filter_map(|(index, ring)| Some((index, ring.kick.as_ref()?))).collect();
         fds.extend(kicks.iter().map(|(_, kick)| input(kick.as_fd())));
         fds.extend(room.map(|room| PollFd::new(room.as_fd(), PollFlags::POLLOUT)));
-        wait(&mut fds, busy)?;
+        wait(&mut fds, timeout)?;
         let any = |at: usize| fds[at].any().unwrap_or(true);
         let first = 3;
         Ok(Ready {
@@ -173,8 +199,8 @@ struct Ready {
     kicks: Vec<usize>,
 }
 
-fn wait(fds: &mut [PollFd<'_>], busy: bool) -> Result<(), ServeError> {
-    match poll(fds, if busy { PollTimeout::ZERO } else { PollTimeout::NONE }) {
+fn wait(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> Result<(), ServeError> {
+    match poll(fds, timeout) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(reason) => Err(ServeError::System { call: "poll", reason }),
     }

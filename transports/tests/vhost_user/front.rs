@@ -102,6 +102,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
+        // A session ends when what is in flight is done.
+        self.device.keep(false);
         self.stop.stop();
         let done = self.thread.take().unwrap().join();
         assert!(done.is_ok() || std::thread::panicking(), "the server panicked");
@@ -125,6 +127,11 @@ impl Ram {
         file.set_len(RAM).unwrap();
         let pages = map(file.try_clone().unwrap().into(), 0, RAM).unwrap();
         Self { file: file.try_clone().unwrap().into(), pages }
+    }
+
+    /// The same memory, for another front end.
+    pub(crate) fn again(&self) -> Self {
+        Self { file: self.file.try_clone().unwrap(), pages: self.pages.clone() }
     }
 
     /// As the other side is told.

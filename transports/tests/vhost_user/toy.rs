@@ -33,6 +33,9 @@ pub(crate) struct Handle(Arc<Mutex<State>>);
 struct State {
     read: Vec<Vec<u8>>,
     keeps: bool,
+    /// How many of those that it keeps come back, the last first.
+    release: usize,
+    panics: bool,
     config: Option<u8>,
     waker: Option<Waker>,
 }
@@ -51,6 +54,21 @@ impl Handle {
             state.waker.clone()
         };
         waker.inspect(Waker::wake_by_ref);
+    }
+
+    /// Has one come back of those that the device keeps: the last.
+    pub(crate) fn release_last(&self) {
+        let waker = {
+            let mut state = self.lock();
+            state.release += 1;
+            state.waker.clone()
+        };
+        waker.inspect(Waker::wake_by_ref);
+    }
+
+    /// The device panics at the next request.
+    pub(crate) fn panic(&self) {
+        self.lock().panics = true;
     }
 
     /// Changes the first byte of the configuration.
@@ -81,6 +99,10 @@ impl Toy {
             chain.read(0, &mut bytes).unwrap();
             chain.write(0, &vec![FILL; chain.writable_len() as usize]).unwrap();
             let mut state = self.handle.lock();
+            if std::mem::take(&mut state.panics) {
+                drop(state);
+                panic!("as it was told");
+            }
             state.read.push(bytes);
             if state.keeps {
                 self.kept.push((index, chain));
@@ -125,7 +147,12 @@ impl Device<Memory> for Toy {
             self.config[0] = byte;
             queues.config_changed();
         }
-        while !self.handle.lock().keeps
+        let gives = |state: &mut State| {
+            let released = state.release.checked_sub(1);
+            state.release = released.unwrap_or(0);
+            !state.keeps || released.is_some()
+        };
+        while gives(&mut self.handle.lock())
             && let Some((index, chain)) = self.kept.pop()
         {
             queues.get(index).unwrap().complete(chain).unwrap();

@@ -6,6 +6,8 @@
 pub(super) mod packed;
 pub(super) mod split;
 
+use std::sync::atomic::Ordering;
+
 use polyvirt_core::memory::{MemoryError, Owner, Pages, Words};
 
 /// Every queue's part begins at a multiple of this.
@@ -35,9 +37,15 @@ fn part(memory: &Pages, index: u16, entries: u16, packed: bool) -> Result<Words<
     Words::new(memory.slice(offset, len).ok_or(missing)?)
 }
 
+/// Whether something is known of queue `index`: a back end kept it, this one or another.
+pub(super) fn knows(memory: &Pages, index: u16, entries: u16, packed: bool) -> bool {
+    let version = |words: Words<u64, Owner>| words.load::<u16>(AT_VERSION, Ordering::Acquire);
+    part(memory, index, entries, packed).is_ok_and(|words| version(words) == VERSION)
+}
+
 /// Nothing is known of queue `index` any more: it begins anew.
 pub(super) fn forget(memory: &Pages, index: u16, entries: u16, packed: bool) {
     if let Ok(words) = part(memory, index, entries, packed) {
-        words.store(AT_VERSION, 0u16, std::sync::atomic::Ordering::Release);
+        words.store(AT_VERSION, 0u16, Ordering::Release);
     }
 }

@@ -66,10 +66,17 @@ impl Tracker {
             self.cross_out(self.half(AT_LAST_HEAD));
             self.set_half(AT_USED_INDEX, used);
         }
-        let mut heads: Vec<_> = (0..self.entries).filter(|&head| self.is_in_flight(head)).collect();
-        heads.sort_by_key(|&head| self.words.load::<u64>(at(head) + 1, Ordering::Relaxed));
-        let last = heads.last().map_or(0, |&head| self.words.load::<u64>(at(head) + 1, Ordering::Relaxed));
+        // Each counter is read once: another process may write here, and sorting takes one answer for granted.
+        let mut taken = Vec::new();
+        for head in 0..self.entries {
+            if self.is_in_flight(head) {
+                taken.push((self.words.load::<u64>(at(head) + 1, Ordering::Relaxed), head));
+            }
+        }
+        taken.sort_unstable();
+        let last = taken.last().map_or(0, |&(counter, _)| counter);
         self.counter.store(last.wrapping_add(1), Ordering::Relaxed);
+        let heads: Vec<_> = taken.into_iter().map(|(_, head)| head).collect();
         let available = used.wrapping_add(heads.len() as u16);
         known.then_some(SavedQueue { state: QueueState { available, used }, in_flight: heads })
     }
@@ -187,6 +194,37 @@ mod tests {
         assert_eq!(rig.tracker().recover().unwrap().in_flight, [3, 4], "not seen yet");
         rig.publish(1);
         assert_eq!(rig.tracker().recover().unwrap().in_flight, [4], "the end came right behind the index");
+    }
+
+    #[test]
+    fn counters_that_another_process_rewrites_do_no_harm() {
+        const ENTRIES: u16 = 512;
+        let memory = Pages::allocate(size(1, ENTRIES, false));
+        let rings = (Pages::allocate(4096), Pages::allocate(8192));
+        let tracker = Tracker::new(&memory, 0, ENTRIES, ENTRIES, rings).unwrap();
+        assert_eq!(tracker.recover(), None);
+        let words = &tracker.words;
+        let set = |head: u16, counter: u64| words.store(at(head) + 1, counter, Ordering::Relaxed);
+        for head in 0..ENTRIES {
+            tracker.words.store::<u64>(at(head), u64::from_ne_bytes([1, 0, 0, 0, 0, 0, 0, 0]), Ordering::Relaxed);
+        }
+        // Dropped however the test ends.
+        let (going, end) = std::sync::mpsc::channel::<()>();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let mut number = 1u64;
+                while end.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+                    for head in 0..ENTRIES {
+                        number = number.wrapping_mul(6364136223846793005).wrapping_add(1);
+                        set(head, number >> 8);
+                    }
+                }
+            });
+            let _going = going;
+            for _ in 0..300 {
+                assert_eq!(tracker.recover().map(|saved| saved.in_flight.len()), Some(ENTRIES.into()));
+            }
+        });
     }
 
     #[test]

@@ -172,3 +172,34 @@ fn nonsense_is_refused() {
     assert_eq!(small.recover(Position::START), Err(Nonsense::Entries(SIZE, SIZE + 1)));
     assert!(Tracker::new(&rig.memory, 300, SIZE, SIZE, rig.ring.clone()).is_err());
 }
+
+#[test]
+fn whatever_another_process_writes_meanwhile_does_no_harm() {
+    let rig = Rig::new();
+    let tracker = rig.tracker();
+    let (memory, ring) = (rig.memory.clone(), rig.ring.clone());
+    // Dropped however the test ends.
+    let (going, end) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut number = 1u64;
+            while end.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+                for at in 0..memory.len() / 8 {
+                    number = number.wrapping_mul(6364136223846793005).wrapping_add(1);
+                    // Small numbers and flags are the more dangerous ones.
+                    let word = number >> 32 & if number & 1 << 63 == 0 { 0x000f_000f } else { u64::MAX };
+                    memory.write(8 * at, &word.to_ne_bytes()).unwrap();
+                    ring.write(8 * at % 128, &(word << 48).to_ne_bytes()).unwrap();
+                }
+            }
+        });
+        let _going = going;
+        for round in 0..2000 {
+            let at = 16 * (round % usize::from(SIZE));
+            tracker.read_ring(at, 16);
+            tracker.writes_ring(at + 8, 8, (round as u64) << 32);
+            tracker.wrote_ring();
+            let _ = rig.tracker().recover(Position::START);
+        }
+    });
+}
