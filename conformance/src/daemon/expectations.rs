@@ -21,7 +21,7 @@ pub struct Expectations {
 }
 
 /// How the reason of a deviation begins that does not always show.
-pub const SOMETIMES: &str = "sometimes: ";
+pub(super) const SOMETIMES: &str = "sometimes: ";
 
 /// A line that says nothing.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
