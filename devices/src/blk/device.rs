@@ -247,7 +247,11 @@ impl<B: Backend, M: GuestMemory> Device<B, M> {
             Work::Flush => Some(Request::Flush),
             Work::Segments { kind, left } => left.last().map(|segment| {
                 let (offset, len) = (segment.sector * SECTOR_SIZE, u64::from(segment.count) * SECTOR_SIZE);
-                if *kind == wire::DISCARD { Request::Discard { offset, len } } else { Request::Zero { offset, len } }
+                if *kind == wire::DISCARD {
+                    Request::Discard { offset, len }
+                } else {
+                    Request::Zero { offset, len, deallocate: segment.flags & wire::UNMAP != 0 }
+                }
             }),
         };
         let Some(piece) = piece else { return answer(queue, request.chain, wire::OK) };
