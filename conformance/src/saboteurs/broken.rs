@@ -95,6 +95,10 @@ impl Device<Memory> for Broken {
         }
     }
 
+    fn negotiated(&mut self, features: Features) {
+        self.honest.negotiated(features);
+    }
+
     fn activate(&mut self, features: Features, waker: Waker) {
         self.honest.activate(features, waker);
     }
@@ -176,6 +180,12 @@ macro_rules! honest {
         }
         fn config(&self) -> &[u8] {
             self.$($field)+.config()
+        }
+        fn refresh(&mut self) -> bool {
+            self.$($field)+.refresh()
+        }
+        fn negotiated(&mut self, features: Features) {
+            self.$($field)+.negotiated(features);
         }
         fn write_config(&mut self, offset: usize, data: &[u8]) {
             self.$($field)+.write_config(offset, data);
