@@ -11,7 +11,6 @@ use super::wire::SECTOR_SIZE;
 /// A disk in memory, done at once, which can be told to misbehave.
 pub struct MemoryBackend {
     disk: MemoryHandle,
-    completions: VecDeque<Completion>,
 }
 
 /// The far side of a [`MemoryBackend`].
@@ -20,6 +19,10 @@ pub struct MemoryHandle(Arc<Mutex<Disk>>);
 
 struct Disk {
     bytes: Vec<u8>,
+    completions: VecDeque<Completion>,
+    /// What is not begun, while nothing is done.
+    held: Vec<(u64, Request)>,
+    hangs: bool,
     failures: u32,
     flushes: u64,
     waker: Waker,
@@ -28,8 +31,16 @@ struct Disk {
 impl MemoryBackend {
     /// A disk of `bytes`, whole sectors of it.
     pub fn new(bytes: Vec<u8>) -> Self {
-        let disk = Disk { bytes, failures: 0, flushes: 0, waker: Waker::noop().clone() };
-        Self { disk: MemoryHandle(Arc::new(Mutex::new(disk))), completions: VecDeque::new() }
+        let disk = Disk {
+            bytes,
+            completions: VecDeque::new(),
+            held: Vec::new(),
+            hangs: false,
+            failures: 0,
+            flushes: 0,
+            waker: Waker::noop().clone(),
+        };
+        Self { disk: MemoryHandle(Arc::new(Mutex::new(disk))) }
     }
 
     /// The far side.
@@ -54,6 +65,23 @@ impl MemoryHandle {
         lock(&self.0).flushes
     }
 
+    /// From now on nothing is done, if `hangs`; else what was asked for meanwhile is done, and whatever follows.
+    pub fn hang(&self, hangs: bool) {
+        let mut disk = lock(&self.0);
+        disk.hangs = hangs;
+        if !hangs {
+            for (id, request) in std::mem::take(&mut disk.held) {
+                disk.finish(id, request);
+            }
+            disk.waker.wake_by_ref();
+        }
+    }
+
+    /// How many requests were asked for and are not done.
+    pub fn held(&self) -> usize {
+        lock(&self.0).held.len()
+    }
+
     /// Makes the disk larger or smaller; the device is told.
     pub fn resize(&self, sectors: u64) {
         let mut disk = lock(&self.0);
@@ -68,6 +96,11 @@ impl Disk {
         let (start, end) = (offset as usize, offset.saturating_add(len) as usize);
         let beyond = || io::Error::new(io::ErrorKind::UnexpectedEof, "beyond the end of the disk");
         self.bytes.get_mut(start..end).ok_or_else(beyond)
+    }
+
+    fn finish(&mut self, id: u64, request: Request) {
+        let result = self.carry_out(request);
+        self.completions.push_back(Completion { id, result });
     }
 
     fn carry_out(&mut self, request: Request) -> io::Result<Vec<u8>> {
@@ -91,12 +124,16 @@ impl Backend for MemoryBackend {
     }
 
     fn submit(&mut self, id: u64, request: Request) {
-        let result = lock(&self.disk.0).carry_out(request);
-        self.completions.push_back(Completion { id, result });
+        let mut disk = lock(&self.disk.0);
+        if disk.hangs {
+            disk.held.push((id, request));
+        } else {
+            disk.finish(id, request);
+        }
     }
 
     fn complete(&mut self) -> Option<Completion> {
-        self.completions.pop_front()
+        lock(&self.disk.0).completions.pop_front()
     }
 
     fn set_waker(&mut self, waker: Waker) {

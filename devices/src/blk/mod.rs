@@ -11,6 +11,8 @@ mod file;
 mod medium;
 #[cfg(feature = "std")]
 mod memory;
+#[cfg(feature = "std")]
+mod request;
 pub mod wire;
 
 #[cfg(feature = "std")]
