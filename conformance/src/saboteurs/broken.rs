@@ -181,12 +181,6 @@ macro_rules! honest {
         fn config(&self) -> &[u8] {
             self.$($field)+.config()
         }
-        fn refresh(&mut self) -> bool {
-            self.$($field)+.refresh()
-        }
-        fn negotiated(&mut self, features: Features) {
-            self.$($field)+.negotiated(features);
-        }
         fn write_config(&mut self, offset: usize, data: &[u8]) {
             self.$($field)+.write_config(offset, data);
         }
@@ -198,9 +192,22 @@ macro_rules! honest {
         }
     };
 }
+pub(super) use honest;
+
+macro_rules! honest_set_up {
+    ($($field:tt)+) => {
+        fn refresh(&mut self) -> bool {
+            self.$($field)+.refresh()
+        }
+        fn negotiated(&mut self, features: Features) {
+            self.$($field)+.negotiated(features);
+        }
+    };
+}
 
 impl Device<Memory> for Hoarder {
     honest!(honest);
+    honest_set_up!(honest);
 
     fn activate(&mut self, features: Features, waker: Waker) {
         for chain in &self.hoard {
@@ -228,6 +235,7 @@ impl Device<Memory> for Hoarder {
 
 impl Device<Memory> for Panics {
     honest!(0);
+    honest_set_up!(0);
 
     fn activate(&mut self, features: Features, waker: Waker) {
         self.0.activate(features, waker);
