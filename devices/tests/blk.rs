@@ -95,6 +95,31 @@ fn what_is_zeroed_is_durable_like_what_is_written_and_what_is_discarded_need_not
 }
 
 #[test]
+fn no_more_is_taken_than_is_soon_done() {
+    let mut rig = Rig::new(8, Layout::Modern, wire::MQ | wire::WRITE_ZEROES_FEATURE);
+    let all = wire::Segment { sector: 0, count: 1 << 16, flags: wire::UNMAP }.to_bytes();
+    for index in 0..8u16 {
+        (0..2).for_each(|slot| rig.drivers[usize::from(index)].ask(slot, (wire::WRITE_ZEROES, 0), &all, 0));
+        rig.disk.kick(index);
+    }
+    // Each is two pieces of RANGE, and all together would be 512 MiB.
+    let piece = |offset| Request::Zero { offset, len: RANGE, deallocate: true };
+    assert_eq!(rig.backend.asked(), vec![piece(0); 8]);
+    for index in 0..8 {
+        rig.disk.hold_queue(index);
+    }
+    assert_eq!(rig.backend.release(), 8);
+    rig.poll();
+    assert_eq!(rig.backend.asked(), vec![piece(RANGE); 8], "what was taken is finished, and nothing else begun");
+    rig.backend.release();
+    rig.poll();
+    assert!(rig.backend.asked().iter().all(|request| *request == Request::Flush));
+    rig.backend.release();
+    rig.poll();
+    assert!((0..8).all(|index| rig.disk.queue_in_flight(index) == 0));
+}
+
+#[test]
 fn a_queue_that_is_held_finishes_a_discard_with_the_piece_that_is_under_way() {
     let mut rig = Rig::new(1, Layout::Modern, wire::DISCARD_FEATURE);
     let segment = wire::Segment { sector: 0, count: SECTORS as u32, flags: 0 };
