@@ -251,9 +251,12 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         let mut index = 0;
         // One that takes more steps than there are entries loops.
         let limit = entries.min(left.max(INDIRECT_MAX).into());
-        for _ in 0..limit {
+        for step in 0..=limit {
             if u64::from(index) >= entries {
                 return Err(QueueError::Index { index, size: entries as u32 });
+            }
+            if step == limit {
+                break;
             }
             let entry = O::descriptor(read_table(&self.table, index)?);
             if entry.flags & INDIRECT != 0 {
