@@ -1,7 +1,7 @@
 //! A raw image in a file, or a block device.
 
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{self, ErrorKind};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,6 +9,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::thread::{Builder, JoinHandle};
+use std::time::SystemTime;
 
 use super::backend::{Backend, Completion, IN_FLIGHT, Request};
 use super::medium::{Durability, Medium, can_punch, discard, zero};
@@ -63,9 +64,11 @@ impl FileBackend {
     /// Serves `file`; bytes beyond its last whole sector are not part of the disk.
     pub fn new(file: File) -> io::Result<Self> {
         let metadata = file.metadata()?;
-        let id = format!("{:016x}", hash(&[metadata.dev(), metadata.rdev(), metadata.ino()]));
+        let device = metadata.file_type().is_block_device();
+        let id =
+            format!("{:016x}", hash(&if device { [metadata.rdev(), 0] } else { [metadata.ino(), born(&metadata)] }));
         // A block device has nothing behind its end to try it with.
-        let deallocates = metadata.file_type().is_block_device() || can_punch(&file, metadata.len());
+        let deallocates = device || can_punch(&file, metadata.len());
         Self::over(Box::new(file), deallocates, Some(id))
     }
 
@@ -191,6 +194,13 @@ impl Shared {
 
 fn copy(result: &io::Result<()>) -> io::Result<()> {
     result.as_ref().copied().map_err(|error| io::Error::new(error.kind(), error.to_string()))
+}
+
+/// When a file was made, in nanoseconds: with its inode that tells it from others, after the next boot too. The number of
+/// its file system, which need not stay, is for those that do not know.
+fn born(metadata: &Metadata) -> u64 {
+    let since = metadata.created().ok().and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+    since.map_or(metadata.dev(), |since| since.as_nanos() as u64)
 }
 
 /// FNV-1a, over the bytes of `words`.
