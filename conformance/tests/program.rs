@@ -87,6 +87,9 @@ fn a_device_is_served_to_someone_who_is_there() {
     assert_mistake(&run(&["serve", "rng"]), &["--socket"]);
     assert_mistake(&run(&["serve", "rng", "--socket", "x", "--xen-domain", "1"]), &["--xen-domain"]);
     assert_mistake(&run(&["serve", "rng", "--iommu", "--xen-domain", "1"]), &["--xen-domain"]);
+    let serial = |text| run(&["serve", "blk", "--image", "x", "--socket", "x", "--serial", text]);
+    assert_mistake(&serial("123456789012345678901"), &["--serial", "1 to 20 characters", "21"]);
+    assert_mistake(&serial("tab\there"), &["--serial", "visible ASCII"]);
     if fs::read_to_string("/sys/hypervisor/type").is_ok_and(|kind| kind.trim() == "xen") {
         println!("skipped: a domain that cannot be served, since this is Xen");
         return;

@@ -29,6 +29,18 @@ pub trait Device<M: GuestMemory>: Send {
     /// The device configuration, as the driver reads it with no byte missing.
     fn config(&self) -> &[u8];
 
+    /// The driver is about to read the configuration, or goes on with setting the device up: brings [`Device::config`] up
+    /// to date with what it is about. True if that changed it.
+    fn refresh(&mut self) -> bool {
+        false
+    }
+
+    /// The driver's choice of `features` is settled (FEATURES_OK; on the legacy interface that is [`Device::activate`]):
+    /// what the configuration makes depend on it counts from now on.
+    fn negotiated(&mut self, features: Features) {
+        let _ = features;
+    }
+
     /// The driver wrote `data` at `offset` of the configuration, inside it. Read-only fields ignore it.
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         let _ = (offset, data);

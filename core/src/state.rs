@@ -228,6 +228,10 @@ impl<M: GuestMemory> VirtioDevice<M> {
             Interface::Legacy(_) => new &= !Status::FEATURES_OK,
         }
         self.status |= new;
+        if new.contains(Status::FEATURES_OK) {
+            self.device.negotiated(self.accepted);
+        }
+        self.refresh();
         if new.contains(Status::FAILED) {
             self.stop();
         } else if new.contains(Status::DRIVER_OK) && !mem::take(&mut self.early) {
@@ -422,8 +426,9 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.device.config()
     }
 
-    /// Reads the configuration from `offset` on; bytes beyond its end read as 0.
-    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+    /// Reads the configuration, as it is by now, from `offset` on; bytes beyond its end read as 0.
+    pub fn read_config(&mut self, offset: u64, data: &mut [u8]) {
+        self.refresh();
         let config = self.device.config();
         let from = usize::try_from(offset).map_or(config.len(), |offset| offset.min(config.len()));
         let len = data.len().min(config.len() - from);
@@ -445,6 +450,17 @@ impl<M: GuestMemory> VirtioDevice<M> {
             self.device.write_config(offset, data);
             if self.device.config() != before {
                 self.generation = self.generation.wrapping_add(1);
+            }
+        }
+    }
+
+    /// Brings the configuration up to date. The driver is told of a change once it drives the device; while it is
+    /// suspended nothing changes.
+    fn refresh(&mut self) {
+        if !self.status.contains(Status::SUSPEND) && self.device.refresh() {
+            self.generation = self.generation.wrapping_add(1);
+            if self.status.contains(Status::DRIVER_OK) {
+                self.interrupt.raise(Cause::Config);
             }
         }
     }

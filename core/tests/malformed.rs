@@ -11,7 +11,7 @@ use polyvirt_core::memory::{
     Access, Accessed, FlatMemory, GuestMemory, Log, MemoryError, PAGE_SIZE, Segment, Translated, Watched,
 };
 use polyvirt_core::queue::split::layout::{INDIRECT, NEXT, WRITE};
-use polyvirt_core::queue::{Layout, Queue, QueueConfig, QueueError};
+use polyvirt_core::queue::{INDIRECT_MAX, Layout, Queue, QueueConfig, QueueError};
 
 const SIZE: u16 = 8;
 
@@ -197,7 +197,7 @@ fn a_loop_ends_by_count() {
         memory.descriptor_at(TABLES, 0, BUFFERS, 1, NEXT, 1);
         memory.descriptor_at(TABLES, 1, BUFFERS, 1, NEXT, 0);
     });
-    assert_eq!(in_a_table, to_itself);
+    assert_eq!(in_a_table, QueueError::TooManyDescriptors { head: 0, limit: 2 });
 }
 
 /// Chains `count` descriptors of one byte each in the table at `table`.
@@ -209,15 +209,16 @@ fn chain_of(memory: &Memory, table: u64, count: u16) {
 }
 
 #[test]
-fn a_chain_has_at_most_as_many_descriptors_as_the_queue_wherever_they_are() {
-    let too_many = QueueError::TooManyDescriptors { head: 0, limit: SIZE.into() };
+fn a_chain_has_at_most_as_many_descriptors_as_the_queue_or_as_anyone_puts_into_tables() {
+    let too_many = QueueError::TooManyDescriptors { head: 0, limit: INDIRECT_MAX.into() };
     assert_eq!(taken_chain(|memory| chain_of(memory, RING, SIZE)), (SIZE.into(), 0));
     let table = |memory: &Memory, count: u16| {
         memory.descriptor(0, TABLES, 16 * u32::from(count), INDIRECT, 0);
         chain_of(memory, TABLES, count);
     };
     assert_eq!(taken_chain(|memory| table(memory, SIZE)), (SIZE.into(), 0));
-    assert_eq!(refused_chain(|memory| table(memory, SIZE + 1)), too_many);
+    assert_eq!(taken_chain(|memory| table(memory, INDIRECT_MAX)), (INDIRECT_MAX.into(), 0));
+    assert_eq!(refused_chain(|memory| table(memory, INDIRECT_MAX + 1)), too_many);
     // 2.7.5.3.2: ordinary descriptors, then one that names a table.
     let mixed = |memory: &Memory, ordinary: u16, count: u16| {
         chain_of(memory, RING, ordinary + 1);
@@ -225,7 +226,8 @@ fn a_chain_has_at_most_as_many_descriptors_as_the_queue_wherever_they_are() {
         chain_of(memory, TABLES, count);
     };
     assert_eq!(taken_chain(|memory| mixed(memory, 3, SIZE - 3)), (SIZE.into(), 0));
-    assert_eq!(refused_chain(|memory| mixed(memory, 3, SIZE - 2)), too_many);
+    assert_eq!(taken_chain(|memory| mixed(memory, 3, INDIRECT_MAX)), (3 + u32::from(INDIRECT_MAX), 0));
+    assert_eq!(refused_chain(|memory| mixed(memory, 3, INDIRECT_MAX + 1)), too_many);
     assert_eq!(taken_chain(|memory| mixed(memory, SIZE - 1, 1)), (SIZE.into(), 0));
 }
 

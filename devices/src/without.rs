@@ -40,6 +40,14 @@ impl<M: GuestMemory> Device<M> for Without<M> {
         self.device.config()
     }
 
+    fn refresh(&mut self) -> bool {
+        self.device.refresh()
+    }
+
+    fn negotiated(&mut self, features: Features) {
+        self.device.negotiated(features);
+    }
+
     fn write_config(&mut self, offset: usize, data: &[u8]) {
         self.device.write_config(offset, data);
     }

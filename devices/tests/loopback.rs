@@ -77,6 +77,17 @@ fn sectors_are_discarded_and_zeroed_only_inside_the_disk() {
 }
 
 #[test]
+fn more_sectors_than_a_segment_may_have_are_zeroed_and_discarded_in_several() {
+    const SECTORS: u32 = (1 << 16) + 3;
+    let (_host, mut driver, disk) = disk(SECTORS as usize + 1, blk::Options::default());
+    driver.write_zeroes(1, SECTORS, false).unwrap();
+    let bytes = disk.bytes();
+    assert!(bytes[512..].iter().all(|&byte| byte == 0));
+    assert_eq!(bytes[..512], pattern(512));
+    driver.discard(0, SECTORS).unwrap();
+}
+
+#[test]
 fn a_read_only_disk_refuses_writes_and_says_so_before() {
     let (_host, mut driver, disk) = disk(8, blk::Options { read_only: true, ..Default::default() });
     assert!(driver.geometry().read_only && driver.features().contains(wire::RO));
@@ -120,6 +131,31 @@ fn a_recovered_driver_loses_no_request() {
     }
     assert!(waiting.is_empty());
     assert!((0..4).all(|sector| disk.bytes()[sector * 512] == sector as u8 + 1));
+}
+
+#[test]
+fn whoever_looks_sees_how_large_a_file_is_by_now() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8 * 512).unwrap();
+    let backend = blk::FileBackend::new(file.try_clone().unwrap()).unwrap();
+    let told = backend.handle();
+    let device = Box::new(blk::Device::new(backend, blk::Options::default()));
+    file.set_len(16 * 512).unwrap();
+    let (_host, transport) = plug(device);
+    let mut driver = blk::Driver::new(transport).unwrap();
+    assert_eq!(driver.geometry().capacity, 16, "it was made when there were 8");
+    driver.write(15, &[1; 512]).unwrap();
+    file.set_len(4 * 512).unwrap();
+    assert_eq!(driver.refresh().unwrap().capacity, 4);
+    assert_eq!(driver.write(4, &[1; 512]), Err(DriverError::Status("IOERR")));
+    assert_eq!(file.metadata().unwrap().len(), 4 * 512, "nor has it grown by that");
+
+    // One that does not look is told.
+    while driver.transport().wait(std::time::Duration::ZERO).is_ok() {}
+    file.set_len(32 * 512).unwrap();
+    assert_eq!(told.refresh().unwrap(), 32);
+    while !driver.transport().wait(std::time::Duration::from_secs(10)).unwrap().config {}
+    driver.write(31, &[1; 512]).unwrap();
 }
 
 #[test]

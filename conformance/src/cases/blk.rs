@@ -60,7 +60,7 @@ const RO: Features = Features::bit(5);
 /// VIRTIO_BLK_F_FLUSH.
 pub(super) const F_FLUSH: Features = Features::bit(9);
 /// VIRTIO_BLK_F_CONFIG_WCE.
-const CONFIG_WCE: Features = Features::bit(11);
+pub(super) const CONFIG_WCE: Features = Features::bit(11);
 /// VIRTIO_BLK_F_DISCARD.
 pub(super) const F_DISCARD: Features = Features::bit(13);
 /// VIRTIO_BLK_F_WRITE_ZEROES.
@@ -100,7 +100,7 @@ fn pieces(session: &Session, kind: u32, sector: u64, out: &[u8], room: u32) -> R
     Ok(pieces)
 }
 
-fn done(pieces: &[(Memory, bool)], len: u32) -> Result<Done, Objection> {
+pub(super) fn done(pieces: &[(Memory, bool)], len: u32) -> Result<Done, Objection> {
     let mut data = Vec::new();
     for (memory, _) in pieces.iter().filter(|(_, writable)| *writable) {
         data.extend(memory.bytes()?);
@@ -110,7 +110,7 @@ fn done(pieces: &[(Memory, bool)], len: u32) -> Result<Done, Objection> {
 }
 
 /// Makes one request and waits for it.
-fn request(
+pub(super) fn request(
     session: &mut Session,
     ring: &mut Ring,
     kind: u32,
@@ -156,7 +156,7 @@ pub(super) fn bad(
     Ok(())
 }
 
-fn sectors(session: &mut Session) -> Result<u64, Objection> {
+pub(super) fn sectors(session: &mut Session) -> Result<u64, Objection> {
     let mut bytes = [0; 8];
     read_config(&mut session.transport, 0, &mut bytes)?;
     Ok(u64::from_le_bytes(bytes))

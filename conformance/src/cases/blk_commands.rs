@@ -57,7 +57,7 @@ fn get_id(session: &mut Session) -> Verdict {
 
 fn unknown_type(session: &mut Session) -> Verdict {
     unchanged(session, |session, ring, _| {
-        for kind in [3, 5, 6, 7, 9, 12, 27, 0x100, 0x8000_0000, u32::MAX] {
+        for kind in [3, 5, 6, 7, 9, 12, 27, 0x100, 0x4000_0000, u32::MAX] {
             bad(session, ring, (kind, 0), (&[0xee; 512], 0), UNSUPP)?;
             bad(session, ring, (kind, 0), (&[], 512), UNSUPP)?;
         }
@@ -76,7 +76,7 @@ fn zoned(session: &mut Session) -> Verdict {
 }
 
 /// The range of a discard or write-zeroes request.
-fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
+pub(super) fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 

@@ -1,7 +1,9 @@
 //! The cases, by area.
 
 pub mod blk;
+pub mod blk_cache;
 pub mod blk_commands;
+pub mod blk_limits;
 pub mod chains;
 pub mod config;
 pub mod console;
@@ -59,6 +61,8 @@ pub fn all() -> Vec<Case> {
         legacy::CASES,
         blk::CASES,
         blk_commands::CASES,
+        blk_cache::CASES,
+        blk_limits::CASES,
         rng::CASES,
         console::CASES,
         drivers::CASES,

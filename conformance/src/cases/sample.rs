@@ -236,7 +236,16 @@ pub fn attack(
     wanted: Features,
     attack: impl FnOnce(&mut Session, &mut [Ring], &Sample) -> Result<Attack, Objection>,
 ) -> Verdict {
-    let mut rings = session.bring_up(wanted)?;
+    let rings = session.bring_up(wanted)?;
+    attack_on(session, rings, attack)
+}
+
+/// The same, on a device that runs with `rings`.
+pub fn attack_on(
+    session: &mut Session,
+    mut rings: Vec<Ring>,
+    attack: impl FnOnce(&mut Session, &mut [Ring], &Sample) -> Result<Attack, Objection>,
+) -> Verdict {
     let sample = Sample::new(session)?;
     let mark = session.probe.as_ref().map(crate::suite::Probe::mark);
     let made = attack(session, &mut rings, &sample)?;

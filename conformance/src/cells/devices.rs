@@ -88,6 +88,15 @@ impl FarSide for blk::MemoryHandle {
         Ok(())
     }
 
+    fn hang_io(&mut self, hangs: bool) -> Result<(), Objection> {
+        self.hang(hangs);
+        Ok(())
+    }
+
+    fn held_io(&mut self) -> Result<usize, Objection> {
+        Ok(self.held())
+    }
+
     fn flushes(&mut self) -> Result<u64, Objection> {
         Ok(Self::flushes(self))
     }

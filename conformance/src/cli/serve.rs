@@ -17,7 +17,8 @@ use super::output::Output;
 use super::{CliError, SUCCESS};
 use crate::report::mebibytes;
 
-/// Data segments of a request: so few that they fit into the queues that front ends have by default.
+/// Data segments of a request: so few that they fit into the queues that front ends have by default, for drivers without
+/// indirect descriptors. With them any queue takes so many.
 const SEG_MAX: u16 = 126;
 
 #[derive(Args)]
@@ -40,6 +41,10 @@ enum Served {
         /// How many queues there are
         #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
         queues: u16,
+        /// The serial number that the guest sees, at most 20 characters; by default one that the image keeps as long as it
+        /// is the same file
+        #[arg(long, value_name = "TEXT", value_parser = serial)]
+        serial: Option<String>,
         #[command(flatten)]
         at: At,
     },
@@ -178,11 +183,12 @@ fn device<M: GuestMemory + Send + 'static>(
     args: &ServeArgs,
 ) -> Result<(Box<dyn Device<M>>, String, Option<console::Handle>), CliError> {
     Ok(match &args.device {
-        Served::Blk { image, read_only, queues, .. } => {
+        Served::Blk { image, read_only, queues, serial, .. } => {
             let (backend, told) = disk(image, *read_only)?;
             let options = blk::Options {
                 read_only: *read_only,
                 queues: *queues,
+                id: serial.clone(),
                 seg_max: Some(SEG_MAX),
                 ..blk::Options::default()
             };
@@ -195,6 +201,15 @@ fn device<M: GuestMemory + Send + 'static>(
         }
         Served::Rng { .. } => (Box::new(rng::Device::new(rng::HostEntropy)), "rng".into(), None),
     })
+}
+
+/// What GET_ID can answer: 20 bytes, that guests show and make file names of.
+fn serial(text: &str) -> Result<String, String> {
+    match text.len() {
+        1..=20 if text.bytes().all(|byte| byte.is_ascii_graphic()) => Ok(text.into()),
+        len @ (0 | 21..) => Err(format!("expected 1 to 20 characters, found {len}")),
+        _ => Err("expected visible ASCII characters".into()),
+    }
 }
 
 /// The image as a backend, and a few words about it.

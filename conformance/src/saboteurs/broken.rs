@@ -95,6 +95,10 @@ impl Device<Memory> for Broken {
         }
     }
 
+    fn negotiated(&mut self, features: Features) {
+        self.honest.negotiated(features);
+    }
+
     fn activate(&mut self, features: Features, waker: Waker) {
         self.honest.activate(features, waker);
     }
@@ -188,9 +192,22 @@ macro_rules! honest {
         }
     };
 }
+pub(super) use honest;
+
+macro_rules! honest_set_up {
+    ($($field:tt)+) => {
+        fn refresh(&mut self) -> bool {
+            self.$($field)+.refresh()
+        }
+        fn negotiated(&mut self, features: Features) {
+            self.$($field)+.negotiated(features);
+        }
+    };
+}
 
 impl Device<Memory> for Hoarder {
     honest!(honest);
+    honest_set_up!(honest);
 
     fn activate(&mut self, features: Features, waker: Waker) {
         for chain in &self.hoard {
@@ -218,6 +235,7 @@ impl Device<Memory> for Hoarder {
 
 impl Device<Memory> for Panics {
     honest!(0);
+    honest_set_up!(0);
 
     fn activate(&mut self, features: Features, waker: Waker) {
         self.0.activate(features, waker);

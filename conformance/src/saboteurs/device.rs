@@ -49,7 +49,13 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         violates: &[],
         kind: Kind::Blk,
         place: Place::Modern,
-        breaks: &["config/change-is-told", "config/change-before-driver-ok", "blk/capacity-changes"],
+        breaks: &[
+            "config/change-is-told",
+            "config/change-before-driver-ok",
+            "blk/capacity-changes",
+            "blk/capacity-before-driver-ok",
+            "blk/writeback-mode",
+        ],
         make: || with(Tamper::NOTHING),
     },
     Saboteur {
@@ -234,6 +240,8 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             "blk/capacity",
             "blk/capacity-changes",
             "blk/flush",
+            "blk/barrier-bit",
+            "blk/seg-max",
         ],
         make: || serving(|_, chain| status(chain, 0)),
     },

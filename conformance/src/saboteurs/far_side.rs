@@ -65,7 +65,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         violates: &["N0812"],
         kind: Kind::Blk,
         place: Place::Modern,
-        breaks: &["blk/flush"],
+        breaks: &["blk/flush", "blk/write-through", "blk/writeback-mode", "blk/writeback-without-flush"],
         make: || with(Broken { no_flush: true, ..Broken::NOTHING }),
     },
     Saboteur {
@@ -131,6 +131,14 @@ impl FarSide for Lossy {
 
     fn flushes(&mut self) -> Result<u64, Objection> {
         if self.broken.no_flush { Ok(0) } else { self.honest.flushes() }
+    }
+
+    fn hang_io(&mut self, hangs: bool) -> Result<(), Objection> {
+        self.honest.hang_io(hangs)
+    }
+
+    fn held_io(&mut self) -> Result<usize, Objection> {
+        self.honest.held_io()
     }
 
     fn read_disk(&mut self, offset: u64, data: &mut [u8]) -> Result<(), Objection> {

@@ -3,6 +3,7 @@
 //! Each breaks one thing and names the cases that have to notice. Nearly all live on the loopback, where everything happens
 //! in the caller's thread, so that what they do to a ring is done before the driver looks.
 
+mod blk;
 mod broken;
 mod bus;
 mod careless;
@@ -104,6 +105,7 @@ impl Saboteur {
 pub fn all() -> impl Iterator<Item = &'static Saboteur> {
     [
         device::SABOTEURS,
+        blk::SABOTEURS,
         registers::SABOTEURS,
         careless::SABOTEURS,
         rings::SABOTEURS,

@@ -292,6 +292,7 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         place: Place::Modern,
         breaks: &[
             "chains/above-queue-size",
+            "blk/seg-max-small-queue",
             "chains/indirect-nested",
             "chains/indirect-with-next",
             "chains/indirect-empty",

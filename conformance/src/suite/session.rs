@@ -146,6 +146,17 @@ pub trait FarSide: Send {
         missing("count flushes")
     }
 
+    /// (Block) from now on the backend does nothing, if `hangs`; else all that it was asked for meanwhile.
+    fn hang_io(&mut self, hangs: bool) -> Result<(), Objection> {
+        let _ = hangs;
+        missing("make the backend hang")
+    }
+
+    /// (Block) how many requests the backend has not done.
+    fn held_io(&mut self) -> Result<usize, Objection> {
+        missing("count what the backend has")
+    }
+
     /// (Block) what the disk holds from byte `offset` on.
     fn read_disk(&mut self, offset: u64, data: &mut [u8]) -> Result<(), Objection> {
         let _ = (offset, data);

@@ -47,7 +47,7 @@ impl Session {
     ) -> Self {
         let mut connection = Connection::new(connect(socket)).unwrap();
         let format = if packed { Features::RING_PACKED } else { Features::empty() };
-        let features = (Features::VERSION_1 | format).bits() as u64 | PROTOCOL_FEATURES;
+        let features = (Features::VERSION_1 | blk::wire::FLUSH_FEATURE | format).bits() as u64 | PROTOCOL_FEATURES;
         let protocol = ProtocolFeatures::INFLIGHT_SHMFD | ProtocolFeatures::REPLY_ACK;
         tell(&mut connection, 0, Request::SetOwner, &[], &[]);
         tell(&mut connection, 0, Request::SetProtocolFeatures, &protocol.bits().to_bytes(), &[]);

@@ -7,8 +7,8 @@
 use std::mem::discriminant;
 
 use polyvirt_core::memory::MemoryError;
-use polyvirt_core::queue::QueueError;
 use polyvirt_core::queue::split::layout::{INDIRECT, NEXT, WRITE};
+use polyvirt_core::queue::{INDIRECT_MAX, QueueError};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use virtio_queue::QueueT;
@@ -172,13 +172,13 @@ const IN_TABLES: &[Defect] = &[
         theirs: Seen::Whole,
     },
     Defect {
-        name: "a table with more descriptors than the queue has entries",
+        name: "a table with more descriptors than anyone puts into one",
         make: |ring, chain, _| {
-            for index in 0..=SIZE {
-                let flags = if index < SIZE { NEXT } else { 0 };
+            for index in 0..=INDIRECT_MAX {
+                let flags = if index < INDIRECT_MAX { NEXT } else { 0 };
                 ring.put_in(TABLES, index, Descriptor { address: BUFFERS, len: 1, flags, next: index + 1 });
             }
-            chain.change_table(ring, |descriptor| descriptor.len = 16 * (u32::from(SIZE) + 1));
+            chain.change_table(ring, |descriptor| descriptor.len = 16 * (u32::from(INDIRECT_MAX) + 1));
         },
         ours: QueueError::TooManyDescriptors { head: 0, limit: 0 },
         theirs: Seen::Whole,

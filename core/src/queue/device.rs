@@ -139,6 +139,11 @@ impl<M: GuestMemory> Queue<M> {
         self.held = false;
     }
 
+    /// Whether nothing is taken any more, so that what is in flight is to be finished soon.
+    pub const fn is_held(&self) -> bool {
+        self.held
+    }
+
     /// Entries.
     pub fn size(&self) -> u16 {
         ring!(&self.ring, ring => ring.size())

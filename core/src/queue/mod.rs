@@ -22,6 +22,11 @@ use crate::memory::MemoryError;
 /// The largest queue that the spec allows (2.7: queue size is at most 32768).
 pub const MAX_QUEUE_SIZE: u16 = 32768;
 
+/// Descriptors of an indirect table that a device serves even if its queue has fewer entries. A driver must not make
+/// chains longer than the queue (2.7.5.3.1), but some do: Linux's block driver looks only at what the device says of
+/// segments, and most devices serve so many.
+pub const INDIRECT_MAX: u16 = 1024;
+
 /// Byte order and placement of a ring.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Layout {

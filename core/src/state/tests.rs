@@ -33,6 +33,10 @@ struct Book {
     slow: bool,
     /// The configuration's first byte, which the next poll installs.
     news: Option<u8>,
+    /// The same, if whoever looks sees it.
+    unseen: Option<u8>,
+    /// Which features were settled, each time.
+    settled: Vec<Features>,
     interrupts: Vec<Cause>,
     accesses: Vec<Accessed>,
     wakes: usize,
@@ -121,6 +125,13 @@ impl<M: GuestMemory> Device<M> for Fake<M::Lease> {
                 }
             }
         }
+    }
+    fn refresh(&mut self) -> bool {
+        let unseen = self.book.with(|book| book.unseen.take());
+        unseen.inspect(|byte| self.config[0] = *byte).is_some()
+    }
+    fn negotiated(&mut self, features: Features) {
+        self.book.with(|book| book.settled.push(features));
     }
     fn poll(&mut self, queues: &mut Queues<'_, M>) {
         let news = self.book.with(|book| {
@@ -777,7 +788,7 @@ fn queues_that_do_not_exist_read_zero_and_take_nothing() {
 
 #[test]
 fn configuration_reads_at_any_offset_and_length_and_is_zero_beyond_its_end() {
-    let rig = Rig::modern();
+    let mut rig = Rig::modern();
     let config = [1, 2, 3, 4, 5, 6];
     for len in 0..10 {
         for offset in (0..10).chain([u64::from(u32::MAX), u64::MAX - 1, u64::MAX]) {
@@ -801,6 +812,45 @@ fn configuration_writes_are_taken_inside_it_only() {
     let expected = [Call::WriteConfig(1, vec![9, 8]), Call::WriteConfig(5, vec![7])];
     assert_eq!(rig.book.with(|book| mem::take(&mut book.calls)), expected);
     assert_eq!(rig.state.config(), [1, 9, 8, 4, 5, 6]);
+}
+
+#[test]
+fn whoever_reads_the_configuration_reads_what_it_is_by_now() {
+    let mut rig = Rig::negotiated(Features::empty());
+    let mut first = [0];
+    rig.book.with(|book| book.unseen = Some(7));
+    let mut last = rig.state.config_generation();
+    rig.state.read_config(0, &mut first);
+    assert_eq!(first, [7]);
+    assert_ne!(rig.state.config_generation(), last);
+    assert_eq!(rig.book.interrupts(), [], "nobody drives it yet");
+
+    // What is not read before DRIVER_OK is told then.
+    rig.book.with(|book| book.unseen = Some(8));
+    last = rig.state.config_generation();
+    rig.state.set_status(READY);
+    assert_eq!((rig.state.config()[0], rig.book.interrupts()), (8, vec![Cause::Config]));
+    assert_ne!(rig.state.config_generation(), last);
+
+    rig.book.with(|book| book.unseen = Some(9));
+    rig.state.read_config(0, &mut first);
+    assert_eq!((first, rig.book.interrupts()), ([9], vec![Cause::Config]));
+    rig.state.read_config(0, &mut first);
+    assert_eq!((first, rig.book.interrupts()), ([9], vec![]));
+}
+
+#[test]
+fn a_device_hears_which_features_are_settled_once_they_are() {
+    let begun = Status::ACKNOWLEDGE | Status::DRIVER;
+    let mut rig = Rig::modern();
+    rig.state.set_status(begun);
+    rig.state.set_driver_features(Features::EVENT_IDX);
+    rig.state.set_status(begun | Status::FEATURES_OK);
+    assert_eq!(rig.book.with(|book| mem::take(&mut book.settled)), [], "VERSION_1 is missing");
+    rig.state.set_driver_features(Features::VERSION_1);
+    rig.state.set_status(begun | Status::FEATURES_OK);
+    rig.state.set_status(READY);
+    assert_eq!(rig.book.with(|book| mem::take(&mut book.settled)), [Features::VERSION_1]);
 }
 
 #[test]

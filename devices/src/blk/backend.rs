@@ -1,27 +1,26 @@
-//! Where the bytes of a disk are.
+//! What a disk is asked for, and who does it.
 
-use std::collections::VecDeque;
-use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
-use std::thread::{Builder, JoinHandle};
 
-use super::wire::SECTOR_SIZE;
+/// Requests that a device has with its backend at once, at most: with what one of them can hold it bounds memory.
+pub const IN_FLIGHT: usize = 16;
+/// Bytes that a read or write may have at most.
+pub const TRANSFER: u64 = 1 << 20;
+/// Bytes that are zeroed or discarded by one request at most.
+pub const RANGE: u64 = 16 << 20;
 
 /// What a backend is asked for, in bytes from the start of the disk. The device has checked that it lies inside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
-    /// Read `len` bytes.
+    /// Read `len` bytes, at most [`TRANSFER`].
     Read {
         /// Where.
         offset: u64,
         /// How many.
         len: usize,
     },
-    /// Write these bytes.
+    /// Write these bytes, at most [`TRANSFER`].
     Write {
         /// Where.
         offset: u64,
@@ -30,14 +29,16 @@ pub enum Request {
     },
     /// Make durable everything whose completion was reported before.
     Flush,
-    /// Make `len` bytes read as zero.
+    /// Make `len` bytes, at most [`RANGE`], read as zero.
     Zero {
         /// Where.
         offset: u64,
         /// How many.
         len: u64,
+        /// Whether they need not keep the room that they take.
+        deallocate: bool,
     },
-    /// Forget `len` bytes: what they read as is up to the backend.
+    /// Forget `len` bytes, at most [`RANGE`]: what they read as is up to the backend.
     Discard {
         /// Where.
         offset: u64,
@@ -57,199 +58,38 @@ pub struct Completion {
 
 /// A disk. It owns the buffers of what it works on, so it may finish a request whenever it likes: nothing of the guest's
 /// is touched but by the device.
+///
+/// A device has at most [`IN_FLIGHT`] requests with it at once, those that a reset made it [cancel](Self::cancel)
+/// included.
 pub trait Backend: Send {
-    /// Sectors of 512 bytes.
+    /// Sectors of 512 bytes, as far as is known.
     fn capacity(&self) -> u64;
 
-    /// Begins `request`; [`Backend::complete`] will say what became of it. Never waits.
+    /// Looks how large the medium is now, if that may have changed with nobody to say so.
+    fn refresh(&mut self) {}
+
+    /// Whether [`Request::Zero`] and [`Request::Discard`] can give room back.
+    fn deallocates(&self) -> bool {
+        true
+    }
+
+    /// What tells this medium from others, if anything does: a name for GET_ID of at most 20 bytes.
+    fn id(&self) -> Option<String> {
+        None
+    }
+
+    /// Begins `request`; [`Backend::complete`] will say what became of it. Never waits. Requests that are with it at the
+    /// same time may be done in any order.
     fn submit(&mut self, id: u64, request: Request);
+
+    /// Nobody wants request `id` any more: it need not be done if it is not begun. It is completed all the same.
+    fn cancel(&mut self, id: u64) {
+        let _ = id;
+    }
 
     /// The next completion, in any order; none if nothing else is done yet.
     fn complete(&mut self) -> Option<Completion>;
 
     /// What to wake when there is a completion, or when the capacity has changed.
     fn set_waker(&mut self, waker: Waker);
-}
-
-/// A raw image in a file. A thread does the reads and writes.
-pub struct FileBackend {
-    capacity: u64,
-    requests: Option<Sender<(u64, Request)>>,
-    completions: Receiver<Completion>,
-    waker: Arc<Mutex<Waker>>,
-    worker: Option<JoinHandle<()>>,
-}
-
-impl FileBackend {
-    /// Serves `file`; bytes beyond its last whole sector are not part of the disk.
-    pub fn new(file: File) -> io::Result<Self> {
-        let capacity = file.metadata()?.len() / SECTOR_SIZE;
-        let (requests, work) = channel::<(u64, Request)>();
-        let (done, completions) = channel();
-        let waker = Arc::new(Mutex::new(Waker::noop().clone()));
-        let wake = Arc::clone(&waker);
-        let worker = Builder::new().name("blk-file".into()).spawn(move || {
-            for (id, request) in work {
-                if done.send(Completion { id, result: carry_out(&file, request) }).is_err() {
-                    return;
-                }
-                lock(&wake).wake_by_ref();
-            }
-        })?;
-        Ok(Self { capacity, requests: Some(requests), completions, waker, worker: Some(worker) })
-    }
-}
-
-fn carry_out(file: &File, request: Request) -> io::Result<Vec<u8>> {
-    match request {
-        Request::Read { offset, len } => {
-            let mut data = vec![0; len];
-            file.read_exact_at(&mut data, offset)?;
-            return Ok(data);
-        }
-        Request::Write { offset, data } => file.write_all_at(&data, offset)?,
-        Request::Flush => file.sync_data()?,
-        Request::Zero { offset, len } => {
-            let zeroes = vec![0; usize::try_from(len).unwrap_or(usize::MAX).min(1 << 20)];
-            let mut done = 0;
-            while done < len {
-                let here = (len - done).min(zeroes.len() as u64);
-                file.write_all_at(&zeroes[..here as usize], offset + done)?;
-                done += here;
-            }
-        }
-        // Nothing has to happen; the standard library cannot punch holes.
-        Request::Discard { .. } => {}
-    }
-    Ok(Vec::new())
-}
-
-impl Backend for FileBackend {
-    fn capacity(&self) -> u64 {
-        self.capacity
-    }
-
-    fn submit(&mut self, id: u64, request: Request) {
-        if let Some(requests) = &self.requests {
-            // The worker ends only after this sender.
-            let _ = requests.send((id, request));
-        }
-    }
-
-    fn complete(&mut self) -> Option<Completion> {
-        self.completions.try_recv().ok()
-    }
-
-    fn set_waker(&mut self, waker: Waker) {
-        *lock(&self.waker) = waker;
-    }
-}
-
-impl Drop for FileBackend {
-    fn drop(&mut self) {
-        self.requests = None;
-        if let Some(worker) = self.worker.take() {
-            let _ = worker.join();
-        }
-    }
-}
-
-/// A disk in memory, done at once, which can be told to misbehave.
-pub struct MemoryBackend {
-    disk: MemoryHandle,
-    completions: VecDeque<Completion>,
-}
-
-/// The far side of a [`MemoryBackend`].
-#[derive(Clone)]
-pub struct MemoryHandle(Arc<Mutex<Disk>>);
-
-struct Disk {
-    bytes: Vec<u8>,
-    failures: u32,
-    flushes: u64,
-    waker: Waker,
-}
-
-impl MemoryBackend {
-    /// A disk of `bytes`, whole sectors of it.
-    pub fn new(bytes: Vec<u8>) -> Self {
-        let disk = Disk { bytes, failures: 0, flushes: 0, waker: Waker::noop().clone() };
-        Self { disk: MemoryHandle(Arc::new(Mutex::new(disk))), completions: VecDeque::new() }
-    }
-
-    /// The far side.
-    pub fn handle(&self) -> MemoryHandle {
-        self.disk.clone()
-    }
-}
-
-impl MemoryHandle {
-    /// The bytes of the disk now.
-    pub fn bytes(&self) -> Vec<u8> {
-        lock(&self.0).bytes.clone()
-    }
-
-    /// The next `count` requests fail.
-    pub fn fail(&self, count: u32) {
-        lock(&self.0).failures = count;
-    }
-
-    /// How many flushes there were.
-    pub fn flushes(&self) -> u64 {
-        lock(&self.0).flushes
-    }
-
-    /// Makes the disk larger or smaller; the device is told.
-    pub fn resize(&self, sectors: u64) {
-        let mut disk = lock(&self.0);
-        disk.bytes.resize((sectors * SECTOR_SIZE) as usize, 0);
-        disk.waker.wake_by_ref();
-    }
-}
-
-impl Disk {
-    /// `len` bytes at `offset`. The disk may have become smaller since the device looked.
-    fn part(&mut self, offset: u64, len: u64) -> io::Result<&mut [u8]> {
-        let (start, end) = (offset as usize, offset.saturating_add(len) as usize);
-        let beyond = || io::Error::new(io::ErrorKind::UnexpectedEof, "beyond the end of the disk");
-        self.bytes.get_mut(start..end).ok_or_else(beyond)
-    }
-
-    fn carry_out(&mut self, request: Request) -> io::Result<Vec<u8>> {
-        if self.failures > 0 {
-            self.failures -= 1;
-            return Err(io::Error::other("told to fail"));
-        }
-        match request {
-            Request::Read { offset, len } => return Ok(self.part(offset, len as u64)?.to_vec()),
-            Request::Write { offset, data } => self.part(offset, data.len() as u64)?.copy_from_slice(&data),
-            Request::Flush => self.flushes += 1,
-            Request::Zero { offset, len } | Request::Discard { offset, len } => self.part(offset, len)?.fill(0),
-        }
-        Ok(Vec::new())
-    }
-}
-
-impl Backend for MemoryBackend {
-    fn capacity(&self) -> u64 {
-        lock(&self.disk.0).bytes.len() as u64 / SECTOR_SIZE
-    }
-
-    fn submit(&mut self, id: u64, request: Request) {
-        let result = lock(&self.disk.0).carry_out(request);
-        self.completions.push_back(Completion { id, result });
-    }
-
-    fn complete(&mut self) -> Option<Completion> {
-        self.completions.pop_front()
-    }
-
-    fn set_waker(&mut self, waker: Waker) {
-        lock(&self.disk.0).waker = waker;
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -98,6 +98,8 @@ pub struct Driver {
     slots: Vec<Slot>,
     free: Vec<usize>,
     geometry: Geometry,
+    /// Sectors of a segment at most: of a discard, of zeroes.
+    longest: [u32; 2],
     features: Features,
     next_id: u64,
     answers: VecDeque<Answer>,
@@ -110,6 +112,7 @@ impl Driver {
         expect_type(&*transport, wire::DEVICE_TYPE)?;
         let features = transport::initialize(&mut *transport, Self::wanted())?;
         let geometry = read_geometry(&mut *transport, features)?;
+        let longest = read_limits(&mut *transport, features)?;
         let queue = DriverQueue::new(transport.find_vq(0, None)?)?;
         transport::driver_ok(&mut *transport)?;
         Ok(Self {
@@ -118,6 +121,7 @@ impl Driver {
             slots: Vec::new(),
             free: Vec::new(),
             geometry,
+            longest,
             features,
             next_id: 0,
             answers: VecDeque::new(),
@@ -273,8 +277,7 @@ impl Driver {
         if !self.features.contains(wire::DISCARD_FEATURE) {
             return Err(DriverError::Unsupported("the device does not discard"));
         }
-        let segments = [Segment { sector, count, flags: 0 }];
-        self.run(1, |_| Operation::Discard(&segments), |_, _| {})
+        self.run_segments(split(sector, count, 0, self.longest[0]), |segments| Operation::Discard(segments))
     }
 
     /// Zeroes `count` sectors; `unmap` allows the device to deallocate them.
@@ -282,8 +285,23 @@ impl Driver {
         if !self.features.contains(wire::WRITE_ZEROES_FEATURE) {
             return Err(DriverError::Unsupported("the device does not write zeroes"));
         }
-        let segments = [Segment { sector, count, flags: if unmap { wire::UNMAP } else { 0 } }];
-        self.run(1, |_| Operation::WriteZeroes(&segments), |_, _| {})
+        let flags = if unmap { wire::UNMAP } else { 0 };
+        self.run_segments(split(sector, count, flags, self.longest[1]), |segments| Operation::WriteZeroes(segments))
+    }
+
+    /// Runs a request for each of `segments`, as many at a time as can be in flight.
+    fn run_segments(
+        &mut self,
+        mut segments: impl Iterator<Item = Segment>,
+        operation: impl for<'s> Fn(&'s [Segment]) -> Operation<'s>,
+    ) -> Result<(), DriverError> {
+        loop {
+            let some: Vec<_> = segments.by_ref().take(SLOTS).collect();
+            if some.is_empty() {
+                return Ok(());
+            }
+            self.run(some.len(), |number| operation(&some[number..=number]), |_, _| {})?;
+        }
     }
 
     /// Runs `count` requests, several at a time, and waits for all; the first error is returned after that.
@@ -390,6 +408,36 @@ impl Drop for Driver {
             tracing::debug!(%error, "the device was not reset");
         }
     }
+}
+
+/// `count` sectors in segments of at most `longest`, one at least.
+fn split(sector: u64, count: u32, flags: u32, longest: u32) -> impl Iterator<Item = Segment> {
+    let longest = longest.max(1);
+    let segment = move |number: u32| {
+        let done = number * longest;
+        Segment { sector: sector.saturating_add(done.into()), count: (count - done).min(longest), flags }
+    };
+    (0..count.div_ceil(longest).max(1)).map(segment)
+}
+
+/// How long segments may be. A device that says nothing of it gets them whole.
+fn read_limits(transport: &mut dyn Transport, features: Features) -> Result<[u32; 2], DriverError> {
+    let mut limits = [u32::MAX; 2];
+    let fields = [
+        (wire::DISCARD_FEATURE, wire::config::MAX_DISCARD_SECTORS),
+        (wire::WRITE_ZEROES_FEATURE, wire::config::MAX_WRITE_ZEROES_SECTORS),
+    ];
+    for (limit, (feature, at)) in limits.iter_mut().zip(fields) {
+        if features.contains(feature) {
+            let mut bytes = [0; 4];
+            transport::read_config(transport, at as u32, &mut bytes)?;
+            *limit = match u32::from_le_bytes(bytes) {
+                0 => u32::MAX,
+                most => most,
+            };
+        }
+    }
+    Ok(limits)
 }
 
 fn read_geometry(transport: &mut dyn Transport, features: Features) -> Result<Geometry, DriverError> {

@@ -5,10 +5,22 @@ mod backend;
 #[cfg(feature = "std")]
 mod device;
 mod driver;
+#[cfg(feature = "std")]
+mod file;
+#[cfg(feature = "std")]
+mod medium;
+#[cfg(feature = "std")]
+mod memory;
+#[cfg(feature = "std")]
+mod request;
 pub mod wire;
 
 #[cfg(feature = "std")]
-pub use backend::{Backend, Completion, FileBackend, MemoryBackend, MemoryHandle, Request};
+pub use backend::{Backend, Completion, IN_FLIGHT, RANGE, Request, TRANSFER};
 #[cfg(feature = "std")]
 pub use device::{Device, Options};
 pub use driver::{Driver, Geometry, Operation, RequestId};
+#[cfg(feature = "std")]
+pub use file::{FileBackend, FileHandle};
+#[cfg(feature = "std")]
+pub use memory::{MemoryBackend, MemoryHandle};

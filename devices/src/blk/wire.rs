@@ -23,6 +23,8 @@ pub const RO: Features = Features::bit(5);
 pub const BLK_SIZE: Features = Features::bit(6);
 /// Writes can be made durable (VIRTIO_BLK_F_FLUSH).
 pub const FLUSH_FEATURE: Features = Features::bit(9);
+/// The driver can change the mode of the cache (VIRTIO_BLK_F_CONFIG_WCE).
+pub const CONFIG_WCE: Features = Features::bit(11);
 /// There are several queues (VIRTIO_BLK_F_MQ).
 pub const MQ: Features = Features::bit(12);
 /// Sectors can be discarded (VIRTIO_BLK_F_DISCARD).
@@ -43,6 +45,9 @@ pub const DISCARD: u32 = 11;
 /// Zero sectors.
 pub const WRITE_ZEROES: u32 = 13;
 
+/// A bit of the type: what was a barrier in 2008.
+pub const BARRIER: u32 = 1 << 31;
+
 /// The request succeeded.
 pub const OK: u8 = 0;
 /// The device or the request was at fault.
@@ -61,6 +66,8 @@ pub mod config {
     pub const SEG_MAX: usize = 12;
     /// le32: bytes of a block.
     pub const BLK_SIZE: usize = 20;
+    /// u8: whether writes may be done before they are durable, until a flush (0: they may not).
+    pub const WRITEBACK: usize = 32;
     /// le16: queues.
     pub const NUM_QUEUES: usize = 34;
     /// le32: sectors of a discard segment.

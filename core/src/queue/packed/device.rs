@@ -10,7 +10,7 @@ use super::layout::{
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
 use crate::queue::chain::Parts;
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::queue::{Chain, INDIRECT_MAX, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::sync::fence;
 
 /// [Compared](Position::compared) flags of what is not an available descriptor of a buffer.
@@ -309,8 +309,9 @@ impl<M: GuestMemory> Ring<M> {
         if len == 0 || !u64::from(len).is_multiple_of(DESCRIPTOR_LEN) {
             return Err(QueueError::IndirectLength { head, len });
         }
-        if entries > self.size.into() {
-            return Err(QueueError::TooManyDescriptors { head, limit: self.size.into() });
+        let limit = self.size.max(INDIRECT_MAX).into();
+        if entries > u64::from(limit) {
+            return Err(QueueError::TooManyDescriptors { head, limit });
         }
         let table = &mut self.table;
         self.memory.resolve(address, len.into(), Access::READ, |segment| table.push(segment))?;

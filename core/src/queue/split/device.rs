@@ -8,7 +8,7 @@ use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NO
 use crate::memory::{Access, GuestMemory, Segment, Words};
 use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
 use crate::queue::chain::Parts;
-use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::queue::{Chain, INDIRECT_MAX, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::sync::fence;
 
 /// The ring, resolved, and where the device is in it.
@@ -226,7 +226,8 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Err(QueueError::TooManyDescriptors { head, limit: self.size.into() })
     }
 
-    /// The rest of the chain, at most `left` descriptors, is in the table that `descriptor` names (2.7.5.3).
+    /// The rest of the chain, at most `left` descriptors or [`INDIRECT_MAX`], is in the table that `descriptor` names
+    /// (2.7.5.3).
     fn add_table(
         &mut self,
         assembly: &mut Assembly<M::Lease>,
@@ -248,10 +249,14 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         let table = &mut self.table;
         self.memory.resolve(descriptor.address, len.into(), Access::READ, |segment| table.push(segment))?;
         let mut index = 0;
-        // A chain has at most queue-size descriptors, wherever they are (2.7.5.3.1).
-        for _ in 0..left {
+        // One that takes more steps than there are entries loops.
+        let limit = entries.min(left.max(INDIRECT_MAX).into());
+        for step in 0..=limit {
             if u64::from(index) >= entries {
                 return Err(QueueError::Index { index, size: entries as u32 });
+            }
+            if step == limit {
+                break;
             }
             let entry = O::descriptor(read_table(&self.table, index)?);
             if entry.flags & INDIRECT != 0 {
@@ -263,7 +268,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             }
             index = entry.next;
         }
-        Err(QueueError::TooManyDescriptors { head, limit: self.size.into() })
+        Err(QueueError::TooManyDescriptors { head, limit: limit as u32 })
     }
 
     #[inline(always)]
