@@ -109,9 +109,19 @@ impl<L> Chains<L> {
 
     fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
-        let (head, entries, number, readable, writable_len, written, writable_from) = Default::default();
-        let (run, start) = (self.run, Position::START);
-        Box::new(Parts { run, head, entries, number, start, readable, writable_len, written, writable_from, segments })
+        Box::new(Parts {
+            run: self.run,
+            head: 0,
+            entries: 0,
+            number: 0,
+            start: Position::START,
+            readable: 0,
+            writable_len: 0,
+            written: 0,
+            wrote: 0,
+            writable_from: 0,
+            segments,
+        })
     }
 
     /// Takes `chain` out of flight and keeps its memory for another; the error is its head if it is not of this run. One that is, is in flight: it exists once, and is given back here.
@@ -239,7 +249,7 @@ impl<L: Lease> Assembly<L> {
             return self.finish_long(chains, head, entries);
         }
         let parts = &mut *self.parts;
-        (parts.head, parts.entries, parts.written) = (head, entries, 0);
+        (parts.head, parts.entries, parts.written, parts.wrote) = (head, entries, 0, 0);
         parts.writable_len = len as u32 - parts.readable as u32;
         Ok(Chain(self.parts))
     }
@@ -253,7 +263,7 @@ impl<L: Lease> Assembly<L> {
             return Err(chains.fail(QueueError::TooLong { head }));
         }
         let parts = &mut *self.parts;
-        (parts.head, parts.entries, parts.written) = (head, entries, 0);
+        (parts.head, parts.entries, parts.written, parts.wrote) = (head, entries, 0, 0);
         parts.writable_len = clamp(len - parts.readable);
         Ok(Chain(self.parts))
     }

@@ -329,9 +329,10 @@ impl<M: GuestMemory> Ring<M> {
 
     #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
-        let Parts { head: id, written, entries: count, start, .. } = *chain.0;
+        let Parts { head: id, written, wrote, entries: count, start, .. } = *chain.0;
         self.chains.give_back(chain)?;
-        let flags = if written > 0 { WRITE } else { 0 };
+        // Whether anything was written, wherever (2.8.4); the length says how much from the first byte on.
+        let flags = if written | wrote > 0 { WRITE } else { 0 };
         let at = self.write_used(self.next_used, Tail { len: written, id, flags });
         if at != start {
             // The used descriptor went to where an older chain is.
