@@ -24,8 +24,8 @@ pub struct Queue<M: GuestMemory> {
     quiet: bool,
     /// Whether nothing is taken any more.
     held: bool,
-    /// Heads of chains that were taken before the queue was restored: they are taken again first, the last one here
-    /// before all others.
+    /// Heads of chains that were taken before the queue was restored, that could not be taken yet, or that were put back:
+    /// they are taken again first, the last one here before all others.
     again: Vec<u16>,
     /// If chains have to be used in the order in which they were taken: those that cannot be yet.
     waiting: Option<Waiting<M::Lease>>,
@@ -233,6 +233,23 @@ impl<M: GuestMemory> Queue<M> {
         waiting.keep(chain);
         while let Some(next) = waiting.next() {
             ring!(&mut self.ring, ring => ring.complete(next)).map_err(|head| QueueError::Stale { head })?;
+        }
+        Ok(())
+    }
+
+    /// Puts the newest chain back, as if it had not been taken: [`Queue::pop`] finds it again, before any other. For a
+    /// device that cannot go on with it now, and keeps nothing of the driver's meanwhile.
+    ///
+    /// The newest is what was taken last, with none completed that was taken after it; another leads whoever goes on with
+    /// the queue elsewhere to the wrong place. A chain that does not belong to this run of the queue is refused
+    /// ([`QueueError::Stale`]) and dropped.
+    pub fn put_back(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+        let head = chain.head();
+        let again = ring!(&mut self.ring, ring => ring.put_back(chain))
+            .map_err(|()| self.broken().unwrap_or(QueueError::Stale { head }))?;
+        self.again.extend(again);
+        if let Some(waiting) = &mut self.waiting {
+            waiting.forget_newest();
         }
         Ok(())
     }

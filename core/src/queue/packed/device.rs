@@ -174,6 +174,15 @@ impl<M: GuestMemory> Ring<M> {
         self.chains.take_put_off().then_some(None)
     }
 
+    /// Lets go of the newest chain; then it is still available.
+    pub(in crate::queue) fn put_back(&mut self, chain: Chain<M::Lease>) -> Result<Option<u16>, ()> {
+        let Parts { entries, start, .. } = *chain.0;
+        self.chains.give_back(chain).map_err(|_| ())?;
+        self.next_available = start;
+        self.taken -= u64::from(entries);
+        Ok(None)
+    }
+
     /// The chain that begins with `descriptor`, an available buffer at `at`, whose flags are `flags`. As long as it is what
     /// chains mostly are (direct, short, of whole pieces, in one round, without fault) it is walked here, with nothing to
     /// call; as soon as it is not, [`Ring::walk_on`] goes on.

@@ -140,6 +140,14 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.chains.take_put_off().then_some(Some(self.walked))
     }
 
+    /// Lets go of a chain that is to be taken again; it stays in flight, and this is its head.
+    pub(in crate::queue) fn put_back(&mut self, chain: Chain<M::Lease>) -> Result<Option<u16>, ()> {
+        let head = chain.head();
+        self.chains.give_back(chain).map_err(|_| ())?;
+        self.chains.mark(head);
+        Ok(Some(head))
+    }
+
     /// How many chains are available, as of now.
     #[inline(always)]
     pub(in crate::queue) fn available(&mut self) -> Result<u16, Latched> {
