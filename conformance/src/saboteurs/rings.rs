@@ -320,4 +320,22 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             .sabotage()
         },
     },
+    Saboteur {
+        name: "takes the first 64 KiB of a buffer for all of it",
+        violates: &[],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &["console/output-long"],
+        make: || {
+            before(|meddler, queue| {
+                let table = meddler.ring(queue).table;
+                for slot in meddler.offered(queue).into_iter().flat_map(|chain| chain.slots) {
+                    let (address, len, flags, next) = meddler.descriptor(table, slot);
+                    meddler.set_descriptor(table, slot, (address, len.min(0x10000), flags, next));
+                }
+                true
+            })
+            .sabotage()
+        },
+    },
 ];
