@@ -7,9 +7,10 @@ use super::layout::{
     AVAILABLE, DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail,
     USED, WRITE,
 };
-use crate::memory::{Access, GuestMemory, Segment, Words};
-use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
+use crate::memory::{Access, GuestMemory, Words};
+use crate::queue::assembly::{Assembly, Chains, Latched};
 use crate::queue::chain::Parts;
+use crate::queue::table::Table;
 use crate::queue::{Chain, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::sync::fence;
 
@@ -37,7 +38,7 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
     /// `next_used` and `limit` when the driver was last considered for an interrupt.
     signalled: (Position, u64),
     chains: Chains<M::Lease>,
-    table: Vec<Segment<M::Lease>>,
+    table: Table<M::Lease>,
 }
 
 impl<M: GuestMemory> Ring<M> {
@@ -64,7 +65,7 @@ impl<M: GuestMemory> Ring<M> {
             signalled: (Position::START, size.into()),
             // Any 16-bit value is a legal buffer id (2.8.4).
             chains: Chains::new(1 << 16),
-            table: Vec::new(),
+            table: Table::new(),
         })
     }
 
@@ -117,6 +118,17 @@ impl<M: GuestMemory> Ring<M> {
 
     pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
         self.chains.own(chain)
+    }
+
+    /// Another burst begins.
+    #[inline(always)]
+    pub(in crate::queue) fn begin_burst(&mut self) {
+        self.chains.begin_burst();
+    }
+
+    /// Whether this burst ended because it has looked at enough.
+    pub(in crate::queue) const fn is_exhausted(&self) -> bool {
+        self.chains.is_exhausted()
     }
 
     pub(in crate::queue) const fn size(&self) -> u16 {
@@ -238,7 +250,9 @@ impl<M: GuestMemory> Ring<M> {
         mut at: Position,
         descriptor: (u64, u64),
     ) -> Result<Chain<M::Lease>, Latched> {
+        self.chains.may_work()?;
         let mut count = assembly.segments();
+        let mut entries = 0;
         let (mut address, mut tail) = parse(descriptor);
         loop {
             count += 1;
@@ -256,6 +270,7 @@ impl<M: GuestMemory> Ring<M> {
                     return Err(self.chains.fail(QueueError::IndirectWithNext { head: tail.id }));
                 }
                 let added = self.add_table(&mut assembly, address, tail);
+                entries = tail.len as usize / DESCRIPTOR_LEN as usize + self.table.segments();
                 // Its leases end here, whatever became of the chain.
                 self.table.clear();
                 added.map_err(|reason| self.chains.fail(reason))?;
@@ -267,6 +282,7 @@ impl<M: GuestMemory> Ring<M> {
             }
             (address, tail) = parse(self.descriptor(at, Ordering::Relaxed).unwrap_or_default());
         }
+        self.chains.worked(count + entries, assembly.segments());
         self.enter(assembly, tail.id, count, at)
     }
 
@@ -321,10 +337,9 @@ impl<M: GuestMemory> Ring<M> {
         if entries > self.size.into() {
             return Err(QueueError::TooManyDescriptors { head, limit: self.size.into() });
         }
-        let table = &mut self.table;
-        self.memory.resolve(address, len.into(), Access::READ, |segment| table.push(segment))?;
+        self.table.resolve(&self.memory, head, (address, len))?;
         for index in 0..entries as u16 {
-            let (address, rest) = read_table(&self.table, index)?;
+            let (address, rest) = self.table.entry(index)?;
             // Only WRITE has a meaning here; the other flags are ignored (2.8.7), except that a table in a table is
             // told apart from a buffer by one of them.
             let entry = Tail::from_word(rest);
