@@ -57,6 +57,12 @@ pub const CASES: &[Case] = &[
     .class(&[5]),
     case("packed/events-on-and-off", "with EVENT_IDX interrupts can be had always and never, too", on_and_off),
     case("packed/event-next-round", "an event of the next round is not one of this", next_round).class(&[22, 23]),
+    case(
+        "packed/event-in-a-list",
+        "an event at any descriptor of a list is told once the list is used",
+        event_in_a_list,
+    )
+    .class(&[22]),
     case("packed/event-odd", "events beyond the ring, reserved flags, events that were not negotiated", odd_events)
         .class(&[22, 23]),
     case("packed/device-events", "what the device writes about kicks is well-formed", device_events),
@@ -374,6 +380,26 @@ fn next_round(session: &mut Session) -> Verdict {
         silence(session, &mut rings)?;
         rings[queue].want_interrupt_after(0, 1);
         serve_told(session, &mut rings)?;
+    }
+    Ok(Finding::Passed)
+}
+
+fn event_in_a_list(session: &mut Session) -> Verdict {
+    let mut rings = with_event_idx(session)?;
+    let sample = Sample::new(session)?;
+    let most = if session.cell.device_type == BLK { 512 } else { 5 };
+    for at in 0..cut(&sample, most).len() {
+        while session.interrupted()? {}
+        let sample = Sample::new(session)?;
+        let ring = ring(&mut rings, &sample);
+        ring.chain(0, &cut(&sample, most));
+        // Only the first of them is written when the list is used; drivers ask for the others, too.
+        ring.packed().want_interrupt_behind(at as u32);
+        ring.offer(0);
+        ring.kick()?;
+        let (_, len) = session.poll_used(ring)?;
+        sample.check(session, len)?;
+        session.wait_interrupt()?;
     }
     Ok(Finding::Passed)
 }

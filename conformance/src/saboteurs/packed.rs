@@ -1,13 +1,13 @@
 //! Devices, and a driver, that treat packed rings in a way they must not.
 
 use polyvirt_core::Features;
-use polyvirt_core::queue::packed::layout::{AVAILABLE, NEXT, Tail, USED, WRITE};
+use polyvirt_core::queue::packed::layout::{AVAILABLE, EVENTS_AT, NEXT, Tail, USED, WRITE};
 use polyvirt_core::queue::split::layout::INDIRECT;
 
 use super::bus::Meddler;
 use super::driver::role;
 use super::naive::{Fault, Naive};
-use super::rings::{after, before};
+use super::rings::{after, before, next_round};
 use super::{Place, Saboteur};
 use crate::cells::Kind;
 
@@ -240,5 +240,28 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         place: Place::Packed,
         breaks: &["packed/device-events"],
         make: || after(|meddler, queue| meddler.put(meddler.ring(queue).device, &[0xff, 0x7f, 2, 0])).sabotage(),
+    },
+    Saboteur {
+        name: "compares the place of an event with those where it used something",
+        violates: &[],
+        kind: Kind::Rng,
+        place: Place::Packed,
+        breaks: &["packed/event-in-a-list"],
+        make: || {
+            before(|meddler, queue| {
+                let (ring, mut at) = (meddler.ring(queue), meddler.place(queue));
+                let (event, passed) = (meddler.u16(ring.used_event), next_round(at));
+                let mut written = Vec::new();
+                for chain in meddler.offered(queue) {
+                    written.push(at.pack());
+                    at = at.advanced(chain.slots.len() as u16, ring.size);
+                }
+                if meddler.u16(ring.flags) == EVENTS_AT && !written.is_empty() && !written.contains(&event) {
+                    meddler.put(ring.used_event, &passed.to_le_bytes());
+                }
+                true
+            })
+            .sabotage()
+        },
     },
 ];
