@@ -59,6 +59,8 @@ pub struct VirtioDevice<M: GuestMemory> {
     queues: Vec<Option<Queue<M>>>,
     /// For each queue, whether it is to be served without a kick: the last burst did not finish it.
     unserved: Vec<bool>,
+    /// The queue with which the next turn begins that no kick is the reason of.
+    next: usize,
     /// Whether the driver wants the device suspended: it is once it has nothing in flight.
     suspending: bool,
     /// Whether the device is kept from guest memory.
@@ -101,6 +103,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             setups,
             queues,
             unserved,
+            next: 0,
             suspending: false,
             cut_off: false,
             early: false,
@@ -588,8 +591,9 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
     }
 
-    /// Gives the device a turn, for as long as each queue's burst lasts: for the queue that was kicked and those that
-    /// an earlier turn did not finish, or, if none was, for its own news too.
+    /// Gives the device a turn: for the queue that was kicked and those that an earlier turn did not finish, or, if none was
+    /// kicked, for its own news too. The turn ends with the first queue whose burst is spent; the next begins behind that,
+    /// so that however many queues a driver keeps busy, a turn is soon over and every queue has its own.
     fn work(&mut self, kicked: Option<u16>) -> bool {
         if let Some(index) = kicked {
             let Some(Some(_)) = self.queues.get(usize::from(index)) else { return false };
@@ -605,14 +609,24 @@ impl<M: GuestMemory> VirtioDevice<M> {
             if kicked.is_none() {
                 self.device.poll(&mut queues);
             }
-            for (index, unserved) in self.unserved.iter_mut().enumerate() {
-                if mem::take(unserved) {
+            let count = self.unserved.len();
+            let first = kicked.map_or(self.next, usize::from);
+            let mut last = first;
+            for index in (first..count).chain(0..first) {
+                if mem::take(&mut self.unserved[index]) {
                     self.device.kick(index as u16, &mut queues);
+                    if queues.get(index as u16).is_some_and(|queue| queue.is_spent()) {
+                        last = index;
+                        break;
+                    }
                 }
+            }
+            if kicked.is_none() {
+                self.next = if last + 1 < count { last + 1 } else { 0 };
             }
             let config_changed = queues.config_changed;
             for (queue, unserved) in self.queues.iter_mut().zip(&mut self.unserved) {
-                *unserved = queue.as_mut().is_some_and(Queue::end_burst);
+                *unserved |= queue.as_mut().is_some_and(Queue::end_burst);
             }
             if config_changed {
                 self.generation = self.generation.wrapping_add(1);

@@ -5,6 +5,7 @@ mod counting;
 
 use common::{Rig, Shape, buffer, every_shape};
 use counting::count;
+use polyvirt_core::queue::Layout;
 
 /// One round: the ring is filled, served and emptied.
 fn round(rig: &mut Rig) {
@@ -41,5 +42,29 @@ fn a_queue_that_has_been_full_once_allocates_nothing_more() {
         let before = count().calls;
         (0..100).for_each(|_| round(&mut rig));
         assert_eq!(count().calls - before, 0, "{shape:?}");
+    }
+}
+
+#[test]
+fn the_memory_of_a_long_chain_does_not_stay() {
+    const LONG: u16 = 4096;
+    for layout in [Layout::Modern, Layout::Packed] {
+        let shape = Shape { size: LONG, event_idx: false, indirect: false, in_order: false, layout };
+        let mut rig = Rig::new(shape);
+        let pieces: Vec<_> = (0..u64::from(LONG)).map(|number| buffer(number, 8)).collect();
+        let before = count().live;
+        let mut most = 0;
+        for token in 0..3 {
+            rig.driver.add_buf(&[], &pieces, token).unwrap();
+            rig.driver.kick().unwrap();
+            rig.device.begin_burst();
+            let chain = rig.device.pop().unwrap().expect("a chain");
+            most = most.max(count().live - before);
+            rig.device.complete(chain).unwrap();
+            let kept = count().live - before;
+            assert!(kept < 8192, "{layout:?}: {kept} bytes are kept, of {most}");
+            rig.driver.get_buf().unwrap().expect("a used buffer");
+        }
+        assert!(most > 16 * isize::from(LONG as i16), "it did take memory: {most}");
     }
 }

@@ -170,3 +170,44 @@ fn a_chain_whose_memory_is_not_known_yet_is_taken_once_it_is() {
         assert_eq!(back, [0, 1, 2]);
     }
 }
+
+#[test]
+fn a_chain_that_is_put_back_is_taken_again_before_any_other() {
+    for shape in every_shape(SIZE).flat_map(|shape| [false, true].map(|in_order| Shape { in_order, ..shape })) {
+        let mut rig = Rig::new(shape);
+        // More than a round, so that the place of a chain wraps.
+        for round in 0..5 {
+            add(&mut rig, 3);
+            let mut taken = Vec::new();
+            rig.device.begin_burst();
+            for times in [0, 1, 3] {
+                for _ in 0..times {
+                    let chain = rig.device.pop().unwrap().expect("a chain");
+                    rig.device.put_back(chain).unwrap();
+                    // Nothing of the driver's is kept: held, the queue could be left here, and gone on with elsewhere.
+                    assert_eq!(rig.device.in_flight(), 0, "{shape:?}");
+                    assert!(rig.device.is_idle());
+                    let state = rig.device.state();
+                    assert_eq!(state.available, state.used, "{shape:?}");
+                    assert!(!rig.device.end_burst(), "it knows itself when to look again");
+                    rig.device.begin_burst();
+                }
+                let chain = rig.device.pop().unwrap().expect("a chain");
+                taken.push(chain.writable()[0].as_ptr().addr());
+                rig.device.complete(chain).unwrap();
+            }
+            assert!(taken.is_sorted(), "{shape:?}: each once, in their order: {taken:x?}");
+            for token in 0..3 {
+                assert_eq!(rig.driver.get_buf().unwrap().map(|(token, _)| token), Some(token), "{shape:?}, {round}");
+            }
+            assert!(rig.device.pop().unwrap().is_none());
+            rig.device.end_burst();
+        }
+        // One of another run is refused.
+        add(&mut rig, 1);
+        rig.device.begin_burst();
+        let chain = rig.device.pop().unwrap().expect("a chain");
+        let stale = QueueError::Stale { head: chain.head() };
+        assert_eq!(rig.memory.device().put_back(chain), Err(stale));
+    }
+}

@@ -1,5 +1,7 @@
 //! The console.
 
+use std::time::Instant;
+
 use polyvirt_core::Features;
 use polyvirt_core::transport::{Transport, read_config};
 
@@ -13,6 +15,8 @@ pub const CASES: &[Case] = &[
     case("console/output-in-pieces", "how output is cut into buffers and descriptors makes no difference", pieces)
         .judges(&["N0037"]),
     case("console/output-burst", "a queue full of output is printed in order", burst),
+    case("console/output-long", "a buffer longer than what any console keeps is printed to its end", long),
+    case("console/output-unread", "output that nobody reads for a while is printed to its end", unread),
     case("console/input", "what is typed arrives, byte for byte, in order", input),
     case("console/input-before-buffers", "what is typed before there are buffers is not lost", early_input),
     case("console/input-small-buffers", "input that does not fit a buffer goes on in the next", small_buffers),
@@ -128,6 +132,66 @@ fn burst(session: &mut Session) -> Verdict {
         session.wait_used(&mut console.transmit)?;
     }
     printed(session, &bytes)?;
+    Ok(Finding::Passed)
+}
+
+/// More than consoles keep of what nobody has read.
+const LONG: u32 = 256 * 1024;
+
+/// Waits until `count` buffers of output were used, while someone reads, now and then.
+fn read_until_used(session: &mut Session, ring: &mut Ring, count: u16) -> Result<Vec<u8>, Objection> {
+    let (mut begun, mut printed, mut used) = (Instant::now(), Vec::new(), 0);
+    while used < count {
+        let piece = session.far_side.output()?;
+        if let Some((_, len)) = ring.take() {
+            ensure_eq("used length of output", len, 0)?;
+            used += 1;
+        } else if piece.is_empty() {
+            let stuck = format_args!("{used} buffers used, {} bytes printed, and no more comes", printed.len());
+            ensure(begun.elapsed() < session.watchdog, format_args!("{count} buffers used"), stuck)?;
+            std::thread::yield_now();
+            continue;
+        }
+        printed.extend(piece);
+        begun = Instant::now();
+    }
+    printed.extend(session.far_side.output()?);
+    Ok(printed)
+}
+
+fn long(session: &mut Session) -> Verdict {
+    let mut console = start(session)?;
+    let bytes = text(LONG as usize);
+    let memory = Memory::readable(session, &bytes)?;
+    // In one piece, and in pieces.
+    for cut in [LONG, LONG / 3] {
+        let parts: Vec<_> = (0..LONG.div_ceil(cut)).map(|part| part * cut).collect();
+        let parts = parts.into_iter().map(|at| (memory.part(at, cut.min(LONG - at)), false)).collect::<Vec<_>>();
+        console.transmit.chain(0, &parts);
+        console.transmit.offer(0);
+        console.transmit.kick()?;
+        let printed = read_until_used(session, &mut console.transmit, 1)?;
+        ensure(printed == bytes, format_args!("{LONG} bytes as sent"), Differing(&printed, &bytes))?;
+    }
+    Ok(Finding::Passed)
+}
+
+fn unread(session: &mut Session) -> Verdict {
+    let mut console = start(session)?;
+    let count = console.transmit.size().min(64);
+    let bytes = text(LONG as usize);
+    let memory = Memory::readable(session, &bytes)?;
+    let each = LONG / u32::from(count);
+    for number in 0..count {
+        console.transmit.chain(number, &[(memory.part(u32::from(number) * each, each), false)]);
+    }
+    console.transmit.offer_all(&(0..count).collect::<Vec<_>>());
+    console.transmit.kick()?;
+    // Whatever the device can do without a reader, it has done, or is about to do.
+    session.transport.status()?;
+    let printed = read_until_used(session, &mut console.transmit, count)?;
+    let sent = &bytes[..usize::from(count) * each as usize];
+    ensure(printed == sent, format_args!("{} bytes as sent", sent.len()), Differing(&printed, sent))?;
     Ok(Finding::Passed)
 }
 
@@ -289,7 +353,7 @@ fn resize(session: &mut Session) -> Verdict {
 
 /// Waits until `bytes` were printed.
 fn appears(session: &mut Session, bytes: &[u8]) -> Result<(), Objection> {
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     let mut printed = Vec::new();
     while printed != bytes {
         printed.extend(session.far_side.output()?);
@@ -337,7 +401,7 @@ fn readable_in_receiveq(session: &mut Session) -> Verdict {
     console.receive.kick()?;
     // The device may look at the queue only when there is something to put into it.
     typed(session, b"z")?;
-    let begun = std::time::Instant::now();
+    let begun = Instant::now();
     while !session.needs_reset()? && !console.receive.has_used() {
         ensure(begun.elapsed() < session.watchdog, "the buffer is refused", "nothing happens")?;
         std::thread::yield_now();

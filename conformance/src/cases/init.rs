@@ -19,6 +19,8 @@ pub const CASES: &[Case] = &[
     Case::new("init/status-as-written", "each step of the driver's initialization shows in the status", as_written)
         .judges(&["N0018"]),
     Case::new("init/serves-a-request", "after the initialization sequence the device serves", serves),
+    Case::new("init/one-queue", "a queue is served although others of the device are not set up", one_queue)
+        .class(&[35]),
     Case::new("init/again-after-reset", "after a reset the device is initialized and serves as before", again)
         .judges(&["N0020", "N0021"]),
     Case::new("init/nothing-before-driver-ok", "buffers and kicks before DRIVER_OK wait for it", before_driver_ok)
@@ -203,6 +205,26 @@ pub fn serve_next(session: &mut Session, rings: &mut [Ring]) -> Result<Sample, O
     ensure_eq("used id", id, head.into())?;
     sample.check(session, len)?;
     Ok(sample)
+}
+
+fn one_queue(session: &mut Session) -> Verdict {
+    if session.queues() < 2 {
+        return Err(Objection::Skipped("the device has one queue".into()));
+    }
+    for _ in 0..2 {
+        session.negotiate(Features::empty())?;
+        let sample = Sample::new(session)?;
+        let mut ring = session.ring(sample.queue)?;
+        session.go()?;
+        ring.chain(0, &sample.pieces);
+        ring.offer(0);
+        ring.kick()?;
+        let (id, len) = session.wait_used(&mut ring)?;
+        ensure_eq("used id", id, 0)?;
+        sample.check(session, len)?;
+        session.transport.reset()?;
+    }
+    Ok(Finding::Passed)
 }
 
 fn driver_ok_alone(session: &mut Session) -> Verdict {

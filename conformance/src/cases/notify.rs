@@ -26,6 +26,13 @@ pub const CASES: &[Case] = &[
     Case::new("notify/used-event-reached", "with EVENT_IDX the element at used_event is told", event_reached)
         .judges(&["N0064"])
         .packed_judges(&[]),
+    Case::new(
+        "notify/used-event-in-a-batch",
+        "with EVENT_IDX the element at used_event is told, whichever of several that are used at once it is",
+        event_in_a_batch,
+    )
+    .judges(&["N0064"])
+    .packed_judges(&[]),
     Case::new("notify/used-event-not-reached", "with EVENT_IDX elements before used_event are not told", event_ahead)
         .judges(&["N0065"])
         .packed_judges(&[]),
@@ -120,6 +127,34 @@ fn event_reached(session: &mut Session) -> Verdict {
     for _ in 0..10 {
         rings[queue].want_interrupt_after(0, 1);
         serve_told(session, &mut rings)?;
+    }
+    Ok(Finding::Passed)
+}
+
+fn event_in_a_batch(session: &mut Session) -> Verdict {
+    const BATCH: u16 = 4;
+    let mut rings = with_event_idx(session)?;
+    let queue = queue(session)?;
+    let descriptors = Sample::new(session)?.pieces.len();
+    if descriptors * usize::from(BATCH) > usize::from(rings[queue].size()) {
+        return Err(Objection::Skipped(format!("the queue has no room for {BATCH} requests")));
+    }
+    for wanted in (0..BATCH).rev() {
+        while session.interrupted()? {}
+        let samples = (0..BATCH).map(|_| Sample::new(session)).collect::<Result<Vec<_>, _>>()?;
+        let ring = &mut rings[queue];
+        let heads: Vec<_> = (0..BATCH).map(|number| number * descriptors as u16).collect();
+        for (sample, head) in samples.iter().zip(&heads) {
+            ring.chain(*head, &sample.pieces);
+        }
+        ring.want_interrupt_after(wanted, descriptors);
+        ring.offer_all(&heads);
+        ring.kick()?;
+        // By looking alone: waiting would say anew when an interrupt is wanted.
+        for _ in &samples {
+            session.poll_used(ring)?;
+        }
+        session.wait_interrupt()?;
     }
     Ok(Finding::Passed)
 }

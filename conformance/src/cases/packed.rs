@@ -11,10 +11,10 @@ use super::init::serve_next;
 use super::notify::{serve_silently, silence, with_event_idx};
 use super::ring::{cut, serve_many, small};
 use super::sample::{
-    Attack, Sample, Tolerance, attack, descriptor, ensure, ensure_eq, entries, revive, serve, serve_told, shown,
-    touches,
+    Attack, BLK_IN, POISON, Sample, Tolerance, attack, blk_header, descriptor, ensure, ensure_eq, entries, revive,
+    serve, serve_told, shown, touches,
 };
-use crate::raw::{INDIRECT, Memory, NEXT, is_event_structure, link};
+use crate::raw::{INDIRECT, Memory, NEXT, Ring, WRITE, is_event_structure, link};
 use crate::suite::{BLK, CONSOLE, Case, Finding, Mark, Objection, RingFormat, Session, Verdict};
 
 /// The cases of this area.
@@ -30,6 +30,11 @@ pub const CASES: &[Case] = &[
     .judges(&["N0086", "N0087", "N0103"]),
     case("packed/one-used-descriptor", "a chain is told by one descriptor, which stays as it is", one_used)
         .judges(&["N0092"]),
+    case(
+        "packed/written-flag",
+        "a used descriptor has WRITE if any byte was written, wherever, and only then",
+        written,
+    ),
     case(
         "packed/not-available",
         "a descriptor with the flags of another round, or a used one's, is left alone",
@@ -52,6 +57,12 @@ pub const CASES: &[Case] = &[
     .class(&[5]),
     case("packed/events-on-and-off", "with EVENT_IDX interrupts can be had always and never, too", on_and_off),
     case("packed/event-next-round", "an event of the next round is not one of this", next_round).class(&[22, 23]),
+    case(
+        "packed/event-in-a-list",
+        "an event at any descriptor of a list is told once the list is used",
+        event_in_a_list,
+    )
+    .class(&[22]),
     case("packed/event-odd", "events beyond the ring, reserved flags, events that were not negotiated", odd_events)
         .class(&[22, 23]),
     case("packed/device-events", "what the device writes about kicks is well-formed", device_events),
@@ -166,6 +177,41 @@ fn one_used(session: &mut Session) -> Verdict {
     }
     let later = self::ring(&mut rings, &sample).descriptor_bytes()?;
     ensure(later[..16] == used[..16], "the used descriptor as it was", "it changed")?;
+    Ok(Finding::Passed)
+}
+
+/// Lets the device use a chain of `pieces`: WRITE says whether any of them was written.
+fn told_written(session: &mut Session, ring: &mut Ring, pieces: &[(Memory, bool)]) -> Result<(), Objection> {
+    ring.chain(0, pieces);
+    ring.offer(0);
+    ring.kick()?;
+    let at = ring.packed().taken.index();
+    let (id, _) = session.wait_used(ring)?;
+    ensure_eq("used id", id, 0)?;
+    let Tail { len, flags, .. } = ring.packed().slot(at).1;
+    let mut written = false;
+    for (memory, _) in pieces.iter().filter(|(_, writable)| *writable) {
+        written |= memory.bytes()?.iter().any(|&byte| byte != POISON);
+    }
+    let expected = format_args!("WRITE {}", if written { "set: bytes were written" } else { "clear: none was" });
+    ensure((flags & WRITE != 0) == written, expected, format_args!("flags {flags:#06x}, length {len}"))
+}
+
+fn written(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    for _ in 0..2 {
+        let sample = Sample::new(session)?;
+        told_written(session, ring(&mut rings, &sample), &sample.pieces)?;
+        if session.cell.device_type == BLK {
+            // A read that cannot be done: its status is written, and the data before that need not be.
+            let header = blk_header(session, BLK_IN, u64::MAX / 1024);
+            let mut pieces = sample.pieces.clone();
+            pieces[0] = (Memory::readable(session, &header)?, false);
+            pieces[1] = (Memory::writable(session, 512, POISON)?, true);
+            pieces[2] = (Memory::writable(session, 1, POISON)?, true);
+            told_written(session, ring(&mut rings, &sample), &pieces)?;
+        }
+    }
     Ok(Finding::Passed)
 }
 
@@ -334,6 +380,26 @@ fn next_round(session: &mut Session) -> Verdict {
         silence(session, &mut rings)?;
         rings[queue].want_interrupt_after(0, 1);
         serve_told(session, &mut rings)?;
+    }
+    Ok(Finding::Passed)
+}
+
+fn event_in_a_list(session: &mut Session) -> Verdict {
+    let mut rings = with_event_idx(session)?;
+    let sample = Sample::new(session)?;
+    let most = if session.cell.device_type == BLK { 512 } else { 5 };
+    for at in 0..cut(&sample, most).len() {
+        while session.interrupted()? {}
+        let sample = Sample::new(session)?;
+        let ring = ring(&mut rings, &sample);
+        ring.chain(0, &cut(&sample, most));
+        // Only the first of them is written when the list is used; drivers ask for the others, too.
+        ring.packed().want_interrupt_behind(at as u32);
+        ring.offer(0);
+        ring.kick()?;
+        let (_, len) = session.poll_used(ring)?;
+        sample.check(session, len)?;
+        session.wait_interrupt()?;
     }
     Ok(Finding::Passed)
 }

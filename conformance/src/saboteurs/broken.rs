@@ -167,6 +167,9 @@ pub(super) struct Hoarder {
 /// Panics at a reset of a running device.
 pub(super) struct Panics(pub(super) Box<dyn Device<Memory>>);
 
+/// Hears no kick unless all its queues are set up.
+pub(super) struct AllOrNothing(pub(super) Box<dyn Device<Memory>>);
+
 macro_rules! honest {
     ($($field:tt)+) => {
         fn device_type(&self) -> u32 {
@@ -247,6 +250,24 @@ impl Device<Memory> for Panics {
 
     fn reset(&mut self) {
         panic!("reset")
+    }
+}
+
+impl Device<Memory> for AllOrNothing {
+    honest!(0);
+
+    fn activate(&mut self, features: Features, waker: Waker) {
+        self.0.activate(features, waker);
+    }
+
+    fn kick(&mut self, index: u16, queues: &mut Queues<'_, Memory>) {
+        if (0..self.0.queue_max_sizes().len() as u16).all(|index| queues.get(index).is_some()) {
+            self.0.kick(index, queues);
+        }
+    }
+
+    fn reset(&mut self) {
+        self.0.reset();
     }
 }
 

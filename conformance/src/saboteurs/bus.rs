@@ -97,7 +97,7 @@ pub(super) struct QueueSeen {
     /// (Packed) where the next chain begins, less `Position::START`.
     turned: u32,
     /// (Packed) the slot in which the newest chain begins: where it is used.
-    slot: u16,
+    pub(super) slot: u16,
 }
 
 /// A chain that was made available.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use polyvirt_core::Features;
 
-use super::broken::{Hoarder, LongFeatures, Panics, Tamper, Wrapped, fill, serving, status, with};
+use super::broken::{AllOrNothing, Hoarder, LongFeatures, Panics, Tamper, Wrapped, fill, serving, status, with};
 use super::{Place, Saboteur};
 use crate::cells::Kind;
 
@@ -334,5 +334,13 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         place: Place::Modern,
         breaks: &["init/status-after-reset", "init/again-after-reset"],
         make: || Arc::new(Wrapped(|honest| Box::new(Panics(honest)))),
+    },
+    Saboteur {
+        name: "serves nothing unless all its queues are set up",
+        violates: &[],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &["init/one-queue"],
+        make: || Arc::new(Wrapped(|honest| Box::new(AllOrNothing(honest)))),
     },
 ];

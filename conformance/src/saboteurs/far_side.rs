@@ -37,6 +37,20 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         make: || with(Broken { output: Some(|_| Vec::new()), ..Broken::NOTHING }),
     },
     Saboteur {
+        name: "drops output when it is full",
+        violates: &[],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &["console/output-long", "console/output-unread"],
+        make: || {
+            let output = |mut bytes: Vec<u8>| {
+                bytes.truncate(32 * 1024);
+                bytes
+            };
+            with(Broken { output: Some(output), ..Broken::NOTHING })
+        },
+    },
+    Saboteur {
         name: "hears backwards",
         violates: &[],
         kind: Kind::Console,

@@ -1,13 +1,13 @@
 //! Devices, and a driver, that treat packed rings in a way they must not.
 
 use polyvirt_core::Features;
-use polyvirt_core::queue::packed::layout::{AVAILABLE, NEXT, Tail, USED};
+use polyvirt_core::queue::packed::layout::{AVAILABLE, EVENTS_AT, NEXT, Tail, USED, WRITE};
 use polyvirt_core::queue::split::layout::INDIRECT;
 
 use super::bus::Meddler;
 use super::driver::role;
 use super::naive::{Fault, Naive};
-use super::rings::{after, before};
+use super::rings::{after, before, next_round};
 use super::{Place, Saboteur};
 use crate::cells::Kind;
 
@@ -22,6 +22,16 @@ pub(super) fn swap(meddler: &Meddler, queue: usize, [one, other]: [u16; 2], addr
             meddler.put(table + 16 * u64::from(slot), &address.to_le_bytes());
         }
         meddler.set_tail(queue, slot, Tail { flags: tail.flags & !OWNER | own.flags & OWNER, ..tail });
+    }
+}
+
+/// Lets the used descriptor that is told last have WRITE or not.
+fn say_written(meddler: &Meddler, queue: usize, says: fn(Tail) -> bool) {
+    let slot = meddler.queues[queue].slot;
+    let tail = meddler.tail(queue, slot);
+    if matches!(tail.flags & OWNER, 0 | OWNER) {
+        let flags = tail.flags & !WRITE | if says(tail) { WRITE } else { 0 };
+        meddler.set_tail(queue, slot, Tail { flags, ..tail });
     }
 }
 
@@ -113,6 +123,22 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             })
             .sabotage()
         },
+    },
+    Saboteur {
+        name: "takes the used length for what was written",
+        violates: &[],
+        kind: Kind::Blk,
+        place: Place::Packed,
+        breaks: &["packed/written-flag"],
+        make: || after(|meddler, queue| say_written(meddler, queue, |tail| tail.len > 0)).sabotage(),
+    },
+    Saboteur {
+        name: "says that it wrote what it can only read",
+        violates: &[],
+        kind: Kind::Console,
+        place: Place::Packed,
+        breaks: &["packed/written-flag"],
+        make: || after(|meddler, queue| say_written(meddler, queue, |_| true)).sabotage(),
     },
     Saboteur {
         name: "looks at the flag AVAILABLE alone",
@@ -214,5 +240,28 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
         place: Place::Packed,
         breaks: &["packed/device-events"],
         make: || after(|meddler, queue| meddler.put(meddler.ring(queue).device, &[0xff, 0x7f, 2, 0])).sabotage(),
+    },
+    Saboteur {
+        name: "compares the place of an event with those where it used something",
+        violates: &[],
+        kind: Kind::Rng,
+        place: Place::Packed,
+        breaks: &["packed/event-in-a-list"],
+        make: || {
+            before(|meddler, queue| {
+                let (ring, mut at) = (meddler.ring(queue), meddler.place(queue));
+                let (event, passed) = (meddler.u16(ring.used_event), next_round(at));
+                let mut written = Vec::new();
+                for chain in meddler.offered(queue) {
+                    written.push(at.pack());
+                    at = at.advanced(chain.slots.len() as u16, ring.size);
+                }
+                if meddler.u16(ring.flags) == EVENTS_AT && !written.is_empty() && !written.contains(&event) {
+                    meddler.put(ring.used_event, &passed.to_le_bytes());
+                }
+                true
+            })
+            .sabotage()
+        },
     },
 ];

@@ -1,5 +1,6 @@
 //! Devices that treat rings in a way they must not.
 
+use polyvirt_core::queue::packed::layout::Position;
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers::STATUS;
 
@@ -15,6 +16,11 @@ pub(super) const fn before(work: fn(&mut Meddler, usize) -> bool) -> Plan {
 /// One that meddles after the device looked.
 pub(super) const fn after(work: fn(&mut Meddler, usize)) -> Plan {
     Plan { after: Some(work), ..Plan::NOTHING }
+}
+
+/// (Packed) an event at the same place, of the next round.
+pub(super) fn next_round(at: Position) -> u16 {
+    Position::new(at.index(), !at.wrap()).pack()
 }
 
 pub(super) const SABOTEURS: &[Saboteur] = &[
@@ -316,6 +322,52 @@ pub(super) const SABOTEURS: &[Saboteur] = &[
             before(|meddler, queue| match meddler.packed() {
                 true => meddler.place(queue).wrap(),
                 false => meddler.u16(meddler.ring(queue).available) <= meddler.ring(queue).size,
+            })
+            .sabotage()
+        },
+    },
+    Saboteur {
+        name: "takes the first 64 KiB of a buffer for all of it",
+        violates: &[],
+        kind: Kind::Console,
+        place: Place::Modern,
+        breaks: &["console/output-long"],
+        make: || {
+            before(|meddler, queue| {
+                let table = meddler.ring(queue).table;
+                for slot in meddler.offered(queue).into_iter().flat_map(|chain| chain.slots) {
+                    let (address, len, flags, next) = meddler.descriptor(table, slot);
+                    meddler.set_descriptor(table, slot, (address, len.min(0x10000), flags, next));
+                }
+                true
+            })
+            .sabotage()
+        },
+    },
+    Saboteur {
+        name: "interrupts only if used_event is the element that was used last",
+        violates: &["N0064"],
+        kind: Kind::Rng,
+        place: Place::Modern,
+        breaks: &["notify/used-event-in-a-batch"],
+        make: || {
+            before(|meddler, queue| {
+                let (ring, offered) = (meddler.ring(queue), meddler.offered(queue));
+                let Some((_, others)) = offered.split_last().filter(|_| meddler.has(Features::EVENT_IDX)) else {
+                    return true;
+                };
+                let (last, passed) = if meddler.packed() {
+                    let first = meddler.place(queue);
+                    let before = others.iter().map(|chain| chain.slots.len() as u16).sum();
+                    (first.advanced(before, ring.size).pack(), next_round(first))
+                } else {
+                    let used = meddler.u16(ring.used);
+                    (used.wrapping_add(others.len() as u16), used.wrapping_sub(1))
+                };
+                if meddler.u16(ring.used_event) != last {
+                    meddler.put(ring.used_event, &passed.to_le_bytes());
+                }
+                true
             })
             .sabotage()
         },

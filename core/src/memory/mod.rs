@@ -96,6 +96,17 @@ pub enum MemoryError {
     },
 }
 
+impl MemoryError {
+    /// The same of the range that the one it names is a part of.
+    pub(crate) const fn of(self, address: u64, len: u64) -> Self {
+        match self {
+            Self::NotMapped { .. } => Self::NotMapped { address, len },
+            Self::Forbidden { access, .. } => Self::Forbidden { address, len, access },
+            other => other,
+        }
+    }
+}
+
 /// Guest memory as a device sees it: addresses in descriptors are resolved here and nowhere else.
 ///
 /// An implementation is a handle (a reference, an `Arc`), cheap to clone.

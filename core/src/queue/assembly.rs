@@ -7,17 +7,35 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use super::chain::{Parts, clamp};
 use super::packed::layout::Position;
-use super::{Chain, QueueError};
+use super::{Chain, MAX_QUEUE_SIZE, QueueError};
 use crate::memory::{Access, GuestMemory, Lease, MemoryError, Segment};
 
 /// The most bytes that a chain may have in all (2.7.5.2).
 const CHAIN_LEN_MAX: u64 = 1 << 32;
+
+/// The most segments that a chain may have: as many as the longest chain of page-sized buffers has, none of which begins
+/// with a page.
+pub(super) const SEGMENTS_MAX: usize = 2 * MAX_QUEUE_SIZE as usize;
+
+/// Segments for which a list that nothing uses has room.
+pub(super) const SEGMENTS_KEPT: usize = 128;
+
+/// Bytes that are looked up at once: what is longer, from one multiple of them to the next.
+const PART: u64 = 1 << 20;
+
+/// Descriptors and segments, of chains that are not what chains mostly are, after which a burst ends. What it does besides
+/// is bounded by the number of chains, each with at most [`SEGMENTS_KEPT`] segments.
+const WORK: u32 = 1 << 16;
 
 /// Distinguishes the runs of all queues, so that a chain cannot be completed on a queue that it does not come from.
 static RUNS: AtomicU32 = AtomicU32::new(0);
 
 /// The run of a queue that is latched: of no chain.
 const LATCHED: u32 = u32::MAX;
+
+/// Set in the run of a chain whose list of segments is longer than those that are kept. What is compared anyway shows that
+/// too, so that it costs other chains nothing.
+const LONG: u32 = 1 << 31;
 
 /// The queue is latched, for a reason that [`Chains::broken`] tells. Without the reason, so that what is checked in
 /// passing costs a branch and no more.
@@ -30,6 +48,8 @@ pub(super) struct Chains<L> {
     broken: Option<QueueError>,
     /// Whether a chain could not be taken yet.
     put_off: bool,
+    /// What this burst has looked at so far, as [`WORK`] counts it; more than that once a chain had to be put off for it.
+    work: u32,
     /// By head or buffer id. A byte each: what asks whether one is in flight checks its range as well.
     in_flight: Box<[bool]>,
     /// The memory of completed chains, so that the steady state allocates nothing: one for each chain that was in flight
@@ -42,8 +62,8 @@ impl<L> Chains<L> {
     /// `identities`: how many values a head or buffer id can have.
     pub(super) fn new(identities: usize) -> Self {
         let in_flight = vec![false; identities].into();
-        let run = RUNS.fetch_add(1, Ordering::Relaxed) % LATCHED;
-        Self { run, broken: None, put_off: false, in_flight, spare: Vec::new() }
+        let run = RUNS.fetch_add(1, Ordering::Relaxed) % (LATCHED & !LONG);
+        Self { run, broken: None, put_off: false, work: 0, in_flight, spare: Vec::new() }
     }
 
     /// Whether `head` (or a buffer id) is one, and not in flight.
@@ -66,7 +86,7 @@ impl<L> Chains<L> {
     /// Whether `chain` is of this run.
     #[inline(always)]
     pub(super) fn own(&self, chain: &Chain<L>) -> bool {
-        chain.0.run == self.run
+        chain.0.run & !LONG == self.run
     }
 
     /// All heads in flight.
@@ -109,22 +129,71 @@ impl<L> Chains<L> {
 
     fn allocate(&self) -> Box<Parts<L>> {
         let segments = Vec::with_capacity(4);
-        let (head, entries, number, readable, writable_len, written, writable_from) = Default::default();
-        let (run, start) = (self.run, Position::START);
-        Box::new(Parts { run, head, entries, number, start, readable, writable_len, written, writable_from, segments })
+        Box::new(Parts {
+            run: self.run,
+            head: 0,
+            entries: 0,
+            number: 0,
+            start: Position::START,
+            readable: 0,
+            writable_len: 0,
+            written: 0,
+            wrote: 0,
+            writable_from: 0,
+            segments,
+        })
     }
 
     /// Takes `chain` out of flight and keeps its memory for another; the error is its head if it is not of this run. One that is, is in flight: it exists once, and is given back here.
     #[inline(always)]
     pub(super) fn give_back(&mut self, Chain(mut parts): Chain<L>) -> Result<(), u16> {
         if parts.run != self.run {
-            return Err(parts.head);
+            return self.give_back_long(Chain(parts));
         }
         self.in_flight[usize::from(parts.head)] = false;
         // The leases end here, before the driver is told, not when the memory is used again.
         parts.segments.clear();
         self.spare.push(parts);
         Ok(())
+    }
+
+    /// As [`Chains::give_back`], of a chain that does not seem to be of this run: it may only have a long list.
+    #[cold]
+    #[inline(never)]
+    fn give_back_long(&mut self, Chain(mut parts): Chain<L>) -> Result<(), u16> {
+        if parts.run & !LONG != self.run {
+            return Err(parts.head);
+        }
+        parts.run = self.run;
+        parts.segments.clear();
+        parts.segments.shrink_to(SEGMENTS_KEPT);
+        self.give_back(Chain(parts))
+    }
+
+    /// Another burst begins.
+    #[inline(always)]
+    pub(super) fn begin_burst(&mut self) {
+        self.work = 0;
+    }
+
+    /// Whether this burst ended because it has looked at enough.
+    pub(super) const fn is_exhausted(&self) -> bool {
+        self.work > WORK
+    }
+
+    /// Whether a chain that takes its time may be put together in this burst; if not, it is put off.
+    pub(super) fn may_work(&mut self) -> Result<(), Latched> {
+        if self.work < WORK {
+            return Ok(());
+        }
+        (self.work, self.put_off) = (u32::MAX, true);
+        Err(Latched)
+    }
+
+    /// A chain that was put together took so many descriptors and segments.
+    pub(super) fn worked(&mut self, descriptors: usize, segments: usize) {
+        let work = u32::try_from(descriptors + segments).unwrap_or(WORK);
+        self.work = self.work.saturating_add(work).min(WORK);
     }
 
     /// A chain cannot be taken. That latches the queue, unless it is no fault.
@@ -145,7 +214,8 @@ impl<L> Chains<L> {
         Latched
     }
 
-    /// Whether the chain that failed last was only [put off](MemoryError::NotYet).
+    /// Whether the chain that failed last was only put off: [its memory](MemoryError::NotYet) is not known yet, or this burst
+    /// has looked at enough.
     pub(super) fn take_put_off(&mut self) -> bool {
         core::mem::take(&mut self.put_off)
     }
@@ -215,8 +285,11 @@ impl<L: Lease> Assembly<L> {
         if self.state & !TURNED > CHAIN_LEN_MAX {
             return Err(QueueError::TooLong { head });
         }
-        let segments = &mut self.parts.segments;
-        memory.resolve(address, len.into(), access, |segment| segments.push(segment))?;
+        let Parts { run, segments, .. } = &mut *self.parts;
+        gather(memory, head, (address, len), access, segments)?;
+        if segments.capacity() > SEGMENTS_KEPT {
+            *run |= LONG;
+        }
         Ok(())
     }
 
@@ -239,7 +312,7 @@ impl<L: Lease> Assembly<L> {
             return self.finish_long(chains, head, entries);
         }
         let parts = &mut *self.parts;
-        (parts.head, parts.entries, parts.written) = (head, entries, 0);
+        (parts.head, parts.entries, parts.written, parts.wrote) = (head, entries, 0, 0);
         parts.writable_len = len as u32 - parts.readable as u32;
         Ok(Chain(self.parts))
     }
@@ -253,7 +326,7 @@ impl<L: Lease> Assembly<L> {
             return Err(chains.fail(QueueError::TooLong { head }));
         }
         let parts = &mut *self.parts;
-        (parts.head, parts.entries, parts.written) = (head, entries, 0);
+        (parts.head, parts.entries, parts.written, parts.wrote) = (head, entries, 0, 0);
         parts.writable_len = clamp(len - parts.readable);
         Ok(Chain(self.parts))
     }
@@ -265,24 +338,32 @@ impl<L: Lease> Assembly<L> {
     }
 }
 
-/// Reads entry `index` of an indirect table, which may lie across segments; the caller has checked that it is inside.
-pub(super) fn read_table<L: Lease>(table: &[Segment<L>], index: u16) -> Result<(u64, u64), QueueError> {
-    let mut bytes = [0; 16];
-    let (mut skip, mut done) = (16 * usize::from(index), 0);
-    for segment in table {
-        if skip >= segment.len() {
-            skip -= segment.len();
-            continue;
+/// Adds the segments of a piece of the chain at `head` to `segments`, of which there may be [`SEGMENTS_MAX`].
+pub(super) fn gather<M: GuestMemory>(
+    memory: &M,
+    head: u16,
+    (address, len): (u64, u32),
+    access: Access,
+    segments: &mut Vec<Segment<M::Lease>>,
+) -> Result<(), QueueError> {
+    let (mut at, mut left) = (address, u64::from(len));
+    loop {
+        // Part by part, so that what has too many pieces is not looked up to its end.
+        let part = if left <= PART { left } else { PART - at % PART };
+        memory
+            .resolve(at, part, access, |segment| {
+                if segments.len() <= SEGMENTS_MAX {
+                    segments.push(segment);
+                }
+            })
+            .map_err(|error| error.of(address, len.into()))?;
+        if segments.len() > SEGMENTS_MAX {
+            return Err(QueueError::Scattered { head, limit: SEGMENTS_MAX });
         }
-        let here = (segment.len() - skip).min(16 - done);
-        segment.read(skip, &mut bytes[done..done + here])?;
-        done += here;
-        skip = 0;
-        if done == 16 {
-            break;
+        left -= part;
+        if left == 0 {
+            return Ok(());
         }
+        at = at.checked_add(part).ok_or(MemoryError::Wraps { address, len: len.into() })?;
     }
-    let (first, second) = bytes.split_at(8);
-    let word = |half: &[u8]| half.try_into().map_or(0, u64::from_ne_bytes);
-    Ok((word(first), word(second)))
 }

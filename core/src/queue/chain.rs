@@ -30,7 +30,10 @@ pub(super) struct Parts<L> {
     pub(super) start: Position,
     pub(super) readable: u64,
     pub(super) writable_len: u32,
+    /// How many bytes were written without a gap from the first on.
     pub(super) written: u32,
+    /// Not 0 if bytes were written by [`Chain::write`], wherever.
+    pub(super) wrote: u32,
     pub(super) writable_from: usize,
     pub(super) segments: Vec<Segment<L>>,
 }
@@ -99,6 +102,7 @@ impl<L: Lease> Chain<L> {
         })
         .then_some(())
         .ok_or(short)?;
+        self.0.wrote |= from.len() as u32;
         if offset <= self.0.written {
             self.0.written = self.0.written.max(offset + from.len() as u32);
         }
@@ -106,6 +110,9 @@ impl<L: Lease> Chain<L> {
     }
 
     /// Says how many bytes from the first writable one on were written through [`Chain::writable`]; at most all.
+    ///
+    /// On a packed ring a used buffer also tells whether any byte was written, wherever (2.8.4): what [`Chain::write`]
+    /// wrote stays told, though `written` may be 0.
     pub fn set_written(&mut self, written: u32) {
         self.0.written = written.min(self.writable_len());
     }

@@ -10,6 +10,9 @@ use super::split::layout::{Big, Little};
 use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::memory::GuestMemory;
 
+/// The most chains that a burst takes: enough for what surrounds a burst not to count.
+pub const BURST: u16 = 1024;
+
 /// A running virtqueue in the device's hands.
 pub struct Queue<M: GuestMemory> {
     ring: Ring<M>,
@@ -18,14 +21,16 @@ pub struct Queue<M: GuestMemory> {
     ready: u16,
     /// Chains that this burst may still take besides.
     budget: u16,
+    /// The most that a burst may take.
+    burst: u16,
     /// Whether this burst found the queue empty.
     drained: bool,
     /// Whether the driver was asked not to kick.
     quiet: bool,
     /// Whether nothing is taken any more.
     held: bool,
-    /// Heads of chains that were taken before the queue was restored: they are taken again first, the last one here
-    /// before all others.
+    /// Heads of chains that were taken before the queue was restored, that could not be taken yet, or that were put back:
+    /// they are taken again first, the last one here before all others.
     again: Vec<u16>,
     /// If chains have to be used in the order in which they were taken: those that cannot be yet.
     waiting: Option<Waiting<M::Lease>>,
@@ -66,8 +71,8 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
         let waiting = config.in_order.then(|| Waiting::new(config.size));
-        let (budget, again) = (config.size, Vec::new());
-        Ok(Self { ring, ready: 0, budget, drained: false, quiet: false, held: false, again, waiting })
+        let (burst, again) = (config.size.min(BURST), Vec::new());
+        Ok(Self { ring, ready: 0, budget: burst, burst, drained: false, quiet: false, held: false, again, waiting })
     }
 
     /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
@@ -242,18 +247,44 @@ impl<M: GuestMemory> Queue<M> {
         Ok(())
     }
 
+    /// Puts the newest chain back, as if it had not been taken: [`Queue::pop`] finds it again, before any other. For a
+    /// device that cannot go on with it now, and keeps nothing of the driver's meanwhile.
+    ///
+    /// The newest is what was taken last, with none completed that was taken after it; another leads whoever goes on with
+    /// the queue elsewhere to the wrong place. A chain that does not belong to this run of the queue is refused
+    /// ([`QueueError::Stale`]) and dropped.
+    pub fn put_back(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+        let head = chain.head();
+        let again = ring!(&mut self.ring, ring => ring.put_back(chain))
+            .map_err(|()| self.broken().unwrap_or(QueueError::Stale { head }))?;
+        self.again.extend(again);
+        if let Some(waiting) = &mut self.waiting {
+            waiting.forget_newest();
+        }
+        Ok(())
+    }
+
     /// Whether the driver wants to be interrupted for what was completed since the last call.
     #[inline(always)]
     pub fn needs_interrupt(&mut self) -> bool {
         self.broken().is_none() && ring!(&mut self.ring, ring => ring.needs_interrupt())
     }
 
-    /// Starts serving: allows [`Queue::pop`] to take at most as many chains as the queue is long. From the first of them
-    /// on the driver is asked not to kick.
+    /// Starts serving: allows [`Queue::pop`] to take at most as many chains as the queue is long, and no more than [`BURST`].
+    /// From the first of them on the driver is asked not to kick.
+    ///
+    /// Chains of many descriptors, in tables or in many pieces of host memory, end the burst sooner: however long a queue
+    /// and its chains are, a burst is over in a few milliseconds.
     pub fn begin_burst(&mut self) {
+        ring!(&mut self.ring, ring => ring.begin_burst());
         self.ready = 0;
-        self.budget = if self.held { 0 } else { self.size() };
+        self.budget = if self.held { 0 } else { self.burst };
         self.drained = false;
+    }
+
+    /// Whether this burst has taken or looked at all that a burst may.
+    pub fn is_spent(&self) -> bool {
+        !self.held && (self.ready + self.budget == 0 || ring!(&self.ring, ring => ring.is_exhausted()))
     }
 
     /// Ends serving: asks for kicks again. True if there is more to serve right now, because the budget is used up
@@ -263,7 +294,7 @@ impl<M: GuestMemory> Queue<M> {
         if self.broken().is_some() || !self.quiet {
             return false;
         }
-        if self.ready + self.budget == 0 {
+        if self.is_spent() {
             return true;
         }
         self.ready = 0;

@@ -10,9 +10,10 @@ mod driver;
 mod order;
 pub mod packed;
 pub mod split;
+mod table;
 
 pub use chain::{Chain, ChainError};
-pub use device::Queue;
+pub use device::{BURST, Queue};
 pub use driver::{AddError, Buffer, DriverQueue};
 
 use alloc::vec::Vec;
@@ -176,6 +177,14 @@ pub enum QueueError {
     TooLong {
         /// The head.
         head: u16,
+    },
+    /// A chain, or its table, is in more pieces of host memory than a device can be made to look up at once.
+    #[error("the chain at {head} is in more than {limit} pieces of host memory")]
+    Scattered {
+        /// The head.
+        head: u16,
+        /// The most pieces that are allowed.
+        limit: usize,
     },
     /// A device-readable descriptor follows a device-writable one.
     #[error("the chain at {head} has a readable descriptor after a writable one")]

@@ -27,6 +27,11 @@ impl<L> Waiting<L> {
         self.taken += 1;
     }
 
+    /// The chain that was numbered last was not taken after all.
+    pub(super) fn forget_newest(&mut self) {
+        self.taken -= 1;
+    }
+
     /// Keeps a chain that is finished. It is of this run, so its slot is free: no more are in flight than there are slots.
     pub(super) fn keep(&mut self, chain: Chain<L>) {
         let slot = self.slot(chain.0.number);

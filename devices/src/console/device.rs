@@ -13,6 +13,8 @@ use super::wire;
 
 /// Bytes that wait in either direction: then the far side, or the driver, has to wait.
 const BACKLOG: usize = 64 * 1024;
+/// Emergency writes, which cannot wait, that are taken besides.
+const EMERGENCIES: usize = 4096;
 /// Bytes copied at once.
 const PIECE: usize = 4096;
 
@@ -20,6 +22,8 @@ const PIECE: usize = 4096;
 pub struct Device {
     far: Handle,
     config: [u8; wire::CONFIG_LEN],
+    /// How much of the next transmit buffer is in the output already.
+    sent: u32,
 }
 
 /// The far side of a console: what is typed, what is seen.
@@ -45,7 +49,7 @@ impl Device {
             waker: Waker::noop().clone(),
             listener: Waker::noop().clone(),
         };
-        let mut device = Self { far: Handle(Arc::new(Mutex::new(far))), config: [0; wire::CONFIG_LEN] };
+        let mut device = Self { far: Handle(Arc::new(Mutex::new(far))), config: [0; wire::CONFIG_LEN], sent: 0 };
         device.fill_config();
         device
     }
@@ -83,25 +87,30 @@ impl Device {
         }
     }
 
-    /// Transmit buffers into output, as long as it is taken away.
-    fn transmit<M: GuestMemory>(&self, queue: &mut Queue<M>) {
+    /// Transmit buffers into output, as long as it is taken away. One that does not fit goes back to the queue until there
+    /// is room again, so that nothing of the driver's is kept meanwhile, however long that is.
+    fn transmit<M: GuestMemory>(&mut self, queue: &mut Queue<M>) {
         let mut far = self.far.lock();
         while far.output.len() < BACKLOG {
             let Ok(Some(chain)) = queue.pop() else { return };
-            // A buffer larger than what is left of the backlog is taken whole, up to that much again: it is in memory
-            // already, and the next has to wait.
-            let len = (chain.readable_len() as usize).min(BACKLOG);
-            let mut done = 0;
-            while done < len {
+            // A driver may have exchanged the buffer for a shorter one meanwhile.
+            let len = chain.readable_len();
+            while self.sent < len && far.output.len() < BACKLOG {
                 let mut piece = [0; PIECE];
-                let piece = &mut piece[..PIECE.min(len - done)];
-                if chain.read(done as u32, piece).is_err() {
+                let count = PIECE.min(BACKLOG - far.output.len()).min((len - self.sent) as usize);
+                if chain.read(self.sent, &mut piece[..count]).is_err() {
                     break;
                 }
-                far.output.extend(&*piece);
-                done += piece.len();
+                far.output.extend(&piece[..count]);
+                self.sent += count as u32;
             }
             far.listener.wake_by_ref();
+            // Either fails only on a queue that is latched, which has its reason already.
+            if self.sent < len {
+                let _ = queue.put_back(chain);
+                return;
+            }
+            self.sent = 0;
             let _ = queue.complete(chain);
         }
     }
@@ -165,7 +174,7 @@ impl<M: GuestMemory> device::Device<M> for Device {
             && let Some(character) = data.first()
         {
             let mut far = self.far.lock();
-            if far.output.len() < BACKLOG {
+            if far.output.len() < BACKLOG + EMERGENCIES {
                 far.output.push_back(*character);
                 far.listener.wake_by_ref();
             }
@@ -194,9 +203,14 @@ impl<M: GuestMemory> device::Device<M> for Device {
         self.kick(wire::TRANSMIT, queues);
     }
 
-    fn reset_queue(&mut self, _index: u16) {}
+    fn reset_queue(&mut self, index: u16) {
+        if index == wire::TRANSMIT {
+            self.sent = 0;
+        }
+    }
 
     fn reset(&mut self) {
+        self.sent = 0;
         self.far.lock().waker = Waker::noop().clone();
         // What changes while nobody listens is there when the driver comes.
         self.fill_config();

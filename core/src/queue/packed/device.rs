@@ -7,9 +7,10 @@ use super::layout::{
     AVAILABLE, DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail,
     USED, WRITE,
 };
-use crate::memory::{Access, GuestMemory, Segment, Words};
-use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
+use crate::memory::{Access, GuestMemory, Words};
+use crate::queue::assembly::{Assembly, Chains, Latched};
 use crate::queue::chain::Parts;
+use crate::queue::table::Table;
 use crate::queue::{Chain, INDIRECT_MAX, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::sync::fence;
 
@@ -37,7 +38,7 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
     /// `next_used` and `limit` when the driver was last considered for an interrupt.
     signalled: (Position, u64),
     chains: Chains<M::Lease>,
-    table: Vec<Segment<M::Lease>>,
+    table: Table<M::Lease>,
 }
 
 impl<M: GuestMemory> Ring<M> {
@@ -64,7 +65,7 @@ impl<M: GuestMemory> Ring<M> {
             signalled: (Position::START, size.into()),
             // Any 16-bit value is a legal buffer id (2.8.4).
             chains: Chains::new(1 << 16),
-            table: Vec::new(),
+            table: Table::new(),
         })
     }
 
@@ -117,6 +118,17 @@ impl<M: GuestMemory> Ring<M> {
 
     pub(in crate::queue) fn owns(&self, chain: &Chain<M::Lease>) -> bool {
         self.chains.own(chain)
+    }
+
+    /// Another burst begins.
+    #[inline(always)]
+    pub(in crate::queue) fn begin_burst(&mut self) {
+        self.chains.begin_burst();
+    }
+
+    /// Whether this burst ended because it has looked at enough.
+    pub(in crate::queue) const fn is_exhausted(&self) -> bool {
+        self.chains.is_exhausted()
     }
 
     pub(in crate::queue) const fn size(&self) -> u16 {
@@ -174,6 +186,15 @@ impl<M: GuestMemory> Ring<M> {
         self.chains.take_put_off().then_some(None)
     }
 
+    /// Lets go of the newest chain; then it is still available.
+    pub(in crate::queue) fn put_back(&mut self, chain: Chain<M::Lease>) -> Result<Option<u16>, ()> {
+        let Parts { entries, start, .. } = *chain.0;
+        self.chains.give_back(chain).map_err(|_| ())?;
+        self.next_available = start;
+        self.taken -= u64::from(entries);
+        Ok(None)
+    }
+
     /// The chain that begins with `descriptor`, an available buffer at `at`, whose flags are `flags`. As long as it is what
     /// chains mostly are (direct, short, of whole pieces, in one round, without fault) it is walked here, with nothing to
     /// call; as soon as it is not, [`Ring::walk_on`] goes on.
@@ -229,7 +250,9 @@ impl<M: GuestMemory> Ring<M> {
         mut at: Position,
         descriptor: (u64, u64),
     ) -> Result<Chain<M::Lease>, Latched> {
+        self.chains.may_work()?;
         let mut count = assembly.segments();
+        let mut entries = 0;
         let (mut address, mut tail) = parse(descriptor);
         loop {
             count += 1;
@@ -247,6 +270,7 @@ impl<M: GuestMemory> Ring<M> {
                     return Err(self.chains.fail(QueueError::IndirectWithNext { head: tail.id }));
                 }
                 let added = self.add_table(&mut assembly, address, tail);
+                entries = tail.len as usize / DESCRIPTOR_LEN as usize + self.table.segments();
                 // Its leases end here, whatever became of the chain.
                 self.table.clear();
                 added.map_err(|reason| self.chains.fail(reason))?;
@@ -258,6 +282,7 @@ impl<M: GuestMemory> Ring<M> {
             }
             (address, tail) = parse(self.descriptor(at, Ordering::Relaxed).unwrap_or_default());
         }
+        self.chains.worked(count + entries, assembly.segments());
         self.enter(assembly, tail.id, count, at)
     }
 
@@ -313,10 +338,9 @@ impl<M: GuestMemory> Ring<M> {
         if entries > u64::from(limit) {
             return Err(QueueError::TooManyDescriptors { head, limit });
         }
-        let table = &mut self.table;
-        self.memory.resolve(address, len.into(), Access::READ, |segment| table.push(segment))?;
+        self.table.resolve(&self.memory, head, (address, len))?;
         for index in 0..entries as u16 {
-            let (address, rest) = read_table(&self.table, index)?;
+            let (address, rest) = self.table.entry(index)?;
             // Only WRITE has a meaning here; the other flags are ignored (2.8.7), except that a table in a table is
             // told apart from a buffer by one of them.
             let entry = Tail::from_word(rest);
@@ -330,9 +354,10 @@ impl<M: GuestMemory> Ring<M> {
 
     #[inline(always)]
     pub(in crate::queue) fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), u16> {
-        let Parts { head: id, written, entries: count, start, .. } = *chain.0;
+        let Parts { head: id, written, wrote, entries: count, start, .. } = *chain.0;
         self.chains.give_back(chain)?;
-        let flags = if written > 0 { WRITE } else { 0 };
+        // Whether anything was written, wherever (2.8.4); the length says how much from the first byte on.
+        let flags = if written | wrote > 0 { WRITE } else { 0 };
         let at = self.write_used(self.next_used, Tail { len: written, id, flags });
         if at != start {
             // The used descriptor went to where an older chain is.

@@ -1,13 +1,13 @@
 //! The device's role on a split ring.
 
-use alloc::vec::Vec;
 use core::marker::PhantomData;
 use core::sync::atomic::Ordering;
 
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
-use crate::memory::{Access, GuestMemory, Segment, Words};
-use crate::queue::assembly::{Assembly, Chains, Latched, read_table};
+use crate::memory::{Access, GuestMemory, Words};
+use crate::queue::assembly::{Assembly, Chains, Latched};
 use crate::queue::chain::Parts;
+use crate::queue::table::Table;
 use crate::queue::{Chain, INDIRECT_MAX, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
 use crate::sync::fence;
 
@@ -32,7 +32,7 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     chains: Chains<M::Lease>,
     /// The head of the last chain that could not be taken.
     walked: u16,
-    table: Vec<Segment<M::Lease>>,
+    table: Table<M::Lease>,
     order: PhantomData<O>,
 }
 
@@ -62,7 +62,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             signalled: 0,
             chains: Chains::new(size.into()),
             walked: 0,
-            table: Vec::new(),
+            table: Table::new(),
             order: PhantomData,
         })
     }
@@ -111,6 +111,17 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.chains.own(chain)
     }
 
+    /// Another burst begins.
+    #[inline(always)]
+    pub(in crate::queue) fn begin_burst(&mut self) {
+        self.chains.begin_burst();
+    }
+
+    /// Whether this burst ended because it has looked at enough.
+    pub(in crate::queue) const fn is_exhausted(&self) -> bool {
+        self.chains.is_exhausted()
+    }
+
     pub(in crate::queue) const fn size(&self) -> u16 {
         self.size
     }
@@ -138,6 +149,14 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     /// Whether the chain that failed last was only put off; then it is in flight, and this is its head.
     pub(in crate::queue) fn take_put_off(&mut self) -> Option<Option<u16>> {
         self.chains.take_put_off().then_some(Some(self.walked))
+    }
+
+    /// Lets go of a chain that is to be taken again; it stays in flight, and this is its head.
+    pub(in crate::queue) fn put_back(&mut self, chain: Chain<M::Lease>) -> Result<Option<u16>, ()> {
+        let head = chain.head();
+        self.chains.give_back(chain).map_err(|_| ())?;
+        self.chains.mark(head);
+        Ok(Some(head))
     }
 
     /// How many chains are available, as of now.
@@ -195,30 +214,37 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         head: u16,
         descriptor: Descriptor,
     ) -> Result<Chain<M::Lease>, Latched> {
+        self.chains.may_work()?;
         let added = self.add_all(&mut assembly, head, descriptor);
+        let segments = assembly.segments() + self.table.segments();
         // Its leases end here, whatever became of the chain.
         self.table.clear();
         match added {
-            Ok(()) => assembly.finish(&mut self.chains, head, 1),
+            Ok(descriptors) => {
+                self.chains.worked(descriptors, segments);
+                assembly.finish(&mut self.chains, head, 1)
+            }
             Err(reason) => Err(self.chains.fail(reason)),
         }
     }
 
+    /// Adds the chain from `descriptor` on; how many descriptors that were.
     fn add_all(
         &mut self,
         assembly: &mut Assembly<M::Lease>,
         head: u16,
         mut descriptor: Descriptor,
-    ) -> Result<(), QueueError> {
-        let left = usize::from(self.size).saturating_sub(assembly.segments()) as u16;
-        for left in (1..=left).rev() {
+    ) -> Result<usize, QueueError> {
+        let most = usize::from(self.size).saturating_sub(assembly.segments()) as u16;
+        for left in (1..=most).rev() {
             let Descriptor { address, len, flags, next } = descriptor;
+            let descriptors = usize::from(most - left) + 1;
             if flags & INDIRECT != 0 {
-                return self.add_table(assembly, head, descriptor, left);
+                return self.add_table(assembly, head, descriptor, left).map(|more| descriptors + more);
             }
             assembly.add(&self.memory, head, (address, len), flags & WRITE != 0)?;
             if flags & NEXT == 0 {
-                return Ok(());
+                return Ok(descriptors);
             }
             let beyond = QueueError::Index { index: next, size: self.size.into() };
             descriptor = self.descriptor(next).ok_or(beyond)?;
@@ -234,7 +260,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         head: u16,
         descriptor: Descriptor,
         left: u16,
-    ) -> Result<(), QueueError> {
+    ) -> Result<usize, QueueError> {
         let len = descriptor.len;
         if !self.indirect {
             return Err(QueueError::IndirectNotNegotiated { head });
@@ -246,8 +272,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         if len == 0 || !u64::from(len).is_multiple_of(layout::DESCRIPTOR_LEN) || entries > u16::MAX.into() {
             return Err(QueueError::IndirectLength { head, len });
         }
-        let table = &mut self.table;
-        self.memory.resolve(descriptor.address, len.into(), Access::READ, |segment| table.push(segment))?;
+        self.table.resolve(&self.memory, head, (descriptor.address, len))?;
         let mut index = 0;
         // One that takes more steps than there are entries loops.
         let limit = entries.min(left.max(INDIRECT_MAX).into());
@@ -258,13 +283,13 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             if step == limit {
                 break;
             }
-            let entry = O::descriptor(read_table(&self.table, index)?);
+            let entry = O::descriptor(self.table.entry(index)?);
             if entry.flags & INDIRECT != 0 {
                 return Err(QueueError::IndirectNested { head });
             }
             assembly.add(&self.memory, head, (entry.address, entry.len), entry.flags & WRITE != 0)?;
             if entry.flags & NEXT == 0 {
-                return Ok(());
+                return Ok(step as usize + 1);
             }
             index = entry.next;
         }
