@@ -7,7 +7,7 @@ use std::process::Command;
 
 use super::guests::{Bus, Device, Guest, Kind, Machine, Qemu};
 use super::parts::Part;
-use super::{Cache, LabError, tool};
+use super::{Cache, LabError, libraries, tool};
 
 /// What a boot needs besides the machine.
 pub(super) struct Boot<'a> {
@@ -53,14 +53,20 @@ pub(super) fn version(guest: &Guest, cache: &Cache) -> Option<String> {
     Some(format!("QEMU {}", told.split_whitespace().nth(3)?))
 }
 
-/// QEMU out of its unpacked packages, with the libraries that came along.
+/// QEMU out of its unpacked packages, with the libraries and the loader that came along: none of the host's is used.
 pub(super) fn program(emulator: &Part, program: &str, cache: &Cache) -> Command {
     let root = emulator.place(cache);
-    let triplet = format!("{}-linux-gnu", consts::ARCH);
-    let libraries = [root.join("usr/lib").join(&triplet), root.join("lib").join(&triplet)];
-    let mut command = Command::new(root.join("usr/bin").join(program));
+    let libraries = libraries::folders(&root);
+    let loader = match consts::ARCH {
+        "aarch64" => "ld-linux-aarch64.so.1",
+        _ => "ld-linux-x86-64.so.2",
+    };
+    let mut places = libraries.iter().map(|folder| folder.join(loader));
+    let mut command = Command::new(places.find(|path| path.exists()).unwrap_or_else(|| loader.into()));
+    let program = root.join("usr/bin").join(program);
     // No error: the folders' names hold no colon unless the cache's does, and then nothing is found.
-    command.env("LD_LIBRARY_PATH", std::env::join_paths(&libraries).unwrap_or_default());
+    command.arg("--inhibit-cache").arg("--library-path").arg(std::env::join_paths(&libraries).unwrap_or_default());
+    command.arg("--argv0").arg(&program).arg(&program);
     command.env("QEMU_MODULE_DIR", libraries[0].join("qemu"));
     for firmware in ["qemu", "seabios"] {
         command.arg("-L").arg(root.join("usr/share").join(firmware));

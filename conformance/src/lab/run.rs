@@ -25,14 +25,21 @@ pub(crate) enum Step {
     Done,
 }
 
-/// Runs each of `guests`; a cell for each of its devices. What cannot be booted here is skipped, with the reason.
-pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn FnMut(Step)) -> Vec<Cell> {
+/// Runs each of `guests`; a cell for each of its devices. What cannot be booted here is skipped, with the reason, or, if
+/// it is `required`, has failed.
+pub(crate) fn run(
+    cache: &Cache,
+    guests: &[&'static Guest],
+    required: bool,
+    progress: &mut dyn FnMut(Step),
+) -> Vec<Cell> {
     let mut cells = Vec::new();
     for guest in guests {
         progress(Step::At(format!("{}: booting", guest.name)));
         match one(cache, guest, progress) {
             Ok(these) => cells.extend(these),
             Err(error) => {
+                let error = if required { error.in_place_of_a_boot() } else { error };
                 let told = Transcript::without_a_start(&error);
                 match guest.machine {
                     Machine::Dom0(_) => cells.extend(suite::without(guest, &dom0::CELLS, &error)),

@@ -1,7 +1,6 @@
 //! Fetches what guests are put together from.
 
 use std::env::consts;
-use std::fs;
 
 use super::apt::Apt;
 use super::guests::Guest;
@@ -25,19 +24,23 @@ pub(crate) fn setup(
     starting: &mut dyn FnMut(&str),
 ) -> Result<Vec<Fetched>, LabError> {
     let parts = parts(guests);
+    let host = debian_architecture()?;
     let missing: Vec<_> = parts.iter().map(|(part, _)| *part).filter(|part| !part.is_there(cache)).collect();
-    let prepared = if missing.is_empty() { None } else { Some(prepare(cache, &missing)?) };
-    // Lists that cannot be fetched may have been fetched before; what cannot be had without them says why.
-    let stale = prepared.as_ref().and_then(|apt| {
+    let mut apt = None;
+    // Lists that could not be fetched need not be those that a part is on; what cannot be had without them says why.
+    let mut stale = None;
+    if !missing.is_empty() {
         starting("the lists of packages");
-        apt.update().err().map(|error| error.to_string())
-    });
+        let fetched = Apt::new(host, &sources(host, &missing))?;
+        stale = fetched.update().err().map(|error| error.to_string());
+        apt = Some(fetched);
+    }
     let fetch = |(part, guests): (Part, Vec<&'static str>)| {
         let name = part.name();
-        let outcome = match &prepared {
+        let outcome = match &apt {
             Some(apt) if missing.contains(&part) => {
                 starting(&name);
-                let fetched = part.fetch(apt, cache).map(|()| false);
+                let fetched = part.fetch(apt, host, cache).map(|()| false);
                 fetched.map_err(|error| stale.clone().map_or(error, LabError::Host))
             }
             _ => Ok(true),
@@ -47,9 +50,8 @@ pub(crate) fn setup(
     Ok(parts.into_iter().map(fetch).collect())
 }
 
-/// apt for the releases and architectures that `missing` come from.
-fn prepare(cache: &Cache, missing: &[Part]) -> Result<Apt, LabError> {
-    let host = debian_architecture()?;
+/// The releases and architectures that `missing` come from, on a host of the architecture `host`.
+fn sources<'a>(host: &'a str, missing: &[Part]) -> Vec<(&'static str, &'a str)> {
     let mut sources = Vec::new();
     for part in missing {
         // What is in backports depends on what is in the release itself.
@@ -60,9 +62,7 @@ fn prepare(cache: &Cache, missing: &[Part]) -> Result<Apt, LabError> {
             }
         }
     }
-    let folder = cache.path("apt");
-    fs::create_dir_all(&folder).map_err(LabError::file(&folder))?;
-    Apt::new(&folder, host, &sources)
+    sources
 }
 
 /// Each part that any of `guests` needs, with the names of those that do.

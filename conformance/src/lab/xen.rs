@@ -10,23 +10,8 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::{Cache, LabError, libraries, machine, tool};
 
-/// Debian's packages, all of one release: the hypervisor, its tools, their libraries.
-pub(super) const PACKAGES: [&str; 14] = [
-    "xen-hypervisor-4.17-amd64",
-    "xen-utils-4.17",
-    "xenstore-utils",
-    "libxencall1",
-    "libxendevicemodel1",
-    "libxenevtchn1",
-    "libxenforeignmemory1",
-    "libxengnttab1",
-    "libxenhypfs1",
-    "libxenmisc4.17",
-    "libxenstore4",
-    "libxentoolcore1",
-    "libxentoollog1",
-    "libyajl2",
-];
+/// Debian's packages: the hypervisor and its tools.
+pub(super) const PACKAGES: [&str; 3] = ["xen-hypervisor-4.17-amd64", "xen-utils-4.17", "xenstore-utils"];
 /// The release that they are from.
 pub(super) const SUITE: &str = "bookworm";
 
