@@ -149,6 +149,6 @@ fn line(fetched: &Fetched) -> String {
     match outcome {
         Ok(true) => format!("there     {part} ({guests})\n"),
         Ok(false) => format!("fetched   {part} ({guests})\n"),
-        Err(error) => format!("skipped   {part} ({guests}): {error}\n"),
+        Err(error) => format!("missing   {part} ({guests}): {error}\n"),
     }
 }

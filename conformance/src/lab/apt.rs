@@ -19,7 +19,8 @@ const BACKPORTS: &str = "-backports";
 /// The fields of [`archives`].
 const FIELDS: &str = "$(ORIGIN)|$(COMPONENT)|$(CODENAME)|$(REPO_URI)";
 
-/// apt with a configuration of its own.
+/// apt with a configuration of its own, for one architecture: where several are asked for and the list of one cannot be had,
+/// apt takes none of that archive's.
 pub(super) struct Apt {
     /// Not in the cache: for root, apt downloads as a user who may not get there.
     folder: TempDir,
@@ -27,16 +28,39 @@ pub(super) struct Apt {
 
 /// An archive of Debian's.
 #[derive(Debug, PartialEq)]
-struct Archive<'a> {
+pub(super) struct Archive {
     /// Where it is.
-    place: &'a str,
+    place: String,
     /// What it adds to a release's name, one of [`KINDS`].
     kind: &'static str,
 }
 
+impl Archive {
+    /// Those that the host's apt uses. They say themselves that they are Debian's; the host's lists may not be there.
+    pub(super) fn of_the_host(architecture: &str) -> Result<Vec<Self>, LabError> {
+        let apt = Apt::empty()?;
+        apt.configure(architecture, "")?;
+        // One that cannot be reached may be another's.
+        let failed = apt.get(&["update", "-q"]).err().map(|error| format!(": {error}")).unwrap_or_default();
+        let archives = archives(&apt.get(&["indextargets", "--format", FIELDS, "Created-By: Packages"])?);
+        if archives.is_empty() {
+            return Err(LabError::Host(format!("none of the host's apt sources is an archive of Debian's{failed}")));
+        }
+        Ok(archives)
+    }
+}
+
 impl Apt {
-    /// For packages of `sources`, pairs of a release and an architecture, on a host whose architecture is `host`.
-    pub(super) fn new(host: &str, sources: &[(&str, &str)]) -> Result<Self, LabError> {
+    /// For packages of the releases `suites` for `architecture`, from `archives`.
+    pub(super) fn new(archives: &[Archive], architecture: &str, suites: &[&str]) -> Result<Self, LabError> {
+        let apt = Self::empty()?;
+        apt.write("sources.list", &sources_list(archives, suites))?;
+        apt.configure(architecture, &own_sources(apt.folder.path()))?;
+        Ok(apt)
+    }
+
+    /// Without a configuration.
+    fn empty() -> Result<Self, LabError> {
         if !Path::new(KEYS).exists() {
             return Err(LabError::Host(format!(
                 "there is no {KEYS}: the lab is fetched with apt, on Debian with its debian-archive-keyring"
@@ -50,21 +74,15 @@ impl Apt {
         }
         // What is installed: whatever the host has, all that a package depends on is fetched with it.
         apt.write("none", "")?;
-        // The host's proxies and the like, and where its sources are.
-        let system = ["Acquire", "Dir::Etc"].map(|what| tool::run(Command::new("apt-config").args(["dump", what])));
-        let [acquire, places] = system;
-        let configuration = without_targets(&acquire?) + &places? + &configuration(apt.folder.path(), host, sources);
-        apt.write("apt.conf", &configuration)?;
-        // Which of the host's archives are Debian's, they say themselves. One that cannot be reached may be another's.
-        let failed = apt.get(&["update", "-q"]).err().map(|error| format!(": {error}")).unwrap_or_default();
-        let told = apt.get(&["indextargets", "--format", FIELDS, "Created-By: Packages"])?;
-        let archives = archives(&told);
-        if archives.is_empty() {
-            return Err(LabError::Host(format!("none of the host's apt sources is an archive of Debian's{failed}")));
-        }
-        apt.write("sources.list", &sources_list(&archives, sources))?;
-        apt.write("apt.conf", &(configuration + &own_sources(apt.folder.path())))?;
         Ok(apt)
+    }
+
+    /// Writes the configuration, which ends with the lines `more`.
+    fn configure(&self, architecture: &str, more: &str) -> Result<(), LabError> {
+        // The host's proxies and the like, and where its sources are.
+        let system = |what| tool::run(Command::new("apt-config").args(["dump", what]));
+        let own = configuration(self.folder.path(), architecture);
+        self.write("apt.conf", &(without_targets(&system("Acquire")?) + &system("Dir::Etc")? + &own + more))
     }
 
     /// Fetches the lists of packages; once more if that fails, since an archive may be in the middle of an update.
@@ -73,43 +91,35 @@ impl Apt {
     }
 
     /// The package that `package` stands for now: of the packages without content, the kernel they depend on.
-    pub(super) fn current(&self, package: &str, architecture: &str) -> Result<String, LabError> {
-        let name = format!("{package}:{architecture}");
-        let told = tool::run(self.command("apt-cache").args(["depends", "--important", &name]))?;
+    pub(super) fn current(&self, package: &str) -> Result<String, LabError> {
+        let told = tool::run(self.command("apt-cache").args(["depends", "--important", package]))?;
         Ok(depended_kernel(&told).unwrap_or(package).to_owned())
     }
 
     /// Downloads one package; the folder that it is in.
-    pub(super) fn download(&self, package: &str, architecture: &str) -> Result<TempDir, LabError> {
+    pub(super) fn download(&self, package: &str) -> Result<TempDir, LabError> {
         let into = self.scratch()?;
         // Whom apt downloads as, who has to write there.
         let partial = self.folder.path().join("lists/partial");
         let owner = fs::metadata(&partial).map_err(LabError::file(&partial))?.uid();
         chown(into.path(), Some(owner), None).map_err(LabError::file(into.path()))?;
-        let name = format!("{package}:{architecture}");
-        tool::run(self.command("apt-get").args(["download", "-q", &name]).current_dir(into.path()))?;
+        tool::run(self.command("apt-get").args(["download", "-q", package]).current_dir(into.path()))?;
         Ok(into)
     }
 
     /// Downloads `packages`, of `suite` where that has them, and all that they depend on; the folder that they are in.
-    pub(super) fn download_whole(
-        &self,
-        packages: &[&str],
-        architecture: &str,
-        suite: &str,
-    ) -> Result<TempDir, LabError> {
+    pub(super) fn download_whole(&self, packages: &[&str], suite: &str) -> Result<TempDir, LabError> {
         let into = self.scratch()?;
         let partial = into.path().join("partial");
         fs::create_dir(&partial).map_err(LabError::file(&partial))?;
         let archives = format!("Dir::Cache::archives={}", into.path().display());
-        let names: Vec<_> = packages.iter().map(|package| format!("{package}:{architecture}")).collect();
         let mut command = self.command("apt-get");
         command.args(["install", "-yq", "--download-only", "--no-install-recommends", "-o", &archives]);
         // Otherwise the archive with security's versions would count for less than the release itself.
         if suite.ends_with(BACKPORTS) {
             command.args(["-t", suite]);
         }
-        tool::run(command.args(names))?;
+        tool::run(command.args(packages))?;
         Ok(into)
     }
 
@@ -147,14 +157,14 @@ fn without_targets(acquire: &str) -> String {
 }
 
 /// The archives of Debian's among those that apt told, a line of [`FIELDS`] for each.
-fn archives(told: &str) -> Vec<Archive<'_>> {
+fn archives(told: &str) -> Vec<Archive> {
     let mut found = Vec::new();
     for line in told.lines() {
         let fields: Vec<_> = line.splitn(4, '|').collect();
         let ["Debian", "main", release, place] = fields[..] else { continue };
         let (_, kind) = release.split_at(release.find('-').unwrap_or(release.len()));
         let Some(kind) = KINDS.into_iter().find(|known| *known == kind) else { continue };
-        let archive = Archive { place, kind };
+        let archive = Archive { place: place.to_owned(), kind };
         // No disc: it has to be changed by hand.
         if !place.starts_with("cdrom:") && !found.contains(&archive) {
             found.push(archive);
@@ -163,14 +173,14 @@ fn archives(told: &str) -> Vec<Archive<'_>> {
     found
 }
 
-/// A line for each of `sources` in each of `archives`, which need not be used for that release on the host.
-fn sources_list(archives: &[Archive<'_>], sources: &[(&str, &str)]) -> String {
+/// A line for each of `suites` in each of `archives`, which need not be used for that release on the host.
+fn sources_list(archives: &[Archive], suites: &[&str]) -> String {
     let mut lines = String::new();
-    for (suite, architecture) in sources {
+    for suite in suites {
         for Archive { place, kind } in archives {
             // Backports are beside the release itself.
             if kind.is_empty() || !suite.ends_with(BACKPORTS) {
-                lines += &format!("deb [arch={architecture} signed-by={KEYS}] {place} {suite}{kind} main\n");
+                lines += &format!("deb [signed-by={KEYS}] {place} {suite}{kind} main\n");
             }
         }
     }
@@ -178,15 +188,8 @@ fn sources_list(archives: &[Archive<'_>], sources: &[(&str, &str)]) -> String {
 }
 
 /// apt's configuration, with everything it writes in `folder`.
-fn configuration(folder: &Path, host: &str, sources: &[(&str, &str)]) -> String {
+fn configuration(folder: &Path, architecture: &str) -> String {
     let folder = folder.display();
-    let mut architectures = vec![host];
-    for (_, architecture) in sources {
-        if !architectures.contains(architecture) {
-            architectures.push(architecture);
-        }
-    }
-    let architectures: String = architectures.iter().map(|name| format!(" \"{name}\";")).collect();
     format!(
         "Dir::Etc::parts \"/dev/null\";\n\
          Dir::Etc::main \"/dev/null\";\n\
@@ -199,8 +202,8 @@ fn configuration(folder: &Path, host: &str, sources: &[(&str, &str)]) -> String 
          Dir::Cache \"{folder}\";\n\
          Dir::Cache::archives \"{folder}/archives\";\n\
          Dir::Log \"{folder}\";\n\
-         APT::Architecture \"{host}\";\n\
-         APT::Architectures {{{architectures} }};\n\
+         APT::Architecture \"{architecture}\";\n\
+         APT::Architectures {{ \"{architecture}\"; }};\n\
          Acquire::GzipIndexes \"true\";\n\
          Acquire::Languages \"none\";\n\
          Acquire::Retries \"2\";\n\
@@ -208,7 +211,7 @@ fn configuration(folder: &Path, host: &str, sources: &[(&str, &str)]) -> String 
     )
 }
 
-/// What is added to it once the sources are known.
+/// What is added to it for sources of its own.
 fn own_sources(folder: &Path) -> String {
     let folder = folder.display();
     format!(
@@ -246,7 +249,7 @@ mod tests {
             Debian|main|trixie|cdrom:[Debian]/\n\
             Another|main|trixie|http://another/debian/\n\
             $(ORIGIN)|main|$(CODENAME)|http://unreachable/debian/\n\n";
-        let archive = |place, kind| Archive { place, kind };
+        let archive = |place: &str, kind| Archive { place: place.to_owned(), kind };
         let expected = [
             archive("http://mirror/debian/", ""),
             archive("http://mirror/debian/", "-updates"),
@@ -257,24 +260,23 @@ mod tests {
 
     #[test]
     fn every_release_has_its_security_and_backports_are_beside_the_release() {
-        let archives = [Archive { place: "a:", kind: "" }, Archive { place: "b:", kind: "-security" }];
-        let list = sources_list(&archives, &[("one", "amd64"), ("one-backports", "amd64"), ("two", "s390x")]);
-        let lines: Vec<_> = list.lines().map(|line| line.replace(&format!(" signed-by={KEYS}]"), "]")).collect();
+        let archives = [("a:", ""), ("b:", "-security")];
+        let archives = archives.map(|(place, kind)| Archive { place: place.to_owned(), kind });
+        let list =
+            sources_list(&archives, &["one", "one-backports", "two"]).replace(&format!("[signed-by={KEYS}] "), "");
         let expected = [
-            "deb [arch=amd64] a: one main",
-            "deb [arch=amd64] b: one-security main",
-            "deb [arch=amd64] a: one-backports main",
-            "deb [arch=s390x] a: two main",
-            "deb [arch=s390x] b: two-security main",
+            "deb a: one main",
+            "deb b: one-security main",
+            "deb a: one-backports main",
+            "deb a: two main",
+            "deb b: two-security main",
         ];
-        assert_eq!(lines, expected);
+        assert_eq!(list.lines().collect::<Vec<_>>(), expected);
     }
 
     #[test]
-    fn nothing_of_the_hosts_is_counted_as_there_and_every_architecture_is_named_once() {
-        let sources = [("one", "amd64"), ("two", "s390x"), ("three", "s390x")];
-        let configuration = configuration(Path::new("/lab"), "amd64", &sources);
-        assert!(configuration.contains("APT::Architectures { \"amd64\"; \"s390x\"; };"), "{configuration}");
+    fn nothing_of_the_hosts_is_counted_as_there() {
+        let configuration = configuration(Path::new("/lab"), "amd64");
         assert!(configuration.contains("Dir::State::status \"/lab/none\";"), "{configuration}");
         assert!(!configuration.contains("Sandbox"), "{configuration}");
     }

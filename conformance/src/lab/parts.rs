@@ -101,8 +101,8 @@ impl Part {
         self.whole().map(|(packages, suite)| format!("{suite}: {}", packages.join(" "))).unwrap_or_default()
     }
 
-    /// Fetches it, for a host of this architecture, and keeps it.
-    pub(super) fn fetch(&self, apt: &Apt, host: &str, cache: &Cache) -> Result<(), LabError> {
+    /// Fetches it with `apt`, which is for its architecture, and keeps it.
+    pub(super) fn fetch(&self, apt: &Apt, cache: &Cache) -> Result<(), LabError> {
         let scratch = cache.scratch()?;
         let folder = |name: &str| {
             let path = scratch.path().join(name);
@@ -112,13 +112,13 @@ impl Part {
         let packages = match self {
             Self::Emulator(..) | Self::Xen => {
                 let (packages, suite) = self.whole().unwrap_or_default();
-                apt.download_whole(packages, self.source(host).1, suite)?
+                apt.download_whole(packages, suite)?
             }
             Self::Kernel(kernel) => {
-                let current = apt.current(kernel.package, kernel.architecture)?;
-                apt.download(&current, kernel.architecture)?
+                let current = apt.current(kernel.package)?;
+                apt.download(&current)?
             }
-            Self::Tools(_, architecture) => apt.download(TOOLS, architecture)?,
+            Self::Tools(..) => apt.download(TOOLS)?,
         };
         unpack(packages.path(), &unpacked, |package| {
             // Domain 0 has this program too, and so the C library that it was built with: the host's.
