@@ -11,6 +11,7 @@ mod cpio;
 mod disk;
 mod dom0;
 mod domu;
+mod firmware;
 mod guests;
 mod initramfs;
 mod judge;

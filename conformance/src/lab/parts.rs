@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::apt::Apt;
-use super::guests::{Guest, Kernel, Machine};
-use super::{Cache, LabError, kernel, tool, xen};
+use super::guests::{Guest, Kernel, Machine, STABLE};
+use super::{Cache, LabError, firmware, kernel, tool, xen};
 
 /// Something that is fetched.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -19,6 +19,8 @@ pub(super) enum Part {
     Kernel(&'static Kernel),
     /// The guest's tools: one static program of a release, for an architecture.
     Tools(&'static str, &'static str),
+    /// A package for machines or for this program, with all that it depends on.
+    Support(&'static str),
     /// Xen with its tools, and all that they depend on.
     Xen,
 }
@@ -38,6 +40,9 @@ impl Part {
             Machine::Xen(xen) => vec![xen.emulator(), Self::Xen],
             Machine::Dom0(qemu) | Machine::DomU(qemu) => vec![qemu.emulator(), Self::Xen],
             Machine::Nested(host) | Machine::KvmHost(host) => vec![host.emulator(), Self::Kernel(host.kernel)],
+            Machine::Firmware(machine) => {
+                return [machine.qemu.emulator()].into_iter().chain(firmware::parts(machine)).collect();
+            }
             Machine::UserMode => Vec::new(),
         };
         machine.into_iter().chain([Self::Kernel(guest.kernel), Self::tools(guest)]).collect()
@@ -56,6 +61,7 @@ impl Part {
             Self::Kernel(Kernel { package, purpose: "", .. }) => format!("kernels/{package}"),
             Self::Kernel(Kernel { package, purpose, .. }) => format!("kernels/{package}-{purpose}"),
             Self::Tools(_, architecture) => format!("tools/{TOOLS}-{architecture}"),
+            Self::Support(package) => format!("support/{package}"),
             Self::Xen => "xen".to_owned(),
         }
     }
@@ -69,7 +75,7 @@ impl Part {
     pub(super) fn is_there(&self, cache: &Cache) -> bool {
         let place = self.place(cache);
         match self {
-            Self::Emulator(..) | Self::Xen => {
+            Self::Emulator(..) | Self::Support(_) | Self::Xen => {
                 fs::read_to_string(place.join(MADE_OF)).is_ok_and(|made_of| made_of == self.made_of())
             }
             Self::Tools(..) => place.is_dir(),
@@ -83,6 +89,7 @@ impl Part {
             Self::Emulator(_, suite) => (suite, host),
             Self::Kernel(kernel) => (kernel.suite, kernel.architecture),
             Self::Tools(suite, architecture) => (suite, architecture),
+            Self::Support(_) => (STABLE, host),
             Self::Xen => (xen::SUITE, "amd64"),
         }
     }
@@ -91,6 +98,7 @@ impl Part {
     fn whole(&self) -> Option<(&[&'static str], &'static str)> {
         match self {
             Self::Emulator(package, suite) => Some((std::slice::from_ref(package), suite)),
+            Self::Support(package) => Some((std::slice::from_ref(package), STABLE)),
             Self::Xen => Some((&xen::PACKAGES, xen::SUITE)),
             Self::Kernel(_) | Self::Tools(..) => None,
         }
@@ -110,7 +118,7 @@ impl Part {
         };
         let (unpacked, made) = (folder("unpacked")?, folder("made")?);
         let packages = match self {
-            Self::Emulator(..) | Self::Xen => {
+            Self::Emulator(..) | Self::Support(_) | Self::Xen => {
                 let (packages, suite) = self.whole().unwrap_or_default();
                 apt.download_whole(packages, suite)?
             }
@@ -125,7 +133,7 @@ impl Part {
             *self != Self::Xen || !package.starts_with("libc6_")
         })?;
         match self {
-            Self::Emulator(..) | Self::Xen => {
+            Self::Emulator(..) | Self::Support(_) | Self::Xen => {
                 if *self == Self::Xen {
                     xen::unpack(&unpacked)?;
                 }

@@ -116,7 +116,7 @@ mod tests {
         let all: Vec<_> = guests().iter().collect();
         let parts = parts(&all);
         for (release, users) in [
-            (EMULATORS, &["x86-pc", "x86-microvm", "kvm-nested", "kvm-nested-suite"][..]),
+            (EMULATORS, &["x86-pc", "x86-microvm", "kvm-nested", "kvm-nested-suite", "ovmf"][..]),
             (STABLE, &["xen-dom0", "xen-domu", "xen-pvh"]),
         ] {
             let emulator = Part::Emulator("qemu-system-x86", release);

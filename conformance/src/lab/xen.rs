@@ -49,7 +49,7 @@ pub(super) fn command(xen: &Xen, cache: &Cache, boot: &Boot<'_>) -> Result<Comma
     archive.file("guest/initramfs", 0o644, boot.initramfs);
     archive.file("guest/domain.cfg", 0o644, xen.domain.as_bytes());
     let initramfs = write(boot.folder, "dom0", &archive.finish())?;
-    let mut command = machine::program(&xen.emulator(), xen.program, cache);
+    let mut command = machine::emulator(&xen.emulator(), xen.program, cache);
     command.args(["-cpu", xen.cpu, "-m", "2048M"]);
     boots(&mut command, cache, "1024M", &kernel, "", &initramfs);
     let mut drive = std::ffi::OsString::from("if=none,id=disk,format=raw,file=");
