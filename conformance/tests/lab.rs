@@ -46,6 +46,20 @@ fn guests_that_were_not_fetched_are_skipped_with_what_fetches_them() {
 }
 
 #[test]
+fn a_guest_that_is_required_and_was_not_fetched_has_failed() {
+    let empty = tempfile::tempdir().unwrap();
+    // Of each kind one: with devices of its own, with the suite's, with domains.
+    let run = ["run", "--require", "--format", "json", "uml", "x86-pc", "xen-dom0", "xen-domu", "kvm-nested-suite"];
+    let output = lab(&run).env("XDG_CACHE_HOME", empty.path()).output().unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    for cell in json(&output)["cells"].as_array().unwrap() {
+        assert_eq!(cell["skipped"].as_array().map(Vec::len), Some(0), "{cell}");
+        let observed = cell["failures"][0]["observed"].as_str().unwrap();
+        assert!(observed.contains("polyvirt lab setup"), "{observed}");
+    }
+}
+
+#[test]
 fn without_a_place_for_a_cache_nothing_is_run() {
     let output = lab(&["run"]).env_remove("XDG_CACHE_HOME").env_remove("HOME").output().unwrap();
     assert_eq!(output.status.code(), Some(2), "{output:?}");

@@ -34,6 +34,9 @@ pub(super) struct RunArgs {
     /// The guests; without a name, all of them
     #[arg(value_name = "NAME")]
     guests: Vec<String>,
+    /// A guest that cannot be booted here has failed; otherwise it is skipped
+    #[arg(long)]
+    require: bool,
     #[command(flatten)]
     tell: TellArgs,
 }
@@ -48,7 +51,7 @@ impl From<LabError> for CliError {
 pub(super) fn run(command: &LabCommand, output: &mut Output) -> Result<u8, CliError> {
     match command {
         LabCommand::Setup { guests, format } => setup(&select(guests)?, *format, output),
-        LabCommand::Run(args) => boot(&select(&args.guests)?, &args.tell, output),
+        LabCommand::Run(args) => boot(&select(&args.guests)?, args.require, &args.tell, output),
     }
 }
 
@@ -63,13 +66,13 @@ fn select(asked: &[String]) -> Result<Vec<&'static Guest>, CliError> {
 
 /// Boots all guests; their cells.
 pub(super) fn cells(quiet: bool) -> Result<Vec<Cell>, CliError> {
-    cells_of(&select(&[])?, quiet)
+    cells_of(&select(&[])?, false, quiet)
 }
 
-fn cells_of(guests: &[&'static Guest], quiet: bool) -> Result<Vec<Cell>, CliError> {
+fn cells_of(guests: &[&'static Guest], required: bool, quiet: bool) -> Result<Vec<Cell>, CliError> {
     let cache = Cache::of_the_user()?;
     let progress = Progress::new(guests.len(), quiet);
-    let cells = lab::run(&cache, guests, &mut |step| match step {
+    let cells = lab::run(&cache, guests, required, &mut |step| match step {
         Step::At(what) => progress.at(what),
         Step::Done => progress.step(),
     });
@@ -77,10 +80,10 @@ fn cells_of(guests: &[&'static Guest], quiet: bool) -> Result<Vec<Cell>, CliErro
     Ok(cells)
 }
 
-fn boot(guests: &[&'static Guest], args: &TellArgs, output: &mut Output) -> Result<u8, CliError> {
+fn boot(guests: &[&'static Guest], required: bool, args: &TellArgs, output: &mut Output) -> Result<u8, CliError> {
     let begun = Instant::now();
     let page = args.report.as_deref().map(Page::create).transpose()?;
-    let cells = cells_of(guests, args.quiet)?;
+    let cells = cells_of(guests, required, args.quiet)?;
     if args.format == CheckFormat::Text && !args.quiet {
         output.text(&versions(guests, &cells))?;
     }
@@ -146,6 +149,6 @@ fn line(fetched: &Fetched) -> String {
     match outcome {
         Ok(true) => format!("there     {part} ({guests})\n"),
         Ok(false) => format!("fetched   {part} ({guests})\n"),
-        Err(error) => format!("skipped   {part} ({guests}): {error}\n"),
+        Err(error) => format!("missing   {part} ({guests}): {error}\n"),
     }
 }

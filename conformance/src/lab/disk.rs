@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 use crate::image::{SECTOR, fill};
 
 /// Sectors of a disk: 16 MiB and a few, so that it ends neither at a page nor at a request.
-const SECTORS: u64 = (16 << 11) + 5;
+pub(super) const SECTORS: u64 = (16 << 11) + 5;
 /// The first KiB of it are for a file system.
 const FILE_SYSTEM: u64 = 8 << 10;
 /// Where the pattern is written: through the page cache, at a multiple of 64 KiB …

@@ -48,7 +48,7 @@ pub(super) fn run(
     let initramfs = xen::write(folder, "initramfs", &archive.finish())?;
     let kernel = xen::vmlinux(&kernel, folder)?;
     let command = |batch: &Batch| {
-        let mut command = machine::program(&qemu.emulator(), qemu.program, cache);
+        let mut command = machine::emulator(&qemu.emulator(), qemu.program, cache);
         command.args(["-M", qemu.machine, "-cpu", qemu.cpu, "-m", &format!("{}M", qemu.memory)]);
         let words = format!("{NOT_STARTED} {}", batch.words());
         xen::boots(&mut command, cache, "512M", &kernel, &words, &initramfs);

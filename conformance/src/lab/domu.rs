@@ -9,10 +9,10 @@ use super::guests::{Guest, Qemu};
 use super::judge::Wrong;
 use super::kernel::Kept;
 use super::parts::Part;
-use super::run::{Step, empty_cell, failure, told_case};
+use super::run::{self, Step, empty_cell, untried};
 use super::transcript::Transcript;
 use super::{Cache, LabError, machine, xen};
-use crate::report::{Cell, Outcome, Skipped};
+use crate::report::Cell;
 
 /// The first process of domain 0, and of the domain; the domain's configuration.
 const DOM0: &str = include_str!("scripts/domains.sh");
@@ -125,7 +125,7 @@ pub(super) fn run(
     archive.file("disk.img", 0o644, &read(&image.path)?);
     let initramfs = xen::write(folder, "initramfs", &archive.finish())?;
 
-    let mut command = machine::program(&qemu.emulator(), qemu.program, cache);
+    let mut command = machine::emulator(&qemu.emulator(), qemu.program, cache);
     command.args(["-M", qemu.machine, "-cpu", qemu.cpu, "-m", &format!("{}M", qemu.memory)]);
     xen::boots(&mut command, cache, "1024M", &vmlinux, "", &initramfs);
     let told = boot(&command, None, &mut |event| {
@@ -140,38 +140,15 @@ pub(super) fn run(
 
 fn judged(guest: &Guest, told: &Transcript, image: &Image) -> Cell {
     let mut cell = empty_cell(guest, DEVICE);
-    for case in &CASES {
-        let outcome = match (case.judge)(told, image) {
-            Ok(()) => {
-                cell.passed += 1;
-                Outcome::Passed
-            }
-            Err(wrong) => {
-                cell.failed += 1;
-                cell.failures.push(failure(case.name, wrong, told));
-                Outcome::Failed
-            }
-        };
-        cell.cases.push(told_case(case.name, case.about, outcome, 0.0));
+    for Case { name, about, judge } in &CASES {
+        run::judged(&mut cell, name, about, judge(told, image), told);
     }
     cell
 }
 
 /// The cell, if it could not be run.
-pub(super) fn without(guest: &Guest, error: &LabError) -> Vec<Cell> {
-    let mut cell = empty_cell(guest, DEVICE);
-    for case in &CASES {
-        if error.is_absence() {
-            cell.cases.push(told_case(case.name, case.about, Outcome::Skipped, 0.0));
-            cell.skipped.push(Skipped { case: case.name.into(), reason: error.to_string() });
-        } else {
-            let wrong = Wrong { expected: case.about.to_owned(), observed: error.to_string() };
-            cell.failed += 1;
-            cell.cases.push(told_case(case.name, case.about, Outcome::Failed, 0.0));
-            cell.failures.push(failure(case.name, wrong, &Transcript::without_a_start(error)));
-        }
-    }
-    vec![cell]
+pub(super) fn without(guest: &Guest, error: &LabError) -> Cell {
+    untried(empty_cell(guest, DEVICE), CASES.iter().map(|case| (case.name, case.about)), error)
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ pub(crate) struct Guest {
     pub(crate) about: &'static str,
     /// How its driver reaches the device.
     pub(super) transport: &'static str,
-    /// Whose driver it is.
+    /// Whose driver it is, but where it is the firmware's.
     pub(super) kernel: &'static Kernel,
     /// What runs the kernel.
     pub(super) machine: Machine,
@@ -49,6 +49,7 @@ impl Guest {
             | Machine::DomU(_)
             | Machine::Nested(_)
             | Machine::KvmHost(_)
+            | Machine::Firmware(_)
             | Machine::UserMode => 1,
         }
     }
@@ -69,6 +70,8 @@ pub(super) enum Machine {
     Nested(Nested),
     /// A machine of QEMU's whose kernel has KVM: the suite runs there.
     KvmHost(Nested),
+    /// A machine of QEMU's without a kernel: its firmware uses the disk.
+    Firmware(Firmware),
     /// The kernel is a process of the host: User Mode Linux.
     UserMode,
 }
@@ -130,6 +133,15 @@ impl Xen {
     pub(super) fn emulator(&self) -> Part {
         Part::Emulator(self.package, self.suite)
     }
+}
+
+/// A machine of QEMU's whose firmware has a virtio driver of its own.
+#[derive(Debug)]
+pub(super) struct Firmware {
+    /// What it runs on.
+    pub(super) qemu: Qemu,
+    /// The package with an UEFI firmware, and the file in it; without one, QEMU's own Open Firmware.
+    pub(super) uefi: Option<(&'static str, &'static str)>,
 }
 
 /// A machine of QEMU's that is a host with KVM.
@@ -251,7 +263,7 @@ const IOMMU: Device = blk("split", ",iommu_platform=on", &[VERSION_1, ACCESS_PLA
 const IOMMU_PACKED: Device = blk("packed", ",iommu_platform=on,packed=on", &[VERSION_1, ACCESS_PLATFORM, RING_PACKED]);
 const PACKED: Device = blk("packed", ",packed=on", &[VERSION_1, RING_PACKED]);
 /// User Mode Linux takes whatever is offered, and so does virtio-pci on Xen.
-const OFFERED_PACKED: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
+pub(super) const OFFERED_PACKED: Device = blk("packed", "", &[VERSION_1, RING_PACKED]);
 /// And so does QEMU for this one.
 const RNG: Device = Device { kind: Kind::Rng, variant: "packed", options: "", features: &[VERSION_1, RING_PACKED] };
 
@@ -362,6 +374,21 @@ const PSERIES: Qemu = Qemu {
     firmware: None,
 };
 
+const VIRT: Qemu = Qemu {
+    package: "qemu-system-arm",
+    suite: EMULATORS,
+    program: "qemu-system-aarch64",
+    machine: "virt",
+    cpu: "cortex-a57",
+    processors: 1,
+    memory: 512,
+    arguments: &MODERN_MMIO,
+    console: SERIAL,
+    tty: "ttyAMA0",
+    bus: Bus::Mmio,
+    firmware: None,
+};
+
 /// With Xen in place of a kernel.
 const DOM0: Qemu = Qemu {
     package: "qemu-system-x86",
@@ -391,7 +418,7 @@ const KVM_HOST: Nested = Nested {
     packed: false,
 };
 
-static GUESTS: [Guest; 15] = [
+static GUESTS: [Guest; 18] = [
     Guest {
         name: "uml",
         about: "User Mode Linux: the kernel is a process, and speaks vhost-user itself",
@@ -494,20 +521,7 @@ static GUESTS: [Guest; 15] = [
         about: "virtio-mmio found in the device tree",
         transport: "mmio",
         kernel: &AARCH64,
-        machine: Machine::Qemu(Qemu {
-            package: "qemu-system-arm",
-            suite: EMULATORS,
-            program: "qemu-system-aarch64",
-            machine: "virt",
-            cpu: "cortex-a57",
-            processors: 1,
-            memory: 512,
-            arguments: &MODERN_MMIO,
-            console: SERIAL,
-            tty: "ttyAMA0",
-            bus: Bus::Mmio,
-            firmware: None,
-        }),
+        machine: Machine::Qemu(VIRT),
         devices: &[SPLIT, PACKED],
     },
     Guest {
@@ -595,6 +609,55 @@ static GUESTS: [Guest; 15] = [
         kernel: &KVM,
         machine: Machine::KvmHost(KVM_HOST),
         // Its cells are those of the suite.
+        devices: &[],
+    },
+    Guest {
+        name: "slof",
+        about: "the Open Firmware of pseries, which reads the disk and writes on it",
+        transport: "pci",
+        kernel: &PPC64LE,
+        machine: Machine::Firmware(Firmware {
+            qemu: Qemu {
+                machine: "pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+                ..PSERIES
+            },
+            uefi: None,
+        }),
+        devices: &[],
+    },
+    Guest {
+        name: "ovmf",
+        about: "UEFI on x86-64, whose shell runs a script off the disk and copies a file there",
+        transport: "pci",
+        kernel: &X86,
+        machine: Machine::Firmware(Firmware {
+            qemu: Qemu {
+                package: "qemu-system-x86",
+                suite: EMULATORS,
+                program: "qemu-system-x86_64",
+                machine: "q35",
+                cpu: "max",
+                processors: 1,
+                memory: 512,
+                arguments: &[],
+                console: SERIAL,
+                tty: "",
+                bus: Bus::Pci,
+                firmware: None,
+            },
+            uefi: Some(("ovmf", "usr/share/ovmf/OVMF.fd")),
+        }),
+        devices: &[],
+    },
+    Guest {
+        name: "aavmf",
+        about: "UEFI on aarch64, whose shell runs a script off the disk and copies a file there",
+        transport: "pci",
+        kernel: &AARCH64,
+        machine: Machine::Firmware(Firmware {
+            qemu: Qemu { arguments: &[], tty: "", bus: Bus::Pci, ..VIRT },
+            uefi: Some(("qemu-efi-aarch64", "usr/share/qemu-efi-aarch64/QEMU_EFI.fd")),
+        }),
         devices: &[],
     },
 ];

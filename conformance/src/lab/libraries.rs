@@ -1,10 +1,16 @@
 //! The shared libraries that programs need in a guest.
 
+use std::env::consts;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::LabError;
 use super::cpio::Archive;
+
+/// Where the unpacked packages in `root` have their libraries.
+pub(super) fn folders(root: &Path) -> [PathBuf; 2] {
+    ["usr/lib", "lib"].map(|folder| root.join(folder).join(format!("{}-linux-gnu", consts::ARCH)))
+}
 
 /// Adds the shared libraries of `programs` to `archive`: those of the packages that are unpacked in `own`, the others
 /// from the host. A static program has none.
@@ -25,11 +31,14 @@ fn find(own: Option<&Path>, programs: &[&Path]) -> Result<Vec<PathBuf>, LabError
     let mut list = Command::new("ldd");
     list.args(programs);
     if let Some(own) = own {
-        list.env("LD_LIBRARY_PATH", own.join("usr/lib/x86_64-linux-gnu"));
+        list.env("LD_LIBRARY_PATH", std::env::join_paths(folders(own)).unwrap_or_default());
     }
-    // It fails if one of them is static, and lists the others all the same; what is missing shows in the guest.
+    // It fails if one of them is static, and lists the others all the same.
     let told = list.output().map_err(|error| LabError::Missing { program: "ldd".to_owned(), error })?;
     let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    if let Some(missing) = told.lines().find(|line| line.ends_with("=> not found")) {
+        return Err(LabError::Failed { command: "ldd".to_owned(), said: missing.trim().to_owned() });
+    }
     // The C library opens it when a thread ends.
     let unwinder = ["/lib/x86_64-linux-gnu/libgcc_s.so.1", "/usr/lib/x86_64-linux-gnu/libgcc_s.so.1"];
     let unwinder = unwinder.iter().map(Path::new).find(|path| path.exists());

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use super::guests::{Bus, Device, Guest, Kind, Machine, Qemu};
 use super::parts::Part;
-use super::{Cache, LabError, tool};
+use super::{Cache, LabError, libraries, tool};
 
 /// What a boot needs besides the machine.
 pub(super) struct Boot<'a> {
@@ -31,6 +31,7 @@ pub(super) fn command(guest: &Guest, cache: &Cache, boot: &Boot<'_>) -> Result<C
         Machine::Nested(_) | Machine::KvmHost(_) => {
             Err(LabError::Host("the host serves the devices of a guest on KVM".to_owned()))
         }
+        Machine::Firmware(_) => Err(LabError::Host("a firmware boots no kernel".to_owned())),
         Machine::UserMode if consts::ARCH == "x86_64" => Ok(user_mode(boot)),
         Machine::UserMode => {
             Err(LabError::Host(format!("Debian's User Mode Linux runs on x86_64, not on {}", consts::ARCH)))
@@ -42,10 +43,11 @@ pub(super) fn command(guest: &Guest, cache: &Cache, boot: &Boot<'_>) -> Result<C
 pub(super) fn version(guest: &Guest, cache: &Cache) -> Option<String> {
     let mut emulator = match &guest.machine {
         Machine::Qemu(machine) | Machine::Dom0(machine) | Machine::DomU(machine) => {
-            program(&machine.emulator(), machine.program, cache)
+            emulator(&machine.emulator(), machine.program, cache)
         }
-        Machine::Xen(machine) => program(&machine.emulator(), machine.program, cache),
-        Machine::Nested(machine) | Machine::KvmHost(machine) => program(&machine.emulator(), machine.program, cache),
+        Machine::Firmware(machine) => emulator(&machine.qemu.emulator(), machine.qemu.program, cache),
+        Machine::Xen(machine) => emulator(&machine.emulator(), machine.program, cache),
+        Machine::Nested(machine) | Machine::KvmHost(machine) => emulator(&machine.emulator(), machine.program, cache),
         Machine::UserMode => return None,
     };
     let told = tool::run(emulator.arg("--version")).ok()?;
@@ -53,23 +55,37 @@ pub(super) fn version(guest: &Guest, cache: &Cache) -> Option<String> {
     Some(format!("QEMU {}", told.split_whitespace().nth(3)?))
 }
 
-/// QEMU out of its unpacked packages, with the libraries that came along.
-pub(super) fn program(emulator: &Part, program: &str, cache: &Cache) -> Command {
-    let root = emulator.place(cache);
-    let triplet = format!("{}-linux-gnu", consts::ARCH);
-    let libraries = [root.join("usr/lib").join(&triplet), root.join("lib").join(&triplet)];
-    let mut command = Command::new(root.join("usr/bin").join(program));
+/// A program out of an unpacked package, with the libraries and the loader that came along: none of the host's is used.
+pub(super) fn program(part: &Part, program: &str, cache: &Cache) -> Command {
+    let root = part.place(cache);
+    let libraries = libraries::folders(&root);
+    let loader = match consts::ARCH {
+        "aarch64" => "ld-linux-aarch64.so.1",
+        _ => "ld-linux-x86-64.so.2",
+    };
+    let mut places = libraries.iter().map(|folder| folder.join(loader));
+    let mut command = Command::new(places.find(|path| path.exists()).unwrap_or_else(|| loader.into()));
+    let program = root.join("usr/bin").join(program);
     // No error: the folders' names hold no colon unless the cache's does, and then nothing is found.
-    command.env("LD_LIBRARY_PATH", std::env::join_paths(&libraries).unwrap_or_default());
-    command.env("QEMU_MODULE_DIR", libraries[0].join("qemu"));
+    command.arg("--inhibit-cache").arg("--library-path").arg(std::env::join_paths(&libraries).unwrap_or_default());
+    command.arg("--argv0").arg(&program).arg(&program);
+    command
+}
+
+/// QEMU, which looks for firmware and modules where it was unpacked.
+pub(super) fn emulator(emulator: &Part, program: &str, cache: &Cache) -> Command {
+    let mut command = self::program(emulator, program, cache);
+    let root = emulator.place(cache);
+    command.env("QEMU_MODULE_DIR", libraries::folders(&root)[0].join("qemu"));
     for firmware in ["qemu", "seabios"] {
         command.arg("-L").arg(root.join("usr/share").join(firmware));
     }
     command
 }
 
-fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
-    let mut command = program(&machine.emulator(), machine.program, cache);
+/// A machine of QEMU's with nothing to boot and no devices.
+pub(super) fn bare(machine: &Qemu, cache: &Cache) -> Command {
+    let mut command = emulator(&machine.emulator(), machine.program, cache);
     // The device's process maps the guest's memory.
     let memory = machine.memory;
     command
@@ -78,17 +94,28 @@ fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
         .args(["-smp", &machine.processors.to_string(), "-m", &format!("{memory}M")])
         .args(["-object", &format!("memory-backend-memfd,id=mem,size={memory}M,share=on")])
         .args(machine.arguments)
+        .args(["-chardev", "stdio,id=console,signal=off"])
+        .args(machine.console);
+    command
+}
+
+/// Connects to `socket`, behind which a device is served: the character device `socketNUMBER`.
+pub(super) fn connect(command: &mut Command, number: usize, socket: &Path) {
+    let mut chardev = OsString::from(format!("socket,id=socket{number},path="));
+    chardev.push(socket);
+    command.arg("-chardev").arg(chardev);
+}
+
+fn qemu(machine: &Qemu, cache: &Cache, boot: &Boot<'_>) -> Command {
+    let mut command = bare(machine, cache);
+    command
         .arg("-kernel")
         .arg(boot.kernel)
         .arg("-initrd")
         .arg(boot.initramfs)
-        .args(["-append", &format!("console={} rdinit=/init quiet panic=-1", machine.tty)])
-        .args(["-chardev", "stdio,id=console,signal=off"])
-        .args(machine.console);
+        .args(["-append", &format!("console={} rdinit=/init quiet panic=-1", machine.tty)]);
     for (number, (device, socket)) in (1..).zip(boot.devices) {
-        let mut chardev = OsString::from(format!("socket,id=socket{number},path="));
-        chardev.push(socket);
-        command.arg("-chardev").arg(chardev);
+        connect(&mut command, number, socket);
         if machine.bus == Bus::Zpci {
             command.args(["-device", &format!("zpci,uid={number},target=device{number}")]);
         }

@@ -11,6 +11,7 @@ mod cpio;
 mod disk;
 mod dom0;
 mod domu;
+mod firmware;
 mod guests;
 mod initramfs;
 mod judge;
@@ -87,6 +88,11 @@ pub(crate) enum LabError {
 }
 
 impl LabError {
+    /// The same of a guest that is to be booted, so that nothing may be missing.
+    fn in_place_of_a_boot(self) -> Self {
+        Self::Failed { command: "this guest has to be booted".to_owned(), said: self.to_string() }
+    }
+
     /// Whether a part is missing here, so that there is nothing to judge.
     fn is_absence(&self) -> bool {
         matches!(self, Self::NotSetUp { .. } | Self::Host(_) | Self::NoCache)

@@ -90,7 +90,7 @@ fn kernel(guest: &Guest, nested: &Nested, cache: &Cache) -> Result<Kept, LabErro
 
 /// QEMU with a host whose `kernel` gets `words` besides.
 fn boots(nested: &Nested, cache: &Cache, kernel: &PathBuf, initramfs: &Path, words: &str) -> Command {
-    let mut command = machine::program(&nested.emulator(), nested.program, cache);
+    let mut command = machine::emulator(&nested.emulator(), nested.program, cache);
     // Without -icount: with it an interrupt now and then comes to a guest that has them off.
     command
         .args(["-accel", "tcg", "-nodefaults", "-display", "none", "-no-reboot"])

@@ -1,25 +1,32 @@
 //! What guests are put together from: each part is fetched once and kept.
 
-use std::fs;
+use std::fs::{self, Permissions};
+use std::io;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::apt::Apt;
-use super::guests::{Guest, Kernel, Machine};
-use super::{Cache, LabError, kernel, tool, xen};
+use super::guests::{Guest, Kernel, Machine, STABLE};
+use super::{Cache, LabError, firmware, kernel, tool, xen};
 
 /// Something that is fetched.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Part {
-    /// A package of QEMU's, of a release, with what it depends on and the host does not have.
+    /// A package of QEMU's, of a release, with all that it depends on.
     Emulator(&'static str, &'static str),
     /// A kernel with its modules.
     Kernel(&'static Kernel),
     /// The guest's tools: one static program of a release, for an architecture.
     Tools(&'static str, &'static str),
-    /// Xen with its tools.
+    /// A package for machines or for this program, with all that it depends on.
+    Support(&'static str),
+    /// Xen with its tools, and all that they depend on.
     Xen,
 }
+
+/// The file that says what a part was made of, where a part of that name may have been made of something else.
+const MADE_OF: &str = "made-of";
 
 /// The release that has a QEMU which knows `vhost-user-blk` on every machine of the lab.
 pub(super) const EMULATORS: &str = "bookworm-backports";
@@ -33,6 +40,9 @@ impl Part {
             Machine::Xen(xen) => vec![xen.emulator(), Self::Xen],
             Machine::Dom0(qemu) | Machine::DomU(qemu) => vec![qemu.emulator(), Self::Xen],
             Machine::Nested(host) | Machine::KvmHost(host) => vec![host.emulator(), Self::Kernel(host.kernel)],
+            Machine::Firmware(machine) => {
+                return [machine.qemu.emulator()].into_iter().chain(firmware::parts(machine)).collect();
+            }
             Machine::UserMode => Vec::new(),
         };
         machine.into_iter().chain([Self::Kernel(guest.kernel), Self::tools(guest)]).collect()
@@ -51,6 +61,7 @@ impl Part {
             Self::Kernel(Kernel { package, purpose: "", .. }) => format!("kernels/{package}"),
             Self::Kernel(Kernel { package, purpose, .. }) => format!("kernels/{package}-{purpose}"),
             Self::Tools(_, architecture) => format!("tools/{TOOLS}-{architecture}"),
+            Self::Support(package) => format!("support/{package}"),
             Self::Xen => "xen".to_owned(),
         }
     }
@@ -64,7 +75,10 @@ impl Part {
     pub(super) fn is_there(&self, cache: &Cache) -> bool {
         let place = self.place(cache);
         match self {
-            Self::Emulator(..) | Self::Tools(..) | Self::Xen => place.is_dir(),
+            Self::Emulator(..) | Self::Support(_) | Self::Xen => {
+                fs::read_to_string(place.join(MADE_OF)).is_ok_and(|made_of| made_of == self.made_of())
+            }
+            Self::Tools(..) => place.is_dir(),
             Self::Kernel(kernel) => kernel::Kept::open(&place, kernel).is_some(),
         }
     }
@@ -75,32 +89,56 @@ impl Part {
             Self::Emulator(_, suite) => (suite, host),
             Self::Kernel(kernel) => (kernel.suite, kernel.architecture),
             Self::Tools(suite, architecture) => (suite, architecture),
+            Self::Support(_) => (STABLE, host),
             Self::Xen => (xen::SUITE, "amd64"),
         }
     }
 
-    /// Fetches it and keeps it.
+    /// The packages that are kept unpacked with all that they depend on, and their release; of any other part, none.
+    fn whole(&self) -> Option<(&[&'static str], &'static str)> {
+        match self {
+            Self::Emulator(package, suite) => Some((std::slice::from_ref(package), suite)),
+            Self::Support(package) => Some((std::slice::from_ref(package), STABLE)),
+            Self::Xen => Some((&xen::PACKAGES, xen::SUITE)),
+            Self::Kernel(_) | Self::Tools(..) => None,
+        }
+    }
+
+    /// What is written beside them.
+    fn made_of(&self) -> String {
+        self.whole().map(|(packages, suite)| format!("{suite}: {}", packages.join(" "))).unwrap_or_default()
+    }
+
+    /// Fetches it with `apt`, which is for its architecture, and keeps it.
     pub(super) fn fetch(&self, apt: &Apt, cache: &Cache) -> Result<(), LabError> {
         let scratch = cache.scratch()?;
         let folder = |name: &str| {
             let path = scratch.path().join(name);
             fs::create_dir(&path).map_err(LabError::file(&path)).map(|()| path)
         };
-        let (packages, unpacked, made) = (folder("packages")?, folder("unpacked")?, folder("made")?);
-        match self {
-            Self::Emulator(package, suite) => apt.download_with_what_is_missing(package, suite, &packages)?,
-            Self::Kernel(kernel) => {
-                let current = apt.current(kernel.package, kernel.architecture)?;
-                apt.download(&current, kernel.architecture, &packages)?;
+        let (unpacked, made) = (folder("unpacked")?, folder("made")?);
+        let packages = match self {
+            Self::Emulator(..) | Self::Support(_) | Self::Xen => {
+                let (packages, suite) = self.whole().unwrap_or_default();
+                apt.download_whole(packages, suite)?
             }
-            Self::Tools(_, architecture) => apt.download(TOOLS, architecture, &packages)?,
-            Self::Xen => xen::PACKAGES.iter().try_for_each(|package| apt.download(package, "amd64", &packages))?,
-        }
-        unpack(&packages, &unpacked)?;
+            Self::Kernel(kernel) => {
+                let current = apt.current(kernel.package)?;
+                apt.download(&current)?
+            }
+            Self::Tools(..) => apt.download(TOOLS)?,
+        };
+        unpack(packages.path(), &unpacked, |package| {
+            // Domain 0 has this program too, and so the C library that it was built with: the host's.
+            *self != Self::Xen || !package.starts_with("libc6_")
+        })?;
         match self {
-            Self::Emulator(..) => cache.keep(&unpacked, &self.name()),
-            Self::Xen => {
-                xen::unpack(&unpacked)?;
+            Self::Emulator(..) | Self::Support(_) | Self::Xen => {
+                if *self == Self::Xen {
+                    xen::unpack(&unpacked)?;
+                }
+                let made_of = unpacked.join(MADE_OF);
+                fs::write(&made_of, self.made_of()).map_err(LabError::file(&made_of))?;
                 cache.keep(&unpacked, &self.name())
             }
             Self::Kernel(kernel) => {
@@ -120,12 +158,28 @@ impl Part {
     }
 }
 
-/// Unpacks every Debian package of the folder `packages`; nothing is installed and none of its scripts is run.
-fn unpack(packages: &Path, into: &Path) -> Result<(), LabError> {
+/// Unpacks the Debian packages of the folder `packages` that are `wanted` by their files' names; nothing is installed and
+/// none of its scripts is run.
+fn unpack(packages: &Path, into: &Path, wanted: impl Fn(&str) -> bool) -> Result<(), LabError> {
     for entry in fs::read_dir(packages).map_err(LabError::file(packages))? {
         let path = entry.map_err(LabError::file(packages))?.path();
-        if path.extension().is_some_and(|end| end == "deb") {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if name.ends_with(".deb") && wanted(&name) {
             tool::run(Command::new("dpkg-deb").arg("--extract").arg(&path).arg(into))?;
+        }
+    }
+    plain(into).map_err(LabError::file(into))
+}
+
+/// Takes from everything below `folder` that who starts it becomes another user: it is nothing that is installed.
+fn plain(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        let (kind, mode) = (entry.file_type()?, entry.metadata()?.permissions().mode());
+        if kind.is_dir() {
+            plain(&entry.path())?;
+        } else if kind.is_file() && mode & 0o6000 != 0 {
+            fs::set_permissions(entry.path(), Permissions::from_mode(mode & 0o777))?;
         }
     }
     Ok(())

@@ -11,7 +11,7 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::server::Server;
 use super::transcript::Transcript;
-use super::{Cache, LabError, dom0, domu, initramfs, machine, nested, suite, xen};
+use super::{Cache, LabError, dom0, domu, firmware, initramfs, machine, nested, suite, xen};
 use crate::report::{Case, Cell, Failure, Outcome, Skipped};
 
 /// What the cells of the lab are worth: an unmodified kernel, on an emulated machine.
@@ -25,18 +25,26 @@ pub(crate) enum Step {
     Done,
 }
 
-/// Runs each of `guests`; a cell for each of its devices. What cannot be booted here is skipped, with the reason.
-pub(crate) fn run(cache: &Cache, guests: &[&'static Guest], progress: &mut dyn FnMut(Step)) -> Vec<Cell> {
+/// Runs each of `guests`; a cell for each of its devices. What cannot be booted here is skipped, with the reason, or, if
+/// it is `required`, has failed.
+pub(crate) fn run(
+    cache: &Cache,
+    guests: &[&'static Guest],
+    required: bool,
+    progress: &mut dyn FnMut(Step),
+) -> Vec<Cell> {
     let mut cells = Vec::new();
     for guest in guests {
         progress(Step::At(format!("{}: booting", guest.name)));
         match one(cache, guest, progress) {
             Ok(these) => cells.extend(these),
             Err(error) => {
+                let error = if required { error.in_place_of_a_boot() } else { error };
                 let told = Transcript::without_a_start(&error);
                 match guest.machine {
                     Machine::Dom0(_) => cells.extend(suite::without(guest, &dom0::CELLS, &error)),
-                    Machine::DomU(_) => cells.extend(domu::without(guest, &error)),
+                    Machine::DomU(_) => cells.push(domu::without(guest, &error)),
+                    Machine::Firmware(_) => cells.push(firmware::without(guest, &error)),
                     Machine::KvmHost(_) => cells.extend(suite::without(guest, &nested::CELLS, &error)),
                     _ => {}
                 }
@@ -68,7 +76,12 @@ impl Served {
         };
         let socket = folder.join(format!("{device}.sock"));
         let server = match &guest.machine {
-            Machine::Xen(_) | Machine::Dom0(_) | Machine::DomU(_) | Machine::Nested(_) | Machine::KvmHost(_) => None,
+            Machine::Xen(_)
+            | Machine::Dom0(_)
+            | Machine::DomU(_)
+            | Machine::Nested(_)
+            | Machine::KvmHost(_)
+            | Machine::Firmware(_) => None,
             Machine::Qemu(_) | Machine::UserMode => {
                 let image = image.as_ref().map(|image| &*image.path);
                 Some(Server::start(device, image, guest.queues(), &socket)?)
@@ -93,6 +106,7 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
         Machine::Dom0(machine) => return dom0::run(cache, guest, machine, progress),
         Machine::DomU(machine) => return domu::run(cache, guest, machine, progress),
         Machine::KvmHost(machine) => return nested::run(cache, guest, machine, progress),
+        Machine::Firmware(machine) => return firmware::run(cache, guest, machine, progress),
         _ => {}
     }
     let kernel = Kept::of(guest.kernel, guest, cache)?;
@@ -158,19 +172,39 @@ fn cell(guest: &Guest, evidence: &Evidence<'_>, versions: &[String]) -> Cell {
     cell.versions = versions.to_vec();
     for case in cases(guest, evidence.device) {
         let seconds = case.took(evidence).as_secs_f64();
-        let outcome = match case.judge(evidence) {
-            Ok(()) => {
-                cell.passed += 1;
-                Outcome::Passed
-            }
-            Err(wrong) => {
-                cell.failed += 1;
-                cell.failures.push(failure(case.name, wrong, evidence.told));
-                Outcome::Failed
-            }
-        };
-        cell.cases.push(told_case(case.name, case.about, outcome, seconds));
+        judged(&mut cell, case.name, case.about, case.judge(evidence), evidence.told);
+        cell.cases.last_mut().into_iter().for_each(|case| case.seconds = seconds);
         cell.seconds += seconds;
+    }
+    cell
+}
+
+/// Adds a case that was judged.
+pub(super) fn judged(cell: &mut Cell, name: &str, about: &str, verdict: Result<(), Wrong>, told: &Transcript) {
+    let outcome = match verdict {
+        Ok(()) => {
+            cell.passed += 1;
+            Outcome::Passed
+        }
+        Err(wrong) => {
+            cell.failed += 1;
+            cell.failures.push(failure(name, wrong, told));
+            Outcome::Failed
+        }
+    };
+    cell.cases.push(told_case(name, about, outcome, 0.0));
+}
+
+/// The cell with the names and meanings `cases`, of a guest that could not be booted for `error`.
+pub(super) fn untried<'a>(mut cell: Cell, cases: impl Iterator<Item = (&'a str, &'a str)>, error: &LabError) -> Cell {
+    for (name, about) in cases {
+        if error.is_absence() {
+            cell.cases.push(told_case(name, about, Outcome::Skipped, 0.0));
+            cell.skipped.push(Skipped { case: name.into(), reason: error.to_string() });
+        } else {
+            let wrong = Wrong { expected: about.to_owned(), observed: error.to_string() };
+            judged(&mut cell, name, about, Err(wrong), &Transcript::without_a_start(error));
+        }
     }
     cell
 }

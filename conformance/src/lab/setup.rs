@@ -1,9 +1,9 @@
 //! Fetches what guests are put together from.
 
+use std::collections::BTreeMap;
 use std::env::consts;
-use std::fs;
 
-use super::apt::Apt;
+use super::apt::{Apt, Archive};
 use super::guests::Guest;
 use super::parts::Part;
 use super::{Cache, LabError};
@@ -25,44 +25,60 @@ pub(crate) fn setup(
     starting: &mut dyn FnMut(&str),
 ) -> Result<Vec<Fetched>, LabError> {
     let parts = parts(guests);
+    let host = debian_architecture()?;
     let missing: Vec<_> = parts.iter().map(|(part, _)| *part).filter(|part| !part.is_there(cache)).collect();
-    let prepared = if missing.is_empty() { None } else { Some(prepare(cache, &missing)?) };
-    // Lists that cannot be fetched may have been fetched before; what cannot be had without them says why.
-    let stale = prepared.as_ref().and_then(|apt| {
-        starting("the lists of packages");
-        apt.update().err().map(|error| error.to_string())
-    });
-    let fetch = |(part, guests): (Part, Vec<&'static str>)| {
-        let name = part.name();
-        let outcome = match &prepared {
-            Some(apt) if missing.contains(&part) => {
-                starting(&name);
-                let fetched = part.fetch(apt, cache).map(|()| false);
-                fetched.map_err(|error| stale.clone().map_or(error, LabError::Host))
-            }
-            _ => Ok(true),
-        };
-        Fetched { part: name, guests, outcome }
+    let archives = if missing.is_empty() {
+        Vec::new()
+    } else {
+        starting("the names of the archives");
+        Archive::of_the_host(host)?
     };
-    Ok(parts.into_iter().map(fetch).collect())
+    let mut lists = BTreeMap::new();
+    let mut fetch = |part: &Part| {
+        let (_, architecture) = part.source(host);
+        if !lists.contains_key(architecture) {
+            starting(&format!("the lists of packages for {architecture}"));
+            lists.insert(architecture, Lists::fetch(&archives, architecture, &suites(host, architecture, &missing))?);
+        }
+        starting(&part.name());
+        let Some(Lists { apt, stale }) = lists.get(architecture) else { return Ok(false) };
+        let fetched = part.fetch(apt, cache).map(|()| false);
+        fetched.map_err(|error| stale.clone().map_or(error, LabError::Host))
+    };
+    let outcome = |(part, guests): (Part, Vec<&'static str>)| {
+        let outcome = if missing.contains(&part) { fetch(&part) } else { Ok(true) };
+        Fetched { part: part.name(), guests, outcome }
+    };
+    Ok(parts.into_iter().map(outcome).collect())
 }
 
-/// apt for the releases and architectures that `missing` come from.
-fn prepare(cache: &Cache, missing: &[Part]) -> Result<Apt, LabError> {
-    let host = debian_architecture()?;
-    let mut sources = Vec::new();
-    for part in missing {
+/// apt with the lists for an architecture.
+struct Lists {
+    apt: Apt,
+    /// Why some cannot be had, which need not be those that a part is on: what cannot be had without them says so.
+    stale: Option<String>,
+}
+
+impl Lists {
+    fn fetch(archives: &[Archive], architecture: &str, suites: &[&str]) -> Result<Self, LabError> {
+        let apt = Apt::new(archives, architecture, suites)?;
+        let stale = apt.update().err().map(|error| error.to_string());
+        Ok(Self { apt, stale })
+    }
+}
+
+/// The releases that those of `missing` come from that are for `architecture`, on a host of the architecture `host`.
+fn suites(host: &str, architecture: &str, missing: &[Part]) -> Vec<&'static str> {
+    let mut suites = Vec::new();
+    for (suite, _) in missing.iter().map(|part| part.source(host)).filter(|source| source.1 == architecture) {
         // What is in backports depends on what is in the release itself.
-        let (suite, architecture) = part.source(host);
         for suite in [suite, suite.trim_end_matches("-backports")] {
-            if !sources.contains(&(suite, architecture)) {
-                sources.push((suite, architecture));
+            if !suites.contains(&suite) {
+                suites.push(suite);
             }
         }
     }
-    let folder = cache.path("apt");
-    fs::create_dir_all(&folder).map_err(LabError::file(&folder))?;
-    Apt::new(&folder, host, &sources)
+    suites
 }
 
 /// Each part that any of `guests` needs, with the names of those that do.
@@ -100,7 +116,7 @@ mod tests {
         let all: Vec<_> = guests().iter().collect();
         let parts = parts(&all);
         for (release, users) in [
-            (EMULATORS, &["x86-pc", "x86-microvm", "kvm-nested", "kvm-nested-suite"][..]),
+            (EMULATORS, &["x86-pc", "x86-microvm", "kvm-nested", "kvm-nested-suite", "ovmf"][..]),
             (STABLE, &["xen-dom0", "xen-domu", "xen-pvh"]),
         ] {
             let emulator = Part::Emulator("qemu-system-x86", release);

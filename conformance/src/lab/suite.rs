@@ -111,7 +111,13 @@ fn cells(
     };
     let complaints = told.complaints().join("; ");
     let whole = cells.iter().map(|cell| &*cell.device).eq(batch.devices.iter().copied());
-    if whole && told.ended() && complaints.is_empty() {
+    // The guest is there for the suite: what it has no place for is a failure, not something that is missing here.
+    let idle = cells.iter().find(|cell| cell.passed + cell.failed + cell.rejected + cell.wedged == 0);
+    let wrong = idle.map_or(wrong, |cell| {
+        let reason = cell.skipped.first().map_or("nothing was run", |skipped| &skipped.reason);
+        format!("of {} nothing was run: {reason}", cell.device)
+    });
+    if whole && wrong.is_empty() && told.ended() && complaints.is_empty() {
         for cell in &mut cells {
             cell.hypervisor = guest.name.into();
             cell.evidence = EVIDENCE.into();
@@ -216,6 +222,17 @@ mod tests {
         let mut file = NamedTempFile::new().unwrap();
         file.write_all(json.as_bytes()).unwrap();
         tool::run(Command::new("sh").args(["-c", "gzip <\"$0\" | base64 -w 0"]).arg(file.path())).unwrap()
+    }
+
+    #[test]
+    fn a_suite_that_finds_no_place_in_its_guest_has_failed() {
+        let json = r#"{"cells":[{"hypervisor":"xen","transport":"xenbus","device":"rng","ring":"split",
+            "evidence":"real","versions":[],"passed":0,"failed":0,"rejected":0,"wedged":0,
+            "skipped":[{"case":"init/any","reason":"no Xen here"}],"failures":[],"seconds":1.0,"cases":[]}]}"#;
+        let told = transcript(&[&format!("LAB report part {}", encode(json)), "LAB guest end"]);
+        let [cell] = &cells(guest(), &BATCH, &told, None, &|_, _| ())[..] else { panic!("{told:?}") };
+        assert_eq!(cell.failed, 1);
+        assert!(cell.failures[0].observed.ends_with("no Xen here"), "{:?}", cell.failures);
     }
 
     #[test]

@@ -10,23 +10,8 @@ use super::kernel::Kept;
 use super::parts::Part;
 use super::{Cache, LabError, libraries, machine, tool};
 
-/// Debian's packages, all of one release: the hypervisor, its tools, their libraries.
-pub(super) const PACKAGES: [&str; 14] = [
-    "xen-hypervisor-4.17-amd64",
-    "xen-utils-4.17",
-    "xenstore-utils",
-    "libxencall1",
-    "libxendevicemodel1",
-    "libxenevtchn1",
-    "libxenforeignmemory1",
-    "libxengnttab1",
-    "libxenhypfs1",
-    "libxenmisc4.17",
-    "libxenstore4",
-    "libxentoolcore1",
-    "libxentoollog1",
-    "libyajl2",
-];
+/// Debian's packages: the hypervisor and its tools.
+pub(super) const PACKAGES: [&str; 3] = ["xen-hypervisor-4.17-amd64", "xen-utils-4.17", "xenstore-utils"];
 /// The release that they are from.
 pub(super) const SUITE: &str = "bookworm";
 
@@ -64,7 +49,7 @@ pub(super) fn command(xen: &Xen, cache: &Cache, boot: &Boot<'_>) -> Result<Comma
     archive.file("guest/initramfs", 0o644, boot.initramfs);
     archive.file("guest/domain.cfg", 0o644, xen.domain.as_bytes());
     let initramfs = write(boot.folder, "dom0", &archive.finish())?;
-    let mut command = machine::program(&xen.emulator(), xen.program, cache);
+    let mut command = machine::emulator(&xen.emulator(), xen.program, cache);
     command.args(["-cpu", xen.cpu, "-m", "2048M"]);
     boots(&mut command, cache, "1024M", &kernel, "", &initramfs);
     let mut drive = std::ffi::OsString::from("if=none,id=disk,format=raw,file=");

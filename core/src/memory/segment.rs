@@ -172,6 +172,7 @@ impl Pages {
     pub fn allocate(len: usize) -> Self {
         use alloc::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 
+        const PAGE: usize = 4096;
         struct Owner(NonNull<u8>, Layout);
         // SAFETY: the owner does nothing but free the memory when it is dropped.
         unsafe impl Send for Owner {}
@@ -184,12 +185,17 @@ impl Pages {
             }
         }
 
-        let len = len.max(1).next_multiple_of(4096);
-        let layout = Layout::from_size_align(len, 4096).expect("size of an allocation");
+        let len = len.max(1).next_multiple_of(PAGE);
+        // Aligned here: an allocator that is asked for aligned zeroes writes them, so that memory which nobody uses is taken.
+        let layout = Layout::from_size_align(len.saturating_add(PAGE - 1), align_of::<u64>());
+        let layout = layout.expect("size of an allocation");
         // SAFETY: the layout's size is not zero.
-        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        let Some(block) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        let before = block.addr().get().wrapping_neg() % PAGE;
+        // SAFETY: less than a page is left out, and the block is that much longer.
+        let start = unsafe { block.add(before) };
         // SAFETY: the memory is valid until the owner is dropped, and nobody has a reference to it.
-        unsafe { Segment::new(start, len, Arc::new(Owner(start, layout))) }
+        unsafe { Segment::new(start, len, Arc::new(Owner(block, layout))) }
     }
 
     /// No bytes at all.
