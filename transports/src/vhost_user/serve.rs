@@ -1,8 +1,9 @@
 //! One thread that serves a device: messages, kicks and the device's news, one after another.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -12,6 +13,9 @@ use nix::unistd::read;
 use super::connection::{Connection, ConnectionError};
 use super::device::Backend;
 use super::error::ServeError;
+
+/// How long to wait where the system has no room for one more connection: there is no event for that it has.
+const ROOM: Duration = Duration::from_millis(100);
 
 /// Ends a server from another thread.
 #[derive(Clone)]
@@ -47,22 +51,35 @@ pub fn listen(
     stop: &Stop,
     mut ended: impl FnMut(&Result<Ended, ServeError>),
 ) -> Result<(), ServeError> {
+    // Whoever knocked may be gone, or with another process that has this socket too.
+    listener.set_nonblocking(true).map_err(|error| system("fcntl")(errno(&error)))?;
+    let mut crowded = false;
     loop {
-        let mut fds =
-            [PollFd::new(listener.as_fd(), PollFlags::POLLIN), PollFd::new(stop.0.as_fd(), PollFlags::POLLIN)];
-        wait(&mut fds, false)?;
-        if fds[1].any().unwrap_or(true) {
+        let mut fds = [input(stop.0.as_fd()), input(listener.as_fd())];
+        // Who has no room looks again after a while, and not at the socket, which would say at once that somebody waits.
+        let (fds, timeout) = match crowded {
+            true => (&mut fds[..1], PollTimeout::try_from(ROOM).unwrap_or(PollTimeout::MAX)),
+            false => (&mut fds[..], PollTimeout::NONE),
+        };
+        wait(fds, timeout)?;
+        if fds[0].any().unwrap_or(true) {
             return Ok(());
         }
         let socket = match listener.accept() {
             Ok((socket, _)) => socket,
-            // Whoever knocked is gone.
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
-            Err(error) => {
-                let reason = Errno::from_raw(error.raw_os_error().unwrap_or(0));
-                return Err(ServeError::System { call: "accept", reason });
-            }
+            Err(error) => match errno(&error) {
+                Errno::ECONNABORTED | Errno::EAGAIN | Errno::EINTR => continue,
+                reason @ (Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM) => {
+                    if !crowded {
+                        tracing::warn!(%reason, "no room for one more connection: the front end has to wait");
+                    }
+                    crowded = true;
+                    continue;
+                }
+                reason => return Err(ServeError::System { call: "accept", reason }),
+            },
         };
+        crowded = false;
         tracing::info!("a front end connected");
         let how = backend.serve(socket, stop);
         match &how {
@@ -146,13 +163,12 @@ impl Backend {
         room: Option<&OwnedFd>,
         busy: bool,
     ) -> Result<Ready, ServeError> {
-        let input = |fd| PollFd::new(fd, PollFlags::POLLIN);
         let mut fds = vec![input(stop.0.as_fd()), input(connection.as_fd()), input(self.news.as_fd())];
         let kicks: Vec<_> =
             self.rings.iter().enumerate().filter_map(|(index, ring)| Some((index, ring.kick.as_ref()?))).collect();
         fds.extend(kicks.iter().map(|(_, kick)| input(kick.as_fd())));
         fds.extend(room.map(|room| PollFd::new(room.as_fd(), PollFlags::POLLOUT)));
-        wait(&mut fds, busy)?;
+        wait(&mut fds, if busy { PollTimeout::ZERO } else { PollTimeout::NONE })?;
         let any = |at: usize| fds[at].any().unwrap_or(true);
         let first = 3;
         Ok(Ready {
@@ -173,8 +189,12 @@ struct Ready {
     kicks: Vec<usize>,
 }
 
-fn wait(fds: &mut [PollFd<'_>], busy: bool) -> Result<(), ServeError> {
-    match poll(fds, if busy { PollTimeout::ZERO } else { PollTimeout::NONE }) {
+fn input(fd: BorrowedFd<'_>) -> PollFd<'_> {
+    PollFd::new(fd, PollFlags::POLLIN)
+}
+
+fn wait(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> Result<(), ServeError> {
+    match poll(fds, timeout) {
         Ok(_) | Err(Errno::EINTR) => Ok(()),
         Err(reason) => Err(ServeError::System { call: "poll", reason }),
     }
@@ -182,4 +202,8 @@ fn wait(fds: &mut [PollFd<'_>], busy: bool) -> Result<(), ServeError> {
 
 fn system(call: &'static str) -> impl Fn(Errno) -> ServeError {
     move |reason| ServeError::System { call, reason }
+}
+
+fn errno(error: &std::io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or(0))
 }

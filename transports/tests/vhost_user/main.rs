@@ -1,6 +1,7 @@
 //! vhost-user, message by message: what a front end may send, what it may not, and what becomes of its memory.
 #![cfg(target_os = "linux")]
 
+mod crowded;
 mod faults;
 mod features;
 mod front;
