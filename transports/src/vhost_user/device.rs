@@ -13,9 +13,10 @@ use polyvirt_core::state::{Interface, VirtioDevice};
 use polyvirt_core::{Features, Status};
 
 use super::body::{Body, needs};
-use super::calls::{Calls, never_block};
+use super::calls::Calls;
 use super::connection::{Connection, Message};
 use super::error::ServeError;
+use super::events::{self, event};
 use super::inflight;
 use super::log::UsedLog;
 use super::map::{is_lost, map};
@@ -100,6 +101,7 @@ impl Backend {
     /// offered. RING_PACKED, which User Mode Linux takes whenever it is; ACCESS_PLATFORM (the front end translates device
     /// addresses), which User Mode Linux takes and cannot do.
     pub fn new(device: Box<dyn Device<Memory>>, features: Features) -> Result<Self, ServeError> {
+        events::prepare();
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let news = EventFd::from_flags(flags).map_err(|reason| ServeError::System { call: "eventfd", reason })?;
         let (news, memory, calls) = (Arc::new(news), Memory::new(), Arc::<Calls>::default());
@@ -227,18 +229,19 @@ impl Backend {
             }
             R::SetVringKick => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
+                let kick = fd.map(event).transpose().map_err(|error| body.refused(error))?;
                 let ring = &mut self.rings[index];
-                ring.kick = fd.map(never_block);
+                ring.kick = kick;
                 ring.started = true;
                 self.update(index)?;
             }
             R::SetVringCall => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
-                self.calls.set_call(index, fd);
+                self.calls.set_call(index, body.bell(fd)?);
             }
             R::SetVringErr => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
-                self.calls.set_error(index, fd);
+                self.calls.set_error(index, body.bell(fd)?);
             }
             R::GetProtocolFeatures => {
                 body.empty()?;
@@ -278,7 +281,8 @@ impl Backend {
             R::SetBackendReqFd => {
                 body.empty()?;
                 for fd in fds {
-                    self.calls.set_backend(Connection::new(UnixStream::from(fd))?);
+                    let connection = Connection::new(UnixStream::from(fd)).map_err(|error| body.refused(error))?;
+                    self.calls.set_backend(connection);
                 }
             }
             R::GetConfig => {
@@ -328,7 +332,7 @@ impl Backend {
             }
             R::SetLogFd => {
                 body.empty()?;
-                fds.into_iter().for_each(|fd| self.memory.log().set_event(fd));
+                body.bell(fds.pop())?.into_iter().for_each(|bell| self.memory.log().set_event(bell));
             }
             R::IotlbMsg => self.set_translation(&body)?,
             R::GetInflightFd => return self.new_inflight(&body),
@@ -452,7 +456,7 @@ impl Backend {
     }
 
     /// What waits for room on the back end's socket; the socket, if something is left.
-    pub(super) fn flush(&self) -> Option<OwnedFd> {
+    pub(super) fn flush(&self) -> Option<Arc<Connection>> {
         self.calls.ask(self.memory.misses());
         self.calls.flush()
     }

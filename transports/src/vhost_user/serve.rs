@@ -1,6 +1,6 @@
 //! One thread that serves a device: messages, kicks and the device's news, one after another.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,11 +8,11 @@ use std::time::Duration;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use nix::unistd::read;
 
 use super::connection::{Connection, ConnectionError};
 use super::device::Backend;
 use super::error::ServeError;
+use super::events::take;
 
 /// How long to wait where the system has no room for one more connection: there is no event for that it has.
 const ROOM: Duration = Duration::from_millis(100);
@@ -141,15 +141,15 @@ impl Backend {
     /// Takes the event of queue `index`; whether there was one. What cannot be read again is not asked again.
     fn kicked(&mut self, index: usize) -> bool {
         let Some(kick) = &self.rings[index].kick else { return false };
-        match read(kick, &mut [0; 8]) {
-            Err(Errno::EAGAIN | Errno::EINTR) => false,
-            Ok(0) | Err(_) => {
-                tracing::debug!(index, "kicks come no more");
-                self.rings[index].kick = None;
+        match take(kick.as_fd()) {
+            Ok(false) => false,
+            Ok(true) => {
+                self.memory.ask_again();
                 true
             }
-            Ok(_) => {
-                self.memory.ask_again();
+            Err(reason) => {
+                tracing::warn!(index, %reason, "kicks come no more");
+                self.rings[index].kick = None;
                 true
             }
         }
@@ -160,7 +160,7 @@ impl Backend {
         &self,
         connection: &Connection,
         stop: &Stop,
-        room: Option<&OwnedFd>,
+        room: Option<&Arc<Connection>>,
         busy: bool,
     ) -> Result<Ready, ServeError> {
         let mut fds = vec![input(stop.0.as_fd()), input(connection.as_fd()), input(self.news.as_fd())];

@@ -5,6 +5,7 @@ mod crowded;
 mod faults;
 mod features;
 mod front;
+mod held;
 mod inflight;
 mod iotlb;
 mod log;
