@@ -1,5 +1,6 @@
 //! What the back end tells the front end without being asked: calls (interrupts), and requests over its own socket.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use polyvirt_core::hypervisor::{Cause, Interrupt};
@@ -24,7 +25,9 @@ struct Lines {
     /// Whether such a message waits for room.
     config_due: bool,
     /// Translations to be asked for.
-    misses: Vec<Iotlb>,
+    misses: VecDeque<Iotlb>,
+    /// Whether it was said that there is nobody to ask.
+    unheard: bool,
 }
 
 #[derive(Default)]
@@ -104,10 +107,11 @@ impl Calls {
 impl Lines {
     fn flush(&mut self) {
         let Some(backend) = &self.backend else {
-            if !self.misses.is_empty() {
+            if !self.misses.is_empty() && !self.unheard {
                 tracing::warn!("translations are missing, and there is no socket to ask for them");
-                self.misses.clear();
+                self.unheard = true;
             }
+            self.misses.clear();
             return;
         };
         let send = |request: BackendRequest, payload: &[u8]| match backend.try_send(request as u32, 0, payload) {
@@ -118,10 +122,10 @@ impl Lines {
                 true
             }
         };
-        while let Some(miss) = self.misses.first()
+        while let Some(miss) = self.misses.front()
             && send(BackendRequest::IotlbMsg, &miss.to_bytes())
         {
-            self.misses.remove(0);
+            self.misses.pop_front();
         }
         self.config_due = self.config_due && !send(BackendRequest::ConfigChange, &[]);
         for (index, line) in self.rings.iter_mut().enumerate() {

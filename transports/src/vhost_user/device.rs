@@ -457,8 +457,11 @@ impl Backend {
 
     /// What waits for room on the back end's socket; the socket, if something is left.
     pub(super) fn flush(&self) -> Option<Arc<Connection>> {
-        self.calls.ask(self.memory.misses());
-        self.calls.flush()
+        // No more misses than the memory keeps wait there: the next are asked for once these are out.
+        self.calls.flush().or_else(|| {
+            self.calls.ask(self.memory.misses());
+            self.calls.flush()
+        })
     }
 
     /// The queue that the payload begins with, and its most entries.

@@ -11,7 +11,7 @@ use std::thread::yield_now;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 use polyvirt_core::Features;
 use polyvirt_transports::vhost_user::messages::*;
-use polyvirt_transports::vhost_user::{ConnectionError, Ended, ServeError};
+use polyvirt_transports::vhost_user::{ConnectionError, Ended, ServeError, memory_file};
 
 use crate::front::{Front, Ram, Server};
 
@@ -34,6 +34,27 @@ fn fill(left: usize) -> Vec<File> {
     let mut files: Vec<_> = std::iter::from_fn(|| File::open("/dev/null").ok()).collect();
     files.truncate(files.len() - left);
     files
+}
+
+#[test]
+fn memory_that_cannot_be_guarded_is_not_mapped() {
+    crowded("crowded::memory_that_cannot_be_guarded_is_not_mapped", || {
+        let server = Server::start();
+        let mut front = server.connect();
+        let file = tempfile::tempfile().unwrap();
+        front.ram = Ram::of(&file);
+        let maps: Vec<_> =
+            std::iter::from_fn(|| memory_file("map", 4096).ok()).map(|(_, pages)| pages).take(5000).collect();
+        front.negotiate(Features::VERSION_1, ProtocolFeatures::empty());
+        let table = [1u64.to_bytes(), front.ram.region().to_bytes()].concat();
+        front.send(Request::SetMemTable, &table, &[file.as_fd()]);
+        front.closed();
+        let ended = server.ended();
+        let Err(ServeError::Refused { request: "SET_MEM_TABLE", reason }) = ended else { panic!("{ended:?}") };
+        assert!(reason.ends_with("maps in use"), "{reason}");
+        drop(maps);
+        server.check();
+    });
 }
 
 fn open_files() -> usize {
