@@ -47,6 +47,8 @@ pub struct Backend {
     pub(super) protocol: ProtocolFeatures,
     /// The memory that knows what is in flight, and how it is divided.
     pub(super) inflight: Option<(Pages, InflightArea)>,
+    /// Whether the front end has left: nothing is begun for it any more.
+    pub(super) gone: bool,
 }
 
 /// A queue as the front end set it up.
@@ -62,6 +64,8 @@ pub(super) struct Ring {
     pub(super) enabled: bool,
     /// Whether the device has the queue.
     pub(super) running: bool,
+    /// Whether there is more to do.
+    pub(super) due: bool,
     /// Whether its being broken was told.
     pub(super) broken: bool,
     /// What [`Request::GetVringBase`] told.
@@ -110,8 +114,8 @@ impl Backend {
             .with_features(Features::RING_RESET | features)
             .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
-        let mut backend =
-            Self { state, memory, calls, news, rings: Vec::new(), protocol: ProtocolFeatures::empty(), inflight: None };
+        let (rings, protocol) = (Vec::new(), ProtocolFeatures::empty());
+        let mut backend = Self { state, memory, calls, news, rings, protocol, inflight: None, gone: false };
         backend.begin();
         Ok(backend)
     }
@@ -122,7 +126,7 @@ impl Backend {
         self.rings.resize_with(self.state.queue_count().into(), Ring::default);
         self.calls.reset(self.rings.len());
         self.protocol = ProtocolFeatures::empty();
-        self.inflight = None;
+        (self.inflight, self.gone) = (None, false);
         self.memory.clear();
     }
 
@@ -299,9 +303,7 @@ impl Backend {
                 let index = self.index(&body)?.0;
                 self.rings[index].started = true;
                 self.memory.ask_again();
-                if self.kick(index)? {
-                    let _ = self.news.write(1);
-                }
+                self.rings[index].due = self.kick(index)?;
             }
             R::GetMaxMemSlots => {
                 body.empty()?;
@@ -441,6 +443,9 @@ impl Backend {
 
     /// The driver kicked queue `index`. True if there is more to do.
     pub(super) fn kick(&mut self, index: usize) -> Result<bool, ServeError> {
+        if self.gone {
+            return Ok(false);
+        }
         // It may wait for translations.
         self.update(index)?;
         let more = self.state.kick(index as u16);
@@ -450,6 +455,9 @@ impl Backend {
 
     /// The device has news. True if there is more to do.
     pub(super) fn poll(&mut self) -> bool {
+        if self.gone {
+            return false;
+        }
         let more = self.state.poll();
         self.tell_broken();
         more

@@ -183,10 +183,9 @@ impl Backend {
             Iotlb::UPDATE => {
                 self.memory.learn(translation).map_err(|error| body.refused(error))?;
                 for index in 0..self.rings.len() {
-                    if self.kick(index)? {
-                        // Served further once the message is answered.
-                        let _ = self.news.write(1);
-                    }
+                    self.update(index)?;
+                    // Served once the message is answered.
+                    self.rings[index].due = true;
                 }
             }
             Iotlb::INVALIDATE => {

@@ -106,17 +106,19 @@ impl Backend {
 
     fn session(&mut self, socket: UnixStream, stop: &Stop) -> Result<Ended, ServeError> {
         let mut connection = Connection::new(socket)?;
-        // Which queues have more to do, and whether the device has.
-        let (mut due, mut news) = (vec![false; self.rings.len()], false);
+        // Whether the device has more to do, and which queue has the next turn.
+        let (mut news, mut next) = (false, 0);
         loop {
             self.check_memory()?;
             let room = self.flush();
-            let ready = self.ready(&connection, stop, room.as_ref(), news || due.contains(&true))?;
+            let busy = news || self.rings.iter().any(|ring| ring.due);
+            let ready = self.ready(&connection, stop, room.as_ref(), busy)?;
             if ready.stop {
                 return Ok(Ended::Stopped);
             }
+            self.gone |= ready.gone;
             for index in ready.kicks {
-                due[index] |= self.kicked(index);
+                self.rings[index].due |= self.kicked(index);
             }
             if ready.news {
                 // Before the work, so that news during it are seen afterwards.
@@ -127,15 +129,31 @@ impl Backend {
             if news {
                 news = self.poll();
             }
-            for (index, due) in due.iter_mut().enumerate().filter(|(_, due)| **due) {
-                *due = self.kick(index)?;
-            }
+            next = self.take_turns(next, || interrupted(&connection, stop))?;
             if ready.message
                 && let Some(message) = connection.receive()?
             {
                 self.handle(&connection, message)?;
             }
         }
+    }
+
+    /// A turn for each queue that has something to do, from `first` on; but no more than one if `interrupted`. Where to go on.
+    fn take_turns(&mut self, first: usize, interrupted: impl Fn() -> bool) -> Result<usize, ServeError> {
+        let count = self.rings.len();
+        let mut taken = false;
+        for index in (0..count).map(|step| (first + step) % count) {
+            if !self.rings[index].due {
+                continue;
+            }
+            // A turn may be long: the front end and whoever wants to stop do not wait for all of them.
+            if taken && interrupted() {
+                return Ok(index);
+            }
+            self.rings[index].due = self.kick(index)?;
+            taken = true;
+        }
+        Ok(first)
     }
 
     /// Takes the event of queue `index`; whether there was one. What cannot be read again is not asked again.
@@ -174,6 +192,7 @@ impl Backend {
         Ok(Ready {
             stop: any(0),
             message: any(1),
+            gone: fds[1].revents().is_some_and(|events| events.contains(PollFlags::POLLHUP)),
             news: any(2),
             kicks: kicks.iter().enumerate().filter(|(at, _)| any(first + at)).map(|(_, (index, _))| *index).collect(),
         })
@@ -184,9 +203,18 @@ impl Backend {
 struct Ready {
     stop: bool,
     message: bool,
+    /// Whether the front end has left. What it said before may still be there.
+    gone: bool,
     news: bool,
     /// Queues that may have been kicked.
     kicks: Vec<usize>,
+}
+
+/// Whether somebody wants to stop, or the front end says something.
+fn interrupted(connection: &Connection, stop: &Stop) -> bool {
+    let mut fds = [input(stop.0.as_fd()), input(connection.as_fd())];
+    // What fails here fails where it is waited for.
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
 fn input(fd: BorrowedFd<'_>) -> PollFd<'_> {

@@ -13,3 +13,4 @@ mod memory;
 mod negotiation;
 mod order;
 mod toy;
+mod turns;
