@@ -64,6 +64,8 @@ pub(super) struct Ring {
     pub(super) enabled: bool,
     /// Whether the device has the queue.
     pub(super) running: bool,
+    /// Whether it has none because its memory was taken away.
+    pub(super) rests: bool,
     /// Whether there is more to do.
     pub(super) due: bool,
     /// Whether its being broken was told.
@@ -225,7 +227,7 @@ impl Backend {
                 body.fixed::<VringState>()?;
                 let index = self.index(&body)?.0;
                 self.stop(index);
-                self.rings[index].started = false;
+                (self.rings[index].started, self.rings[index].rests) = (false, false);
                 self.rings[index].kick = None;
                 let num = self.rings[index].base.unwrap_or_else(|| self.first_base());
                 self.rings[index].handed_back = Some(num);
@@ -312,12 +314,12 @@ impl Backend {
             R::AddMemReg => {
                 let region = body.region()?;
                 for fd in fds {
-                    self.memory.add(region, fd).map_err(|error| body.refused(error))?;
+                    self.change_memory(&body, |memory| memory.add(region, fd))?;
                 }
             }
             R::RemMemReg => {
                 let region = body.region()?;
-                self.memory.remove(region).map_err(|error| body.refused(error))?;
+                self.change_memory(&body, |memory| memory.remove(region))?;
             }
             R::SetStatus => self.set_status(body.number()?)?,
             R::GetStatus => {
@@ -371,24 +373,6 @@ impl Backend {
         Ok(())
     }
 
-    fn set_mem_table(&mut self, body: &Body<'_>, fds: Vec<OwnedFd>) -> Result<(), ServeError> {
-        let count = match body.payload.first_chunk::<4>() {
-            Some(&count) => u32::from_ne_bytes(count) as usize,
-            None => return Err(body.size(8)),
-        };
-        if count > MEM_TABLE_MAX {
-            return Err(body.refused(format!("{count} regions, expected at most {MEM_TABLE_MAX}")));
-        }
-        body.descriptors(&fds, count)?;
-        // User Mode Linux sends the payload of two regions and announces one: what is not announced does not count.
-        let announced = 8 + count * Region::LEN;
-        if body.payload.len() < announced || body.payload.len() > 8 + MEM_TABLE_MAX * Region::LEN {
-            return Err(body.size(announced));
-        }
-        let regions = body.payload[8..announced].chunks_exact(Region::LEN).map(Region::from_bytes);
-        self.memory.replace(regions.zip(fds).collect()).map_err(|error| body.refused(error))
-    }
-
     fn set_addresses(&mut self, body: &Body<'_>) -> Result<(), ServeError> {
         let addresses: VringAddr = body.fixed()?;
         let index = self.index(body)?.0;
@@ -425,7 +409,7 @@ impl Backend {
         for index in 0..self.rings.len() {
             self.forget_inflight(index);
             let ring = &mut self.rings[index];
-            (ring.started, ring.enabled, ring.base) = (false, false, None);
+            (ring.started, ring.enabled, ring.rests, ring.base) = (false, false, false, None);
         }
         self.state.reset();
     }

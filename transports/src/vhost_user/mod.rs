@@ -5,6 +5,7 @@
 
 mod body;
 mod calls;
+mod change;
 mod connection;
 mod device;
 mod driver;

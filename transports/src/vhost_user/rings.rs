@@ -29,6 +29,7 @@ impl Backend {
     pub(super) fn update(&mut self, index: usize) -> Result<(), ServeError> {
         let Ring { started, enabled, running, .. } = self.rings[index];
         match (started && enabled, running) {
+            (true, false) if self.rests(index) => Ok(()),
             (true, false) => self.start(index),
             (false, true) => {
                 self.stop(index);
@@ -135,7 +136,7 @@ impl Backend {
     }
 
     /// The areas of queue `index`: device address, bytes, what the device does there. None if they are not known yet.
-    fn areas(&self, index: usize) -> Result<Option<Areas>, ServeError> {
+    pub(super) fn areas(&self, index: usize) -> Result<Option<Areas>, ServeError> {
         let failed = |reason: String| ServeError::Queue { index, reason };
         let Ring { addresses, entries, .. } = &self.rings[index];
         let Some(VringAddr { descriptors, available, used, .. }) = *addresses else {

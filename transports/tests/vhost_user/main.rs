@@ -10,6 +10,7 @@ mod inflight;
 mod iotlb;
 mod log;
 mod memory;
+mod moves;
 mod negotiation;
 mod order;
 mod toy;
