@@ -6,6 +6,7 @@ mod faults;
 mod features;
 mod front;
 mod held;
+mod held_driver;
 mod inflight;
 mod iotlb;
 mod log;
