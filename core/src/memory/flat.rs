@@ -5,12 +5,13 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::marker::PhantomData;
 
-use super::{Access, GuestMemory, Lease, MemoryError, Pages, Segment};
+use super::{Access, GuestMemory, Lease, MemoryError, Owner, Pages, Segment};
 
 /// Guest-physical ranges and the host memory behind each.
 ///
-/// Handles to it resolve addresses: `&FlatMemory`, whose segments borrow the map and cost nothing, and
-/// `Arc<FlatMemory>`, whose segments own it and may go to another thread.
+/// Handles to it resolve addresses: `&FlatMemory`, whose segments borrow the map and cost nothing;
+/// `Arc<FlatMemory>`, whose segments own it and may go to another thread; and [`ByRegion`], whose segments own the region
+/// that they are in, and nothing else of the map.
 #[derive(Debug)]
 pub struct FlatMemory {
     /// The first region, here where it is found without a further look; a map often has no other.
@@ -86,26 +87,27 @@ impl FlatMemory {
     /// Where several regions begin within 2^`shift` bytes: the one from `from` on that holds `address`.
     #[cold]
     fn region_from(&self, from: u32, address: u64) -> Option<&Region> {
-        let candidates = self.others.iter().skip(from as usize);
-        candidates.take_while(|region| region.base <= address).find(|region| region.holds(address))
+        let candidates = self.others.get(from as usize..)?;
+        let behind = candidates.partition_point(|region| region.base <= address);
+        candidates[..behind].last().filter(|region| region.holds(address))
     }
 
     /// What lies in one region.
     #[inline(always)]
-    fn resolve_at_once<L>(&self, address: u64, len: u64, lease: impl Fn() -> L) -> Option<Segment<L>> {
+    fn resolve_at_once<L>(&self, address: u64, len: u64, lease: impl Fn(&Owner) -> L) -> Option<Segment<L>> {
         let region = self.region(address)?;
         let offset = address - region.base;
         // A `len` of 0 wraps to more than any region has.
         let inside = len.wrapping_sub(1) < region.pages.len() as u64 - offset;
-        // SAFETY: the part is inside; `lease` borrows or owns the map, which owns the pages.
-        inside.then(|| unsafe { region.pages.part_inside(offset as usize, len as usize, lease()) })
+        // SAFETY: the part is inside; `lease` borrows or owns the map, which owns the pages, or owns the pages.
+        inside.then(|| unsafe { region.pages.part_inside(offset as usize, len as usize, lease(region.pages.lease())) })
     }
 
     fn resolve<L>(
         &self,
         address: u64,
         len: u64,
-        lease: impl Fn() -> L,
+        lease: impl Fn(&Owner) -> L,
         mut segments: impl FnMut(Segment<L>),
     ) -> Result<(), MemoryError> {
         if len > 0 && address.checked_add(len - 1).is_none() {
@@ -118,7 +120,7 @@ impl FlatMemory {
             let offset = (at - region.base) as usize;
             let here = (len - done).min((region.pages.len() - offset) as u64);
             // SAFETY: as in `resolve`.
-            if let Some(part) = unsafe { region.pages.part(offset, here as usize, lease()) } {
+            if let Some(part) = unsafe { region.pages.part(offset, here as usize, lease(region.pages.lease())) } {
                 segments(part);
             }
             done += here;
@@ -144,12 +146,12 @@ impl<'m> GuestMemory for &'m FlatMemory {
         _access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
     ) -> Result<(), MemoryError> {
-        FlatMemory::resolve(self, address, len, || Borrowed(PhantomData), segments)
+        FlatMemory::resolve(self, address, len, |_| Borrowed(PhantomData), segments)
     }
 
     #[inline(always)]
     fn resolve_at_once(&self, address: u64, len: u64, _access: Access) -> Option<Segment<Self::Lease>> {
-        FlatMemory::resolve_at_once(self, address, len, || Borrowed(PhantomData))
+        FlatMemory::resolve_at_once(self, address, len, |_| Borrowed(PhantomData))
     }
 }
 
@@ -163,12 +165,36 @@ impl GuestMemory for Arc<FlatMemory> {
         _access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
     ) -> Result<(), MemoryError> {
-        FlatMemory::resolve(self, address, len, || Arc::clone(self), segments)
+        FlatMemory::resolve(self, address, len, |_| Arc::clone(self), segments)
     }
 
     #[inline(always)]
     fn resolve_at_once(&self, address: u64, len: u64, _access: Access) -> Option<Segment<Self::Lease>> {
-        FlatMemory::resolve_at_once(self, address, len, || Arc::clone(self))
+        FlatMemory::resolve_at_once(self, address, len, |_| Arc::clone(self))
+    }
+}
+
+/// A handle whose segments own the region that they are in: one that is taken out of the map is freed as soon as nothing
+/// of it is in use.
+#[derive(Clone, Copy, Debug)]
+pub struct ByRegion<'m>(pub &'m FlatMemory);
+
+impl GuestMemory for ByRegion<'_> {
+    type Lease = Owner;
+
+    fn resolve(
+        &self,
+        address: u64,
+        len: u64,
+        _access: Access,
+        segments: impl FnMut(Segment<Self::Lease>),
+    ) -> Result<(), MemoryError> {
+        self.0.resolve(address, len, Arc::clone, segments)
+    }
+
+    #[inline(always)]
+    fn resolve_at_once(&self, address: u64, len: u64, _access: Access) -> Option<Segment<Self::Lease>> {
+        self.0.resolve_at_once(address, len, Arc::clone)
     }
 }
 
@@ -211,6 +237,30 @@ mod tests {
         ]);
         assert_eq!(resolve(&memory, 0x1800, 0x1000), Ok(vec![0x800, 0x800]));
         assert!(matches!(resolve(&memory, 0x2800, 0x2000), Err(MemoryError::NotMapped { .. })));
+    }
+
+    #[test]
+    fn a_piece_keeps_its_region_and_no_other() {
+        let regions = [0x1000, 0x2000].map(|base| (base, Pages::allocate(0x1000)));
+        let owners = regions.clone().map(|(_, pages)| Arc::downgrade(&pages.into_lease()));
+        let memory = FlatMemory::new(regions);
+        let piece = ByRegion(&memory).resolve_at_once(0x1ff0, 0x10, Access::READ).unwrap();
+        drop(memory);
+        assert_eq!(owners.clone().map(|owner| owner.strong_count()), [1, 0]);
+        drop(piece);
+        assert_eq!(owners.map(|owner| owner.strong_count()), [0, 0]);
+    }
+
+    #[test]
+    fn of_many_regions_that_lie_close_together_each_is_found() {
+        // One far away, so that the others share an entry of the index.
+        let close = (0..64).map(|page| 2 * page * 0x1000);
+        let bases: Vec<u64> = close.chain([1 << 50]).collect();
+        let memory = FlatMemory::new(bases.iter().map(|base| (*base, Pages::allocate(0x1000))));
+        for base in bases {
+            assert_eq!(resolve(&memory, base + 0xff0, 0x10), Ok(vec![0x10]));
+            assert!(resolve(&memory, base + 0x1000, 1).is_err());
+        }
     }
 
     #[test]

@@ -15,7 +15,7 @@ mod translated;
 mod watched;
 
 pub use faulty::Faulty;
-pub use flat::{Borrowed, FlatMemory};
+pub use flat::{Borrowed, ByRegion, FlatMemory};
 pub use segment::{Lease, Owner, Pages, Segment, Word, Words};
 pub use translated::{PAGE_SIZE, Translated};
 pub use watched::{Accessed, Log, Watched, WatchedLease};

@@ -96,6 +96,11 @@ impl<L> Segment<L> {
         &self.lease
     }
 
+    /// What kept the segment accessible, of which nothing else is left.
+    pub fn into_lease(self) -> L {
+        self.lease
+    }
+
     /// `len` bytes from `offset` on, kept accessible by `lease` in place of this segment's own.
     ///
     /// # Safety

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use super::error::ServeError;
+use super::events::Bell;
 use super::messages::*;
 
 /// The protocol feature that a message belongs to.
@@ -42,6 +43,11 @@ impl Body<'_> {
             return Ok(());
         }
         Err(ServeError::Descriptors { request: self.request.name(), expected, got: fds.len() })
+    }
+
+    /// What rings by the file descriptor of a message, if it has one.
+    pub(super) fn bell(&self, fd: Option<OwnedFd>) -> Result<Option<Bell>, ServeError> {
+        fd.map(Bell::new).transpose().map_err(|error| self.refused(error))
     }
 
     pub(super) fn exactly(&self, len: usize) -> Result<(), ServeError> {

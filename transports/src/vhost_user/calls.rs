@@ -1,13 +1,12 @@
 //! What the back end tells the front end without being asked: calls (interrupts), and requests over its own socket.
 
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
-use nix::unistd::write;
 use polyvirt_core::hypervisor::{Cause, Interrupt};
 
 use super::connection::Connection;
+use super::events::Bell;
 use super::messages::{BackendRequest, Iotlb, Payload, VringState};
 
 /// The calls of one device.
@@ -18,7 +17,7 @@ pub(super) struct Calls(Mutex<Lines>);
 struct Lines {
     rings: Vec<Line>,
     /// The back end's own socket.
-    backend: Option<Connection>,
+    backend: Option<Arc<Connection>>,
     /// Whether calls may be messages.
     in_band: bool,
     /// Whether a change of the configuration may be told.
@@ -26,13 +25,15 @@ struct Lines {
     /// Whether such a message waits for room.
     config_due: bool,
     /// Translations to be asked for.
-    misses: Vec<Iotlb>,
+    misses: VecDeque<Iotlb>,
+    /// Whether it was said that there is nobody to ask.
+    unheard: bool,
 }
 
 #[derive(Default)]
 struct Line {
-    call: Option<OwnedFd>,
-    error: Option<OwnedFd>,
+    call: Option<Bell>,
+    error: Option<Bell>,
     /// Whether a call waits for room, as a message.
     due: bool,
     /// Whether a message waits for room that says that it is broken.
@@ -47,23 +48,23 @@ impl Calls {
         lines.rings.resize_with(rings, Line::default);
     }
 
-    /// Queue `index` is called by `fd`, or by messages.
-    pub(super) fn set_call(&self, index: usize, fd: Option<OwnedFd>) {
+    /// Queue `index` is called by `bell`, or by messages.
+    pub(super) fn set_call(&self, index: usize, bell: Option<Bell>) {
         if let Some(line) = self.lock().rings.get_mut(index) {
-            line.call = fd.map(never_block);
+            line.call = bell;
         }
     }
 
-    /// Queue `index` is said to be broken by `fd`.
-    pub(super) fn set_error(&self, index: usize, fd: Option<OwnedFd>) {
+    /// Queue `index` is said to be broken by `bell`.
+    pub(super) fn set_error(&self, index: usize, bell: Option<Bell>) {
         if let Some(line) = self.lock().rings.get_mut(index) {
-            line.error = fd.map(never_block);
+            line.error = bell;
         }
     }
 
     /// Requests go to `connection` from now on.
     pub(super) fn set_backend(&self, connection: Connection) {
-        self.lock().backend = Some(connection);
+        self.lock().backend = Some(Arc::new(connection));
     }
 
     /// What requests may be about: calls, the configuration.
@@ -77,7 +78,7 @@ impl Calls {
         let mut lines = self.lock();
         let in_band = lines.in_band;
         match lines.rings.get_mut(index) {
-            Some(Line { error: Some(fd), .. }) => signal(fd.as_fd()),
+            Some(Line { error: Some(bell), .. }) => bell.ring(),
             Some(line) => line.error_due = in_band,
             None => {}
         }
@@ -90,13 +91,12 @@ impl Calls {
     }
 
     /// What waits for room on the back end's socket goes out as far as there is some. The socket, if something is left.
-    pub(super) fn flush(&self) -> Option<OwnedFd> {
+    pub(super) fn flush(&self) -> Option<Arc<Connection>> {
         let mut lines = self.lock();
         lines.flush();
         let waiting =
             lines.config_due || !lines.misses.is_empty() || lines.rings.iter().any(|line| line.due || line.error_due);
-        let backend = lines.backend.as_ref().filter(|_| waiting)?;
-        backend.as_fd().try_clone_to_owned().ok()
+        lines.backend.clone().filter(|_| waiting)
     }
 
     fn lock(&self) -> MutexGuard<'_, Lines> {
@@ -107,10 +107,11 @@ impl Calls {
 impl Lines {
     fn flush(&mut self) {
         let Some(backend) = &self.backend else {
-            if !self.misses.is_empty() {
+            if !self.misses.is_empty() && !self.unheard {
                 tracing::warn!("translations are missing, and there is no socket to ask for them");
-                self.misses.clear();
+                self.unheard = true;
             }
+            self.misses.clear();
             return;
         };
         let send = |request: BackendRequest, payload: &[u8]| match backend.try_send(request as u32, 0, payload) {
@@ -121,10 +122,10 @@ impl Lines {
                 true
             }
         };
-        while let Some(miss) = self.misses.first()
+        while let Some(miss) = self.misses.front()
             && send(BackendRequest::IotlbMsg, &miss.to_bytes())
         {
-            self.misses.remove(0);
+            self.misses.pop_front();
         }
         self.config_due = self.config_due && !send(BackendRequest::ConfigChange, &[]);
         for (index, line) in self.rings.iter_mut().enumerate() {
@@ -141,7 +142,7 @@ impl Interrupt for Calls {
         let in_band = lines.in_band;
         match cause {
             Cause::Queue(index) => match lines.rings.get_mut(usize::from(index)) {
-                Some(Line { call: Some(fd), .. }) => signal(fd.as_fd()),
+                Some(Line { call: Some(bell), .. }) => bell.ring(),
                 Some(line) => line.due = in_band,
                 None => {}
             },
@@ -149,19 +150,4 @@ impl Interrupt for Calls {
         }
         lines.flush();
     }
-}
-
-/// Adds an event to `fd`. It fails only if there are so many that one more does not matter, or nobody listens.
-pub(super) fn signal(fd: BorrowedFd<'_>) {
-    let _ = write(fd, &1u64.to_ne_bytes());
-}
-
-/// A file descriptor of the other side that will not stop us, however full or empty it is.
-pub(super) fn never_block(fd: OwnedFd) -> OwnedFd {
-    let flags = fcntl(&fd, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
-    let set = flags.and_then(|flags| fcntl(&fd, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)));
-    if let Err(error) = set {
-        tracing::debug!(%error, "a file descriptor stays as it is");
-    }
-    fd
 }

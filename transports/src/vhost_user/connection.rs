@@ -1,22 +1,24 @@
 //! A socket that carries messages with file descriptors.
 #![allow(unsafe_code)]
 
-use std::io::{IoSlice, IoSliceMut};
+use std::io::IoSlice;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::sockopt::SockType;
+use nix::sys::socket::{ControlMessage, MsgFlags, getsockopt, sendmsg};
 
 use super::messages::{HEADER_LEN, Header, MEM_TABLE_MAX, PAYLOAD_MAX, Payload, VERSION, VERSION_MASK};
 
-/// The most file descriptors that the kernel passes with one message (SCM_MAX_FD): with room for all of them none is
-/// ever lost, and so none stays open unseen.
-const DESCRIPTORS_MAX: usize = 253;
-/// The most file descriptors that a message has: one for each region.
+/// The most file descriptors that a message has: one for each region. There is room for no more, and what the kernel finds
+/// no room for it closes.
 const FDS_MAX: usize = MEM_TABLE_MAX;
+// SAFETY: it only computes.
+const CONTROL_LEN: usize = unsafe { libc::CMSG_SPACE((FDS_MAX * size_of::<RawFd>()) as u32) } as usize;
 /// How long the other side may take to make room for a message of ours.
 const SEND_WATCHDOG: Duration = Duration::from_secs(10);
 
@@ -70,11 +72,17 @@ pub enum ConnectionError {
         size: u32,
     },
     /// More file descriptors than any message has.
-    #[error("{got} file descriptors came with a message, expected at most {FDS_MAX}")]
-    TooManyDescriptors {
-        /// What came, so far.
+    #[error("more than {FDS_MAX} file descriptors came with a message")]
+    TooManyDescriptors,
+    /// File descriptors that this process may not have: it has as many as it is allowed to.
+    #[error("of the file descriptors of a message this process had room for {got} only (RLIMIT_NOFILE)")]
+    NoRoom {
+        /// What came.
         got: usize,
     },
+    /// A file descriptor that carries no messages.
+    #[error("a file descriptor that is no stream socket of this machine")]
+    NotASocket,
     /// The other side takes no messages.
     #[error("the other side took no message for {0:?}")]
     Stuck(Duration),
@@ -92,12 +100,15 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Takes over `socket`, and makes it non-blocking.
+    /// Takes over `socket`.
+    ///
+    /// Nothing here waits in the kernel, whatever the socket's flags say: they belong to the other side, too, if it was
+    /// the one who made this end.
     pub fn new(socket: UnixStream) -> Result<Self, ConnectionError> {
-        let reason = |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(0));
-        socket
-            .set_nonblocking(true)
-            .map_err(|error| ConnectionError::Socket { call: "fcntl", reason: reason(error) })?;
+        let stream = getsockopt(&socket, SockType).is_ok_and(|kind| kind == nix::sys::socket::SockType::Stream);
+        if !stream || socket.local_addr().is_err() {
+            return Err(ConnectionError::NotASocket);
+        }
         Ok(Self { socket, bytes: Vec::new(), fds: Vec::new() })
     }
 
@@ -116,12 +127,10 @@ impl Connection {
                     all
                 }
             };
-            match self.read(expected - self.bytes.len()) {
+            match self.read(expected - self.bytes.len())? {
                 Ok(0) if self.bytes.is_empty() => return Err(ConnectionError::Closed),
                 Ok(0) => return Err(ConnectionError::Truncated { have: self.bytes.len(), expected }),
-                Ok(_) if self.fds.len() > FDS_MAX => {
-                    return Err(ConnectionError::TooManyDescriptors { got: self.fds.len() });
-                }
+                Ok(_) if self.fds.len() > FDS_MAX => return Err(ConnectionError::TooManyDescriptors),
                 Ok(_) => {}
                 Err(Errno::EAGAIN) => return Ok(None),
                 Err(Errno::EINTR) => {}
@@ -162,22 +171,46 @@ impl Connection {
     }
 
     /// Reads at most `len` bytes, so never a part of the message after this one, and whatever comes with them.
-    fn read(&mut self, len: usize) -> Result<usize, Errno> {
-        let mut piece = [0; HEADER_LEN + PAYLOAD_MAX];
-        let piece = &mut piece[..len];
-        let mut space = nix::cmsg_space!([RawFd; DESCRIPTORS_MAX]);
-        let mut parts = [IoSliceMut::new(piece)];
-        let fd = self.socket.as_raw_fd();
-        let received = recvmsg::<()>(fd, &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
-        for control in received.cmsgs()? {
-            if let ControlMessageOwned::ScmRights(fds) = control {
-                // SAFETY: the kernel has just made these descriptors for us, and nobody else knows them.
-                self.fds.extend(fds.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
+    fn read(&mut self, len: usize) -> Result<Result<usize, Errno>, ConnectionError> {
+        let mut piece = [0u8; HEADER_LEN + PAYLOAD_MAX];
+        let mut part = libc::iovec { iov_base: piece.as_mut_ptr().cast(), iov_len: len.min(piece.len()) };
+        let mut control = [0u64; CONTROL_LEN.div_ceil(size_of::<u64>())];
+        // SAFETY: a header of zeroes says that there is nothing.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        (header.msg_iov, header.msg_iovlen) = (&mut part, 1);
+        (header.msg_control, header.msg_controllen) = (control.as_mut_ptr().cast(), CONTROL_LEN as _);
+        let flags = libc::MSG_CMSG_CLOEXEC | libc::MSG_DONTWAIT;
+        // SAFETY: what the header names is there until the call returns, and as long as it says.
+        let received = unsafe { libc::recvmsg(self.socket.as_raw_fd(), &mut header, flags) };
+        let count = match Errno::result(received) {
+            Ok(count) => count as usize,
+            Err(reason) => return Ok(Err(reason)),
+        };
+        let before = self.fds.len();
+        // SAFETY: the kernel has filled the header in; these look at what it names, which is still there. It has just made
+        // the descriptors for us, and nobody else knows them.
+        unsafe {
+            let mut next = libc::CMSG_FIRSTHDR(&header);
+            while let Some(message) = next.as_ref() {
+                if (message.cmsg_level, message.cmsg_type) == (libc::SOL_SOCKET, libc::SCM_RIGHTS) {
+                    #[allow(clippy::unnecessary_cast, reason = "its type is not the same with each C library")]
+                    let len = message.cmsg_len as usize;
+                    let bytes = len.saturating_sub(libc::CMSG_LEN(0) as usize);
+                    let first = libc::CMSG_DATA(next).cast::<RawFd>();
+                    let fds = (0..bytes / size_of::<RawFd>()).map(|at| first.add(at).read_unaligned());
+                    self.fds.extend(fds.map(|fd| OwnedFd::from_raw_fd(fd)));
+                }
+                next = libc::CMSG_NXTHDR(&header, next);
             }
         }
-        let count = received.bytes;
+        if header.msg_flags & libc::MSG_CTRUNC != 0 {
+            return Err(match self.fds.len() - before {
+                FDS_MAX => ConnectionError::TooManyDescriptors,
+                _ => ConnectionError::NoRoom { got: self.fds.len() },
+            });
+        }
         self.bytes.extend_from_slice(&piece[..count]);
-        Ok(count)
+        Ok(Ok(count))
     }
 
     /// Sends a message with `fds`.
@@ -223,7 +256,8 @@ impl Connection {
         let raw: Vec<RawFd> = fds.iter().map(AsRawFd::as_raw_fd).collect();
         let rights = [ControlMessage::ScmRights(&raw)];
         let control = if raw.is_empty() { &rights[..0] } else { &rights[..] };
-        sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None)
+        let flags = MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT;
+        sendmsg::<()>(self.socket.as_raw_fd(), &[IoSlice::new(bytes)], control, flags, None)
     }
 }
 

@@ -14,9 +14,10 @@ use polyvirt_core::state::{Interface, VirtioDevice};
 use polyvirt_core::{Features, Status};
 
 use super::body::{Body, needs};
-use super::calls::{Calls, never_block};
+use super::calls::Calls;
 use super::connection::{Connection, Message};
 use super::error::ServeError;
+use super::events::{self, event};
 use super::log::UsedLog;
 use super::map::{is_lost, map};
 use super::memory::Memory;
@@ -48,6 +49,8 @@ pub struct Backend {
     pub(super) inflight: Option<(Pages, InflightArea)>,
     /// Whether the driver was taken to be ready because a queue was started.
     pub(super) implied: bool,
+    /// Whether the front end has left: nothing is begun for it any more.
+    pub(super) gone: bool,
 }
 
 /// A queue as the front end set it up.
@@ -63,6 +66,10 @@ pub(super) struct Ring {
     pub(super) enabled: bool,
     /// Whether the device has the queue.
     pub(super) running: bool,
+    /// Whether it has none because its memory was taken away.
+    pub(super) rests: bool,
+    /// Whether there is more to do.
+    pub(super) due: bool,
     /// Whether kicks do not come: the device looks by itself.
     pub(super) polled: bool,
     /// Whether it is broken, which was told: latched, if it runs; else it cannot be taken as it is set up.
@@ -104,6 +111,7 @@ impl Backend {
     /// offered. RING_PACKED, which User Mode Linux takes whenever it is; ACCESS_PLATFORM (the front end translates device
     /// addresses), which User Mode Linux takes and cannot do.
     pub fn new(device: Box<dyn Device<Memory>>, features: Features) -> Result<Self, ServeError> {
+        events::prepare();
         let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
         let news = EventFd::from_flags(flags).map_err(|reason| ServeError::System { call: "eventfd", reason })?;
         let (news, memory, calls) = (Arc::new(news), Memory::new(), Arc::<Calls>::default());
@@ -113,7 +121,8 @@ impl Backend {
             .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
         let (rings, protocol) = (Vec::new(), ProtocolFeatures::empty());
-        let mut backend = Self { state, memory, calls, news, rings, protocol, inflight: None, implied: false };
+        let (inflight, implied, gone) = (None, false, false);
+        let mut backend = Self { state, memory, calls, news, rings, protocol, inflight, implied, gone };
         backend.begin();
         Ok(backend)
     }
@@ -124,7 +133,7 @@ impl Backend {
         self.rings.resize_with(self.state.queue_count().into(), Ring::default);
         self.calls.reset(self.rings.len());
         self.protocol = ProtocolFeatures::empty();
-        (self.inflight, self.implied) = (None, false);
+        (self.inflight, self.implied, self.gone) = (None, false, false);
         self.memory.clear();
     }
 
@@ -230,22 +239,22 @@ impl Backend {
                 let index = self.index(&body)?.0;
                 self.stop(index);
                 let ring = self.set_up(index);
-                (ring.started, ring.polled, ring.kick) = (false, false, None);
+                (ring.started, ring.polled, ring.rests, ring.kick) = (false, false, false, None);
                 let num = self.rings[index].base.unwrap_or_else(|| self.first_base());
                 self.rings[index].handed_back = Some(num);
                 return Ok(Reply::new(&VringState { index: index as u32, num }));
             }
             R::SetVringKick => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
+                let kick = fd.map(event).transpose().map_err(|error| body.refused(error))?;
                 let ring = self.set_up(index);
-                (ring.started, ring.polled) = (true, fd.is_none());
-                ring.kick = fd.map(never_block);
+                (ring.started, ring.polled, ring.kick) = (true, kick.is_none(), kick);
                 self.update(index)?;
             }
             R::SetVringCall => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
                 let moved = fd.is_some() && self.rings[index].running;
-                self.calls.set_call(index, fd);
+                self.calls.set_call(index, body.bell(fd)?);
                 if moved {
                     // A call may have gone where nobody looks any more: QEMU starts a queue before it says which descriptor
                     // it listens to.
@@ -254,7 +263,7 @@ impl Backend {
             }
             R::SetVringErr => {
                 let (index, fd) = self.ring_fd(&body, fds)?;
-                self.calls.set_error(index, fd);
+                self.calls.set_error(index, body.bell(fd)?);
             }
             R::GetProtocolFeatures => {
                 body.empty()?;
@@ -294,7 +303,8 @@ impl Backend {
             R::SetBackendReqFd => {
                 body.empty()?;
                 for fd in fds {
-                    self.calls.set_backend(Connection::new(UnixStream::from(fd))?);
+                    let connection = Connection::new(UnixStream::from(fd)).map_err(|error| body.refused(error))?;
+                    self.calls.set_backend(connection);
                 }
             }
             R::GetConfig => {
@@ -311,9 +321,7 @@ impl Backend {
                 let index = self.index(&body)?.0;
                 self.rings[index].started = true;
                 self.memory.ask_again();
-                if self.kick(index)? {
-                    let _ = self.news.write(1);
-                }
+                self.rings[index].due = self.kick(index)?;
             }
             R::GetMaxMemSlots => {
                 body.empty()?;
@@ -322,12 +330,12 @@ impl Backend {
             R::AddMemReg => {
                 let region = body.region()?;
                 for fd in fds {
-                    self.memory.add(region, fd).map_err(|error| body.refused(error))?;
+                    self.change_memory(&body, |memory| memory.add(region, fd))?;
                 }
             }
             R::RemMemReg => {
                 let region = body.region()?;
-                self.memory.remove(region).map_err(|error| body.refused(error))?;
+                self.change_memory(&body, |memory| memory.remove(region))?;
             }
             R::SetStatus => self.set_status(body.number()?)?,
             R::GetStatus => {
@@ -344,7 +352,7 @@ impl Backend {
             }
             R::SetLogFd => {
                 body.empty()?;
-                fds.into_iter().for_each(|fd| self.memory.log().set_event(fd));
+                body.bell(fds.pop())?.into_iter().for_each(|bell| self.memory.log().set_event(bell));
             }
             R::IotlbMsg => self.set_translation(&body)?,
             R::GetInflightFd => return self.new_inflight(&body),
@@ -383,24 +391,6 @@ impl Backend {
         Ok(())
     }
 
-    fn set_mem_table(&mut self, body: &Body<'_>, fds: Vec<OwnedFd>) -> Result<(), ServeError> {
-        let count = match body.payload.first_chunk::<4>() {
-            Some(&count) => u32::from_ne_bytes(count) as usize,
-            None => return Err(body.size(8)),
-        };
-        if count > MEM_TABLE_MAX {
-            return Err(body.refused(format!("{count} regions, expected at most {MEM_TABLE_MAX}")));
-        }
-        body.descriptors(&fds, count)?;
-        // User Mode Linux sends the payload of two regions and announces one: what is not announced does not count.
-        let announced = 8 + count * Region::LEN;
-        if body.payload.len() < announced || body.payload.len() > 8 + MEM_TABLE_MAX * Region::LEN {
-            return Err(body.size(announced));
-        }
-        let regions = body.payload[8..announced].chunks_exact(Region::LEN).map(Region::from_bytes);
-        self.memory.replace(regions.zip(fds).collect()).map_err(|error| body.refused(error))
-    }
-
     fn set_status(&mut self, status: u64) -> Result<(), ServeError> {
         let request = Request::SetStatus.name();
         let Ok(status) = u8::try_from(status) else {
@@ -425,7 +415,7 @@ impl Backend {
         for index in 0..self.rings.len() {
             self.forget_inflight(index);
             let ring = &mut self.rings[index];
-            (ring.started, ring.enabled, ring.base) = (false, false, None);
+            (ring.started, ring.enabled, ring.rests, ring.base) = (false, false, false, None);
             (ring.polled, ring.broken) = (false, false);
         }
         self.implied = false;
@@ -434,6 +424,9 @@ impl Backend {
 
     /// The driver kicked queue `index`. True if there is more to do.
     pub(super) fn kick(&mut self, index: usize) -> Result<bool, ServeError> {
+        if self.gone {
+            return Ok(false);
+        }
         // It may wait for translations.
         self.update(index)?;
         let more = self.state.kick(index as u16);
@@ -443,15 +436,21 @@ impl Backend {
 
     /// The device has news. True if there is more to do.
     pub(super) fn poll(&mut self) -> bool {
+        if self.gone {
+            return false;
+        }
         let more = self.state.poll();
         self.tell_broken();
         more
     }
 
     /// What waits for room on the back end's socket; the socket, if something is left.
-    pub(super) fn flush(&self) -> Option<OwnedFd> {
-        self.calls.ask(self.memory.misses());
-        self.calls.flush()
+    pub(super) fn flush(&self) -> Option<Arc<Connection>> {
+        // No more misses than the memory keeps wait there: the next are asked for once these are out.
+        self.calls.flush().or_else(|| {
+            self.calls.ask(self.memory.misses());
+            self.calls.flush()
+        })
     }
 
     /// The queue that the payload begins with, and its most entries.

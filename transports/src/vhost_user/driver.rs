@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
-use polyvirt_core::hypervisor::Share;
+use polyvirt_core::hypervisor::{HypervisorError, Share};
 use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
+use super::events::{Bell, take};
 use super::iommu::Iommu;
 use super::link::{Link, refused};
 use super::messages::*;
@@ -41,7 +42,9 @@ pub struct Driver {
 
 struct Queue {
     areas: Areas,
-    kick: Arc<EventFd>,
+    kick: EventFd,
+    /// The same, which the back end cannot hold up.
+    bell: Arc<Bell>,
     call: EventFd,
     error: EventFd,
     /// Whether the back end has it.
@@ -50,7 +53,7 @@ struct Queue {
 
 impl Queue {
     fn doorbell(&self, index: u16, by_message: Option<Arc<Link>>) -> Doorbell {
-        Doorbell { kick: Arc::clone(&self.kick), by_message, index }
+        Doorbell { bell: Arc::clone(&self.bell), by_message, index }
     }
 }
 
@@ -124,7 +127,7 @@ impl Driver {
         if !in_band {
             link.tell(Request::SetVringCall, &which, &[queue.call.as_fd()])?;
             // Some call as soon as they can, in case a call of the session before was lost. It is about nothing here.
-            let _ = queue.call.read();
+            let _ = take(queue.call.as_fd());
             link.tell(Request::SetVringKick, &which, &[queue.kick.as_fd()])?;
         }
         if self.session.offered & PROTOCOL_FEATURES != 0 {
@@ -313,8 +316,11 @@ impl Transport for Driver {
             return Err(TransportError::NotADevice { expected: "a queue that is not in use", found: 1 });
         }
         let areas = Areas::allocate(&self.guest.share, index, size, max, self.accepted)?;
-        let (kick, call, error) = (Arc::new(event()?), event()?, event()?);
-        let queue = Queue { areas, kick, call, error, started: false };
+        let (kick, call, error) = (event()?, event()?, event()?);
+        let refused = |error: String| HypervisorError::Refused { call: "eventfd", reason: error };
+        let copy = kick.as_fd().try_clone_to_owned().map_err(|error| refused(error.to_string()))?;
+        let bell = Arc::new(Bell::new(copy).map_err(|error| refused(error.to_string()))?);
+        let queue = Queue { areas, kick, bell, call, error, started: false };
         let by_message = self.in_band().then(|| Arc::clone(&self.session.link));
         let virtqueue = queue.areas.virtqueue(Box::new(queue.doorbell(index, by_message)));
         self.queues.insert(index, queue);
@@ -352,7 +358,7 @@ impl Transport for Driver {
             let broken = fds[calls..].iter().any(|fd| fd.any().unwrap_or(false));
             // Not what the poll said, but what is taken: an event may come in between.
             let mut called = false;
-            self.queues.values().for_each(|queue| called |= queue.call.read().is_ok());
+            self.queues.values().for_each(|queue| called |= take(queue.call.as_fd()) == Ok(true));
             let _ = news.event.read();
             if broken {
                 // Told once; the status goes on telling.
@@ -390,7 +396,7 @@ impl Drop for Driver {
 
 /// A queue's doorbell.
 struct Doorbell {
-    kick: Arc<EventFd>,
+    bell: Arc<Bell>,
     by_message: Option<Arc<Link>>,
     index: u16,
 }
@@ -401,8 +407,7 @@ impl Notify for Doorbell {
             let state = VringState { index: self.index.into(), num: 0 };
             return link.tell(Request::VringKick, &state.to_bytes(), &[]);
         }
-        // Fails only when the counter is full: then it is rung already.
-        let _ = self.kick.write(1);
+        self.bell.ring();
         Ok(())
     }
 }

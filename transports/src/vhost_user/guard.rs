@@ -15,8 +15,8 @@ use nix::libc::{c_int, siginfo_t};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 
-/// The most maps that are guarded; more than that are served unguarded.
-const MAPS: usize = 2048;
+/// The most maps that are guarded: there are no more.
+pub(super) const MAPS: usize = 2048;
 
 /// The maps that there are. A signal handler reads it, so it is a fixed place and takes no lock.
 static GUARDED: [Guarded; MAPS] = [const { Guarded::NONE }; MAPS];
@@ -46,7 +46,7 @@ impl Guarded {
 pub(super) struct Mapping {
     start: NonNull<c_void>,
     len: usize,
-    guarded: Option<&'static Guarded>,
+    guarded: &'static Guarded,
 }
 
 // SAFETY: a mapping belongs to the process, not to a thread; all that is done with it is to unmap it once.
@@ -55,37 +55,38 @@ unsafe impl Send for Mapping {}
 unsafe impl Sync for Mapping {}
 
 impl Mapping {
-    /// Takes over `len` bytes that are mapped at `start`.
-    pub(super) fn new(start: NonNull<c_void>, len: usize) -> Self {
+    /// Takes over `len` bytes that are mapped at `start`. None, and they are unmapped, if they cannot be guarded.
+    pub(super) fn new(start: NonNull<c_void>, len: usize) -> Option<Self> {
         let free = |entry: &&Guarded| !entry.taken.swap(true, Ordering::AcqRel);
-        let guarded = GUARDED.iter().find(free);
-        if let Some(entry) = guarded {
-            entry.lost.store(false, Ordering::Relaxed);
-            entry.len.store(len, Ordering::Relaxed);
-            // Release: who sees the start sees the length.
-            entry.start.store(start.as_ptr().addr(), Ordering::Release);
-        }
-        Self { start, len, guarded }
+        let Some(guarded) = GUARDED.iter().find(free) else {
+            unmap(start, len);
+            return None;
+        };
+        guarded.lost.store(false, Ordering::Relaxed);
+        guarded.len.store(len, Ordering::Relaxed);
+        // Release: who sees the start sees the length.
+        guarded.start.store(start.as_ptr().addr(), Ordering::Release);
+        Some(Self { start, len, guarded })
     }
 
     /// Whether bytes of it went away, and zeroes are in its place.
     pub(super) fn is_lost(&self) -> bool {
-        self.guarded.is_some_and(|entry| entry.lost.load(Ordering::Acquire))
+        self.guarded.lost.load(Ordering::Acquire)
     }
 }
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        if let Some(entry) = self.guarded {
-            entry.start.store(0, Ordering::Release);
-        }
-        // SAFETY: mapped with this length by whoever made this, and every handle to it is gone.
-        if let Err(error) = unsafe { munmap(self.start, self.len) } {
-            tracing::error!(%error, "memory of the other side stays mapped");
-        }
-        if let Some(entry) = self.guarded {
-            entry.taken.store(false, Ordering::Release);
-        }
+        self.guarded.start.store(0, Ordering::Release);
+        unmap(self.start, self.len);
+        self.guarded.taken.store(false, Ordering::Release);
+    }
+}
+
+fn unmap(start: NonNull<c_void>, len: usize) {
+    // SAFETY: the caller had it mapped with this length, and every handle to it is gone.
+    if let Err(error) = unsafe { munmap(start, len) } {
+        tracing::error!(%error, "memory of the other side stays mapped");
     }
 }
 

@@ -1,13 +1,12 @@
 //! The log of written pages (LOG_SHMFD): a bit for each page of guest memory, for whoever moves the guest elsewhere.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use polyvirt_core::memory::Pages;
 
-use super::calls::{never_block, signal};
+use super::events::Bell;
 use super::map::is_lost;
 
 /// Bytes of guest memory that a bit stands for.
@@ -27,7 +26,7 @@ struct Parts {
     wanted: bool,
     bits: Option<Pages>,
     /// What is told that there is something new.
-    event: Option<OwnedFd>,
+    event: Option<Bell>,
 }
 
 impl DirtyLog {
@@ -52,8 +51,8 @@ impl DirtyLog {
     }
 
     /// News are told to `event`.
-    pub(super) fn set_event(&self, event: OwnedFd) {
-        self.change(|parts| parts.event = Some(never_block(event)));
+    pub(super) fn set_event(&self, event: Bell) {
+        self.change(|parts| parts.event = Some(event));
     }
 
     /// Whether writes are logged.
@@ -76,7 +75,7 @@ impl DirtyLog {
             byte.fetch_or(1 << (page % 8), Ordering::AcqRel);
         }
         if let Some(event) = &parts.event {
-            signal(event.as_fd());
+            event.ring();
         }
     }
 

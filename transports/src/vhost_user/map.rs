@@ -10,9 +10,10 @@ use std::sync::Arc;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap};
+use nix::sys::stat::fstat;
 use polyvirt_core::memory::Pages;
 
-use super::guard::Mapping;
+use super::guard::{MAPS, Mapping};
 
 /// Why a file could not be mapped.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +45,9 @@ pub enum MapError {
         /// What fstat says.
         mode: u32,
     },
+    /// There are so many maps that this one could not be guarded against its file becoming shorter.
+    #[error("more than {MAPS} maps in use")]
+    TooMany,
     /// The system refused.
     #[error("{call}: {reason}")]
     System {
@@ -58,6 +62,14 @@ impl MapError {
     fn system(call: &'static str, reason: impl ToString) -> Self {
         Self::System { call, reason: reason.to_string() }
     }
+}
+
+/// Which file a descriptor is of, however it was opened: device and inode. For as long as the file is mapped.
+pub(super) type FileId = (u64, u64);
+
+pub(super) fn file_id(file: &OwnedFd) -> Result<FileId, MapError> {
+    let about = fstat(file).map_err(|error| MapError::system("fstat", error))?;
+    Ok((about.st_dev, about.st_ino))
 }
 
 /// Whether bytes of `pages`, which [`map`] made, went away since.
@@ -95,7 +107,7 @@ pub fn map(file: OwnedFd, offset: u64, size: u64) -> Result<Pages, MapError> {
     // SAFETY: a new mapping wherever there is room harms nobody.
     let start = unsafe { mmap(None, map_len, rights, flags, &file, signed) }
         .map_err(|error| MapError::system("mmap", error))?;
-    let owner = Arc::new(Mapping::new(start, whole));
+    let owner = Arc::new(Mapping::new(start, whole).ok_or(MapError::TooMany)?);
     // SAFETY: `offset - first` is inside the mapping, and `size` bytes from there on too.
     let bytes = unsafe { start.cast::<u8>().add((offset - first) as usize) };
     // SAFETY: readable and writable until the owner is dropped; nobody has a reference to the bytes.

@@ -1,115 +1,52 @@
 //! Guest memory as the front end hands it over: regions of files, mapped, and translations in front of them.
 #![allow(unsafe_code)]
 
-use std::cell::{Cell, RefCell};
 use std::os::fd::OwnedFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Lease, MemoryError, Pages, Segment, Translated};
+use polyvirt_core::memory::{
+    Access, ByRegion, FlatMemory, GuestMemory, Lease, MemoryError, Pages, Segment, Translated,
+};
 
 use super::inflight::{packed, split};
 use super::log::{DirtyLog, UsedLog};
-use super::map::{MapError, is_lost, map};
-use super::messages::{Iotlb, MEM_SLOTS, Region};
+use super::messages::{Iotlb, Region};
+use super::misses::Misses;
+use super::regions::{RegionError, Slot, check};
 
 /// The most runs of pages that translations are kept of: then all are forgotten, and asked for again.
 const TRANSLATIONS: usize = 1 << 14;
 
-/// Why a region or a translation was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum RegionError {
-    /// It cannot be mapped.
-    #[error("region {guest:#x}+{size:#x}: {reason}")]
-    Map {
-        /// Guest-physical start.
-        guest: u64,
-        /// Bytes.
-        size: u64,
-        /// Why.
-        reason: MapError,
-    },
-    /// It reaches beyond the end of an address space.
-    #[error("region {guest:#x}+{size:#x}, at {user:#x} in the front end, reaches beyond 2^64")]
-    Wraps {
-        /// Guest-physical start.
-        guest: u64,
-        /// Bytes.
-        size: u64,
-        /// Where it starts in the front end.
-        user: u64,
-    },
-    /// It overlaps another.
-    #[error("region {guest:#x}+{size:#x} overlaps another")]
-    Overlaps {
-        /// Guest-physical start.
-        guest: u64,
-        /// Bytes.
-        size: u64,
-    },
-    /// There are too many.
-    #[error("more than {MEM_SLOTS} regions")]
-    TooMany,
-    /// There is no such region to take away.
-    #[error("there is no region {guest:#x}+{size:#x}")]
-    NotThere {
-        /// Guest-physical start.
-        guest: u64,
-        /// Bytes.
-        size: u64,
-    },
-    /// A translation leads to where no region is, or out of one.
-    #[error("a translation of {iova:#x}+{size:#x} to {user:#x}, which is not inside a region")]
-    Nowhere {
-        /// Device address.
-        iova: u64,
-        /// Bytes.
-        size: u64,
-        /// Address of the front end.
-        user: u64,
-    },
-}
-
-/// A handle to the memory of the session: sees every change of it. The device's segments keep what they were resolved
-/// from mapped, so a change takes nothing away under a request that is in flight.
+/// A handle to the memory of the session: sees every change of it. What was resolved keeps its region mapped, so a change
+/// takes nothing away under a request that is in flight.
+#[derive(Clone, Default)]
 pub struct Memory {
     shared: Arc<Shared>,
-    /// What this handle saw last, and when that was: so that looking takes no lock.
-    seen: RefCell<Arc<Table>>,
-    generation: Cell<u64>,
 }
 
+#[derive(Default)]
 struct Shared {
-    table: Mutex<Arc<Table>>,
-    /// Counts tables.
-    generation: AtomicU64,
+    table: RwLock<Table>,
     log: Arc<DirtyLog>,
-    /// Translations that are missing: asked for by the device, not yet of the front end.
-    misses: Mutex<Vec<Iotlb>>,
+    /// Translations that are missing.
+    misses: Mutex<Misses>,
     /// Areas of a queue that is being started: where, and who wants to see accesses to it.
     watched: Mutex<Vec<(u64, Watch)>>,
 }
 
 /// The memory of the session at one time.
 struct Table {
-    slots: Vec<Slot>,
-    flat: Arc<FlatMemory>,
+    slots: Vec<Arc<Slot>>,
+    flat: FlatMemory,
     /// What device addresses mean; none if they are guest-physical.
-    translated: Option<Translated<Arc<FlatMemory>>>,
-    log: Arc<DirtyLog>,
+    translated: Option<Translated<()>>,
 }
 
-#[derive(Clone)]
-struct Slot {
-    region: Region,
-    pages: Pages,
-}
-
-/// Keeps a piece of guest memory mapped, and sees what is done to it.
+/// Keeps a region of guest memory mapped, and sees what is done to a piece of it.
 #[derive(Clone)]
 pub struct Mapped {
-    table: Arc<Table>,
+    slot: Arc<Slot>,
     /// Where the piece is in our address space.
     start: usize,
     watch: Option<Watch>,
@@ -150,11 +87,19 @@ impl Lease for Mapped {
             Some(Watch::Used(_, tracker)) => tracker.iter().for_each(|tracker| tracker.wrote_used(offset, len)),
             Some(Watch::Packed(tracker)) => tracker.wrote_ring(),
         }
-        if self.table.log.is_active() {
-            self.table.log_write(self.start + offset, len);
-            if let Some(Watch::Used(log, _)) = &self.watch {
-                log.mark(&self.table.log, offset, len);
-            }
+        if self.slot.log.is_active() {
+            self.log_write(offset, len);
+        }
+    }
+}
+
+impl Mapped {
+    #[cold]
+    fn log_write(&self, offset: usize, len: usize) {
+        let log = &self.slot.log;
+        log.mark(self.slot.guest_of(self.start + offset), len as u64);
+        if let Some(Watch::Used(used, _)) = &self.watch {
+            used.mark(log, offset, len);
         }
     }
 }
@@ -162,52 +107,53 @@ impl Lease for Mapped {
 impl Memory {
     /// No memory at all.
     pub fn new() -> Self {
-        let log = Arc::<DirtyLog>::default();
-        let table = Arc::new(Table::new(Vec::new(), None, log.clone()));
-        let shared = Shared {
-            table: Mutex::new(table.clone()),
-            generation: AtomicU64::new(0),
-            log,
-            misses: Mutex::default(),
-            watched: Mutex::default(),
-        };
-        Self { shared: Arc::new(shared), seen: RefCell::new(table), generation: Cell::new(0) }
+        Self::default()
     }
 
-    /// In place of all regions, `regions`.
+    /// In place of all regions, `regions`. One that is there already stays as it is.
     pub fn replace(&self, regions: Vec<(Region, OwnedFd)>) -> Result<(), RegionError> {
-        let slots = regions.into_iter().map(|(region, file)| Slot::new(region, file)).collect::<Result<_, _>>()?;
-        self.set(slots)
+        check(regions.iter().map(|(region, _)| region))?;
+        let old = self.table().slots.clone();
+        let slot = |(region, file)| match old.iter().find(|slot| slot.is(&region, &file)) {
+            Some(slot) => Ok(Arc::clone(slot)),
+            None => Slot::new(region, file, self.shared.log.clone()).map(Arc::new),
+        };
+        let slots = regions.into_iter().map(slot).collect::<Result<_, _>>()?;
+        self.table_mut().set(slots);
+        Ok(())
     }
 
     /// One more region.
     pub fn add(&self, region: Region, file: OwnedFd) -> Result<(), RegionError> {
         let mut slots = self.table().slots.clone();
-        slots.push(Slot::new(region, file)?);
-        self.set(slots)
+        check(slots.iter().map(|slot| &slot.region).chain([&region]))?;
+        slots.push(Arc::new(Slot::new(region, file, self.shared.log.clone())?));
+        self.table_mut().set(slots);
+        Ok(())
     }
 
-    /// Takes `region` away; where it starts in its file does not matter.
+    /// Takes `region` away; where it starts in its file does not matter. It is unmapped once nothing of it is in use.
     pub fn remove(&self, region: Region) -> Result<(), RegionError> {
         let Region { guest, size, user, .. } = region;
         let mut slots = self.table().slots.clone();
-        let same = |slot: &Slot| (slot.region.guest, slot.region.size, slot.region.user) == (guest, size, user);
+        let same = |slot: &Arc<Slot>| (slot.region.guest, slot.region.size, slot.region.user) == (guest, size, user);
         let at = slots.iter().position(same).ok_or(RegionError::NotThere { guest, size })?;
         slots.remove(at);
-        self.set(slots)
+        self.table_mut().set(slots);
+        Ok(())
     }
 
     /// No regions any more, no log, and device addresses are guest-physical.
     pub(super) fn clear(&self) {
         self.shared.log.reset();
         lock(&self.shared.misses).clear();
-        self.install(Table::new(Vec::new(), None, self.shared.log.clone()));
+        *self.table_mut() = Table::default();
     }
 
     /// A region whose file became shorter than it was: guest-physical start, bytes.
     pub(super) fn lost(&self) -> Option<(u64, u64)> {
         let table = self.table();
-        let lost = table.slots.iter().find(|slot| is_lost(&slot.pages))?;
+        let lost = table.slots.iter().find(|slot| slot.is_lost())?;
         Some((lost.region.guest, lost.region.size))
     }
 
@@ -223,60 +169,58 @@ impl Memory {
 
     /// From now on device addresses are translated, by translations that are still to come; or they are not.
     pub(super) fn translate(&self, wanted: bool) {
-        let table = self.table();
+        let mut table = self.table_mut();
         if wanted != table.translated.is_some() {
             lock(&self.shared.misses).clear();
-            let translated = wanted.then(|| Translated::new(table.flat.clone(), []));
-            self.install(Table::new(table.slots.clone(), translated, self.shared.log.clone()));
+            table.translated = wanted.then(|| Translated::new((), []));
         }
     }
 
     /// Learns a translation.
     pub(super) fn learn(&self, update: Iotlb) -> Result<(), RegionError> {
         let Iotlb { iova, size, user, access, .. } = update;
-        let table = self.table();
-        let Some(mut translated) = table.translated.clone() else { return Ok(()) };
-        let inside =
-            table.region(user).filter(|(_, left)| size > 0 && size <= *left && iova.checked_add(size).is_some());
+        let mut table = self.table_mut();
+        let place = table.region(user);
+        let Some(translated) = &mut table.translated else { return Ok(()) };
+        let inside = place.filter(|(_, left)| size > 0 && size <= *left && iova.checked_add(size).is_some());
         let (guest, _) = inside.ok_or(RegionError::Nowhere { iova, size, user })?;
         if translated.len() >= TRANSLATIONS {
-            translated = Translated::new(table.flat.clone(), []);
+            *translated = Translated::new((), []);
         }
         translated.map(iova, size, guest, Access::from_bits_truncate(access));
-        lock(&self.shared.misses).retain(|miss| miss.iova.wrapping_sub(iova) >= size);
-        self.install(Table::new(table.slots.clone(), Some(translated), self.shared.log.clone()));
+        lock(&self.shared.misses).found(iova, size);
         Ok(())
     }
 
     /// Forgets translations.
     pub(super) fn forget(&self, iova: u64, size: u64) {
-        let table = self.table();
-        let Some(mut translated) = table.translated.clone() else { return };
-        translated.unmap(iova, size);
-        self.install(Table::new(table.slots.clone(), Some(translated), self.shared.log.clone()));
+        if let Some(translated) = &mut self.table_mut().translated {
+            translated.unmap(iova, size);
+        }
     }
 
     /// What was asked for and not learnt is asked for again: the driver may have mapped it meanwhile.
     pub(super) fn ask_again(&self) {
-        lock(&self.shared.misses).retain(|miss| miss.kind == 0);
+        lock(&self.shared.misses).ask_again();
     }
 
     /// Translations that are to be asked for; each once.
     pub(super) fn misses(&self) -> Vec<Iotlb> {
-        let mut misses = lock(&self.shared.misses);
-        let new =
-            misses.iter().filter(|miss| miss.kind == 0).map(|miss| Iotlb { kind: Iotlb::MISS, ..*miss }).collect();
-        misses.iter_mut().for_each(|miss| miss.kind = Iotlb::MISS);
-        new
+        lock(&self.shared.misses).take()
     }
 
     /// Whether all of a range can be resolved by what is known.
     pub(super) fn knows(&self, address: u64, len: u64, access: Access) -> bool {
-        let table = self.table();
-        match &table.translated {
-            None => table.flat.resolve(address, len, access, |_| {}).is_ok(),
-            Some(translated) => translated.resolve(address, len, access, |_| {}).is_ok(),
-        }
+        self.table().resolve(address, len, access, |_| {}).is_ok()
+    }
+
+    /// Where a range is, if it is one piece by what is known.
+    pub(super) fn place(&self, address: u64, len: u64, access: Access) -> Option<usize> {
+        let mut only = None;
+        let found = self.table().resolve(address, len, access, |piece| {
+            only.get_or_insert((piece.as_ptr().addr(), piece.len() as u64));
+        });
+        found.ok().and(only).filter(|(_, all)| *all == len).map(|(start, _)| start)
     }
 
     /// The ring areas that are resolved next, at these addresses, are watched.
@@ -291,69 +235,23 @@ impl Memory {
 
     /// As many bytes at a device address as one piece of host memory has, under its owner.
     pub(super) fn pages(&self, address: u64, len: u64) -> Option<Pages> {
-        let table = self.table();
         let mut only = None;
-        self.resolve(address, len, Access::READ, |segment| only = Some(segment)).ok()?;
-        let segment = only.filter(|segment| segment.len() as u64 == len)?;
-        let guest = table.guest_of(segment.as_ptr().addr())?;
-        table.flat.pages(guest, segment.len())
+        self.table().resolve(address, len, Access::READ, |piece| only = Some(piece)).ok()?;
+        only.filter(|piece| piece.len() as u64 == len)
     }
 
-    fn table(&self) -> Arc<Table> {
-        lock(&self.shared.table).clone()
+    fn table(&self) -> RwLockReadGuard<'_, Table> {
+        self.shared.table.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn set(&self, slots: Vec<Slot>) -> Result<(), RegionError> {
-        if slots.len() as u64 > MEM_SLOTS {
-            return Err(RegionError::TooMany);
-        }
-        let mut sorted: Vec<_> = slots.iter().map(|slot| slot.region).collect();
-        sorted.sort_by_key(|region| region.guest);
-        let mut end = 0;
-        for Region { guest, size, .. } in sorted {
-            if guest < end {
-                return Err(RegionError::Overlaps { guest, size });
-            }
-            end = guest + size;
-        }
-        let translated = self.table().translated.clone();
-        self.install(Table::new(slots, translated, self.shared.log.clone()));
-        Ok(())
-    }
-
-    fn install(&self, table: Table) {
-        let mut current = lock(&self.shared.table);
-        *current = Arc::new(table);
-        self.shared.generation.fetch_add(1, Ordering::Release);
-    }
-
-    /// Calls `look` with the table of now.
-    #[inline(always)]
-    fn with<T>(&self, look: impl FnOnce(&Arc<Table>) -> T) -> T {
-        if self.shared.generation.load(Ordering::Acquire) != self.generation.get() {
-            self.look_again();
-        }
-        look(&self.seen.borrow())
-    }
-
-    #[cold]
-    fn look_again(&self) {
-        let current = lock(&self.shared.table);
-        self.generation.set(self.shared.generation.load(Ordering::Acquire));
-        *self.seen.borrow_mut() = current.clone();
+    fn table_mut(&self) -> RwLockWriteGuard<'_, Table> {
+        self.shared.table.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The translation of a range is missing: it is asked for. One that does not grant what is wanted is there.
     fn missing(&self, error: MemoryError, access: Access) -> MemoryError {
         let MemoryError::NotMapped { address, len } = error else { return error };
-        let miss = Iotlb { iova: address, size: len, user: 0, access: access.bits(), kind: 0 };
-        let mut misses = lock(&self.shared.misses);
-        // As many as there are queues that can wait for one.
-        if misses.len() < u16::MAX.into()
-            && !misses.iter().any(|known| (known.iova, known.access) == (address, miss.access))
-        {
-            misses.push(miss);
-        }
+        lock(&self.shared.misses).add(address, len, access);
         MemoryError::NotYet { address, len }
     }
 
@@ -365,37 +263,18 @@ impl Memory {
     }
 }
 
-impl Default for Memory {
+impl Default for Table {
     fn default() -> Self {
-        Self::new()
-    }
-}
-
-impl Clone for Memory {
-    fn clone(&self) -> Self {
-        let (seen, generation) = (self.seen.clone(), self.generation.clone());
-        Self { shared: self.shared.clone(), seen, generation }
-    }
-}
-
-impl Slot {
-    fn new(region: Region, file: OwnedFd) -> Result<Self, RegionError> {
-        let Region { guest, size, user, offset } = region;
-        if guest.checked_add(size).is_none() || user.checked_add(size).is_none() {
-            return Err(RegionError::Wraps { guest, size, user });
-        }
-        let pages = map(file, offset, size).map_err(|reason| RegionError::Map { guest, size, reason })?;
-        Ok(Self { region, pages })
+        Self { slots: Vec::new(), flat: FlatMemory::new([]), translated: None }
     }
 }
 
 impl Table {
-    /// The regions do not overlap: [`Memory::set`] has checked that.
-    fn new(slots: Vec<Slot>, translated: Option<Translated<Arc<FlatMemory>>>, log: Arc<DirtyLog>) -> Self {
-        let flat = FlatMemory::new(slots.iter().map(|slot| (slot.region.guest, slot.pages.clone())));
-        let flat = Arc::new(flat);
-        let translated = translated.map(|table| table.over(flat.clone()));
-        Self { slots, flat, translated, log }
+    /// In place of all regions, `slots`, which were checked.
+    fn set(&mut self, slots: Vec<Arc<Slot>>) {
+        let regions = slots.iter().filter_map(|slot| Some((slot.region.guest, slot.bytes()?)));
+        self.flat = FlatMemory::new(regions);
+        self.slots = slots;
     }
 
     /// The guest-physical address of what the front end has at `user`, and how many bytes are left of its region.
@@ -405,28 +284,24 @@ impl Table {
         Some((slot.region.guest + offset, slot.region.size - offset))
     }
 
-    /// The guest-physical address of what we have at `host`.
-    fn guest_of(&self, host: usize) -> Option<u64> {
-        let offset = |slot: &Slot| host.wrapping_sub(slot.pages.as_ptr().addr());
-        let slot = self.slots.iter().find(|slot| offset(slot) < slot.pages.len())?;
-        Some(slot.region.guest + offset(slot) as u64)
-    }
-
-    #[cold]
-    fn log_write(&self, host: usize, len: usize) {
-        if let Some(guest) = self.guest_of(host) {
-            self.log.mark(guest, len as u64);
+    /// The pieces of a range, each of which keeps its region.
+    fn resolve(&self, address: u64, len: u64, access: Access, pieces: impl FnMut(Pages)) -> Result<(), MemoryError> {
+        let flat = ByRegion(&self.flat);
+        match &self.translated {
+            None => flat.resolve(address, len, access, pieces),
+            Some(translated) => translated.over(flat).resolve(address, len, access, pieces),
         }
     }
 }
 
-/// The same bytes, kept mapped by `table`.
+/// The same bytes, kept mapped by their slot.
 #[inline(always)]
-fn keep<L>(segment: &Segment<L>, table: &Arc<Table>, watch: Option<Watch>) -> Option<Segment<Mapped>> {
-    let start = NonNull::new(segment.as_ptr())?;
-    let lease = Mapped { table: table.clone(), start: start.as_ptr().addr(), watch };
-    // SAFETY: the segment was resolved from this table, which owns the mapping; nobody has a reference to the bytes.
-    Some(unsafe { Segment::new(start, segment.len(), lease) })
+fn keep(piece: Pages, watch: Option<Watch>) -> Option<Segment<Mapped>> {
+    let (start, len) = (NonNull::new(piece.as_ptr())?, piece.len());
+    let slot = piece.into_lease().downcast::<Slot>().ok()?;
+    let lease = Mapped { slot, start: start.as_ptr().addr(), watch };
+    // SAFETY: the slot is what kept them; nobody has a reference to the bytes.
+    Some(unsafe { Segment::new(start, len, lease) })
 }
 
 impl GuestMemory for Memory {
@@ -440,30 +315,22 @@ impl GuestMemory for Memory {
         mut segments: impl FnMut(Segment<Mapped>),
     ) -> Result<(), MemoryError> {
         let watch = self.watch_of(address);
-        self.with(|table| {
-            let each = |segment: Segment<Arc<FlatMemory>>| {
-                if let Some(segment) = keep(&segment, table, watch.clone()) {
-                    segments(segment);
-                }
-            };
-            match &table.translated {
-                None => table.flat.resolve(address, len, access, each),
-                Some(translated) => {
-                    translated.resolve(address, len, access, each).map_err(|error| self.missing(error, access))
-                }
-            }
-        })
+        let table = self.table();
+        let each = |piece| keep(piece, watch.clone()).into_iter().for_each(&mut segments);
+        let resolved = table.resolve(address, len, access, each);
+        match &table.translated {
+            None => resolved,
+            Some(_) => resolved.map_err(|error| self.missing(error, access)),
+        }
     }
 
     #[inline(always)]
     fn resolve_at_once(&self, address: u64, len: u64, access: Access) -> Option<Segment<Mapped>> {
-        self.with(|table| {
-            if table.translated.is_some() {
-                return None;
-            }
-            let flat = &*table.flat;
-            keep(&flat.resolve_at_once(address, len, access)?, table, None)
-        })
+        let table = self.table();
+        if table.translated.is_some() {
+            return None;
+        }
+        keep(ByRegion(&table.flat).resolve_at_once(address, len, access)?, None)
     }
 }
 

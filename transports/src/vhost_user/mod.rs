@@ -5,10 +5,12 @@
 
 mod body;
 mod calls;
+mod change;
 mod connection;
 mod device;
 mod driver;
 mod error;
+mod events;
 mod guard;
 mod inflight;
 mod iommu;
@@ -18,9 +20,13 @@ mod log;
 mod map;
 mod memory;
 pub mod messages;
+mod misses;
+mod regions;
+mod relay;
 mod rings;
 mod serve;
 mod session;
+mod signals;
 
 pub use connection::{Connection, ConnectionError, Message};
 pub use device::Backend;
@@ -28,6 +34,7 @@ pub use driver::Driver;
 pub use error::ServeError;
 pub use guard::outlive_truncation;
 pub use map::{MapError, map, memory_file};
-pub use memory::{Mapped, Memory, RegionError};
+pub use memory::{Mapped, Memory};
+pub use regions::RegionError;
 pub use serve::{Ended, Stop, listen};
 pub use session::{Dial, Guest, Options};

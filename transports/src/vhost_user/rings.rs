@@ -44,7 +44,8 @@ impl Backend {
         let Ring { started, enabled, running, broken, .. } = self.rings[index];
         match (started && enabled, running) {
             // One that is broken is not tried again by every kick.
-            (true, false) if !broken => self.start(index),
+            (true, false) if broken || self.rests(index) => Ok(()),
+            (true, false) => self.start(index),
             (false, true) => {
                 self.stop(index);
                 Ok(())
@@ -218,7 +219,7 @@ impl Backend {
     }
 
     /// The areas of queue `index`: device address, bytes, what the device does there. None if they are not known yet.
-    fn areas(&self, index: usize) -> Result<Option<Areas>, String> {
+    pub(super) fn areas(&self, index: usize) -> Result<Option<Areas>, String> {
         let Ring { addresses, entries, .. } = &self.rings[index];
         let Some(VringAddr { descriptors, available, used, .. }) = *addresses else { return Ok(None) };
         let size = u16::try_from(*entries).map_err(|_| format!("{entries} entries"))?;
@@ -263,10 +264,9 @@ impl Backend {
             Iotlb::UPDATE => {
                 self.memory.learn(translation).map_err(|error| body.refused(error))?;
                 for index in 0..self.rings.len() {
-                    if self.kick(index)? {
-                        // Served further once the message is answered.
-                        let _ = self.news.write(1);
-                    }
+                    self.update(index)?;
+                    // Served once the message is answered.
+                    self.rings[index].due = true;
                 }
             }
             Iotlb::INVALIDATE => {

@@ -153,9 +153,7 @@ fn config_is_read_and_written_in_pieces_and_its_change_is_told() {
 fn backend_req_a_front_end_that_does_not_listen_stops_nothing() {
     let server = Server::start();
     let mut front = begun(&server, Features::VERSION_1, ProtocolFeatures::CONFIG | ProtocolFeatures::BACKEND_REQ);
-    // What is no socket, one that is closed, one that is not read.
-    let (file, _pages) = memory_file("no socket", 4096).unwrap();
-    front.tell(Request::SetBackendReqFd, &[], &[file.as_fd()]);
+    // None yet, one that is closed, one that is not read.
     let mut queue = front.queue(0);
     for round in 0..3u8 {
         server.device.set_config(round);

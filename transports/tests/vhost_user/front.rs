@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -39,7 +39,7 @@ const BUFFERS: u64 = 0x20000;
 
 /// A server in a thread of its own.
 pub(crate) struct Server {
-    path: PathBuf,
+    pub(crate) path: PathBuf,
     pub(crate) device: Handle,
     ended: Receiver<Result<Ended, ServeError>>,
     stop: Stop,
@@ -63,22 +63,16 @@ impl Server {
         let stop = Stop::new().unwrap();
         let (tell, ended) = channel();
         let until = stop.clone();
-        let thread = std::thread::spawn(move || {
+        let serve = move || {
             listen(&listener, &mut backend, &until, |how| drop(tell.send(how.clone()))).unwrap();
-        });
+        };
+        let thread = Builder::new().name("server".into()).spawn(serve).unwrap();
         Self { path, device, ended, stop, thread: Some(thread), _folder: folder }
     }
 
     /// A front end that has said nothing yet.
     pub(crate) fn connect(&self) -> Front {
-        let connection = Wire::new(UnixStream::connect(&self.path).unwrap());
-        Front {
-            connection,
-            ram: Ram::new(),
-            device_at: RAM_AT,
-            features: Features::empty(),
-            protocol: ProtocolFeatures::empty(),
-        }
+        Front::new(UnixStream::connect(&self.path).unwrap(), Ram::new())
     }
 
     /// How the oldest session that was not asked about ended.
@@ -198,6 +192,17 @@ pub(crate) struct Front {
 }
 
 impl Front {
+    /// One that has said nothing yet.
+    pub(crate) fn new(socket: UnixStream, ram: Ram) -> Self {
+        Self {
+            connection: Wire::new(socket),
+            ram,
+            device_at: RAM_AT,
+            features: Features::empty(),
+            protocol: ProtocolFeatures::empty(),
+        }
+    }
+
     /// Sends anything.
     pub(crate) fn raw(&self, request: u32, flags: u32, payload: &[u8], fds: &[BorrowedFd<'_>]) {
         self.connection.send(request, flags, payload, fds).unwrap();

@@ -189,6 +189,42 @@ fn what_was_not_answered_is_asked_for_again_when_the_driver_kicks() {
 }
 
 #[test]
+fn however_often_a_front_end_that_reads_nothing_is_kicked_for_it_is_asked_for_little() {
+    let server = Server::with(Features::ACCESS_PLATFORM);
+    let mut front = server.connect();
+    front.device_at = DEVICE_AT;
+    front.begin(Features::VERSION_1 | Features::ACCESS_PLATFORM, ProtocolFeatures::BACKEND_REQ);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let filled = Connection::new(theirs.try_clone().unwrap()).unwrap();
+    while filled.try_send(0, 0, &[0; 32]).unwrap() {}
+    while filled.try_send(0, 0, &[]).unwrap() {}
+    front.send(Request::SetBackendReqFd, &[], &[theirs.as_fd()]);
+    drop(theirs);
+    let queue = front.queue(0);
+    for _ in 0..1000 {
+        queue.kick.write(1).unwrap();
+        front.ask::<u64>(Request::GetFeatures, &[]);
+    }
+    let mut requests = Connection::new(ours).unwrap();
+    let mut asked = 0;
+    let mut silent = 0;
+    while silent < 3 {
+        match requests.receive().unwrap() {
+            Some(message) => asked += usize::from(message.header.request != 0),
+            // Whatever is to come is there once this is answered.
+            None => {
+                silent += 1;
+                front.ask::<u64>(Request::GetFeatures, &[]);
+            }
+        }
+    }
+    // The three areas: what waited for room, and what was wanted again meanwhile.
+    assert!((3..=6).contains(&asked), "{asked}");
+    drop(front);
+    assert_eq!(server.ended(), Ok(Ended::Closed));
+}
+
+#[test]
 fn translations_to_nowhere_end_the_session() {
     let server = Server::with(Features::ACCESS_PLATFORM);
     let wrong = |front: &Front| {

@@ -1,5 +1,6 @@
 //! A device whose every step a test can see: what it read, what it filled, what it keeps.
 
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::Waker;
 
@@ -38,6 +39,7 @@ struct State {
     panics: bool,
     config: Option<u8>,
     waker: Option<Waker>,
+    gate: Option<(Sender<u16>, Receiver<()>)>,
 }
 
 impl Handle {
@@ -69,6 +71,20 @@ impl Handle {
     /// The device panics at the next request.
     pub(crate) fn panic(&self) {
         self.lock().panics = true;
+    }
+
+    /// From now on each turn begins with its queue's number, and waits to be let on; dropping that ends it.
+    pub(crate) fn gate(&self) -> (Receiver<u16>, Sender<()>) {
+        let ((tell, told), (let_on, wait)) = (channel(), channel());
+        self.lock().gate = Some((tell, wait));
+        (told, let_on)
+    }
+
+    fn pass_gate(&self, index: u16) {
+        let Some((tell, wait)) = self.lock().gate.take() else { return };
+        if tell.send(index).is_ok() && wait.recv().is_ok() {
+            self.lock().gate = Some((tell, wait));
+        }
     }
 
     /// Changes the first byte of the configuration.
@@ -139,6 +155,7 @@ impl Device<Memory> for Toy {
     }
 
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, Memory>) {
+        self.handle.pass_gate(index);
         self.serve(index, queues);
     }
 
