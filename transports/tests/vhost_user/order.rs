@@ -145,17 +145,19 @@ fn rings_outside_of_memory_or_across_its_end_break_the_queue() {
 fn a_ring_across_two_regions_breaks_the_queue() {
     let server = Server::start();
     let mut front = begun(&server, Features::empty());
-    // The border is inside the descriptor table, which begins where memory does.
     let Region { guest, user, .. } = front.ram.region();
     let regions = [
-        Region { guest, size: 0x40, user, offset: 0 },
-        Region { guest: guest + 0x40, size: RAM - 0x40, user: user + 0x40, offset: 0x40 },
+        Region { guest, size: 0x1000, user, offset: 0 },
+        Region { guest: guest + 0x1000, size: RAM - 0x1000, user: user + 0x1000, offset: 0x1000 },
     ];
     let table = [2u64.to_bytes(), regions[0].to_bytes(), regions[1].to_bytes()].concat();
     let file = front.ram.file.try_clone().unwrap();
     front.tell(Request::SetMemTable, &table, &[file.as_fd(), file.as_fd()]);
     let queue = Queue::new(&front, 0);
     front.set_up(&queue, 0);
+    // The border is inside the descriptor table.
+    let across = VringAddr { descriptors: front.ram.user(0xfc0), ..front.addresses(&queue) };
+    front.tell(Request::SetVringAddr, &across.to_bytes(), &[]);
     breaks(&server, &mut front, &queue);
     front.hand_over();
     begins_anew(&mut front);
