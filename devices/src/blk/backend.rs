@@ -2,8 +2,9 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
+use std::io::{self, Seek as _, SeekFrom};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
@@ -71,33 +72,63 @@ pub trait Backend: Send {
     fn set_waker(&mut self, waker: Waker);
 }
 
-/// A raw image in a file. A thread does the reads and writes.
+/// A raw image in a file or on a block device. A thread does the reads and writes.
 pub struct FileBackend {
-    capacity: u64,
+    image: FileHandle,
     requests: Option<Sender<(u64, Request)>>,
     completions: Receiver<Completion>,
-    waker: Arc<Mutex<Waker>>,
     worker: Option<JoinHandle<()>>,
+}
+
+/// The far side of a [`FileBackend`].
+#[derive(Clone)]
+pub struct FileHandle(Arc<Image>);
+
+struct Image {
+    file: File,
+    capacity: AtomicU64,
+    waker: Mutex<Waker>,
 }
 
 impl FileBackend {
     /// Serves `file`; bytes beyond its last whole sector are not part of the disk.
     pub fn new(file: File) -> io::Result<Self> {
-        let capacity = file.metadata()?.len() / SECTOR_SIZE;
+        let capacity = AtomicU64::new(sectors(&file)?);
+        let image = FileHandle(Arc::new(Image { file, capacity, waker: Mutex::new(Waker::noop().clone()) }));
         let (requests, work) = channel::<(u64, Request)>();
         let (done, completions) = channel();
-        let waker = Arc::new(Mutex::new(Waker::noop().clone()));
-        let wake = Arc::clone(&waker);
+        let FileHandle(served) = image.clone();
         let worker = Builder::new().name("blk-file".into()).spawn(move || {
             for (id, request) in work {
-                if done.send(Completion { id, result: carry_out(&file, request) }).is_err() {
+                if done.send(Completion { id, result: carry_out(&served.file, request) }).is_err() {
                     return;
                 }
-                lock(&wake).wake_by_ref();
+                lock(&served.waker).wake_by_ref();
             }
         })?;
-        Ok(Self { capacity, requests: Some(requests), completions, waker, worker: Some(worker) })
+        Ok(Self { image, requests: Some(requests), completions, worker: Some(worker) })
     }
+
+    /// The far side.
+    pub fn handle(&self) -> FileHandle {
+        self.image.clone()
+    }
+}
+
+impl FileHandle {
+    /// Looks how large the image is by now, in sectors; if it became larger or smaller, the device is told.
+    pub fn refresh(&self) -> io::Result<u64> {
+        let capacity = sectors(&self.0.file)?;
+        if self.0.capacity.swap(capacity, Ordering::AcqRel) != capacity {
+            lock(&self.0.waker).wake_by_ref();
+        }
+        Ok(capacity)
+    }
+}
+
+/// The whole sectors of `file`. What the metadata of a block device say is 0.
+fn sectors(mut file: &File) -> io::Result<u64> {
+    Ok(file.seek(SeekFrom::End(0))? / SECTOR_SIZE)
 }
 
 fn carry_out(file: &File, request: Request) -> io::Result<Vec<u8>> {
@@ -126,7 +157,7 @@ fn carry_out(file: &File, request: Request) -> io::Result<Vec<u8>> {
 
 impl Backend for FileBackend {
     fn capacity(&self) -> u64 {
-        self.capacity
+        self.image.0.capacity.load(Ordering::Acquire)
     }
 
     fn submit(&mut self, id: u64, request: Request) {
@@ -141,7 +172,7 @@ impl Backend for FileBackend {
     }
 
     fn set_waker(&mut self, waker: Waker) {
-        *lock(&self.waker) = waker;
+        *lock(&self.image.0.waker) = waker;
     }
 }
 

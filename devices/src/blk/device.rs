@@ -346,5 +346,7 @@ where
     fn reset(&mut self) {
         self.requests.clear();
         self.backend.set_waker(Waker::noop().clone());
+        // Nobody will tell the next driver of what changes.
+        self.fill_config();
     }
 }

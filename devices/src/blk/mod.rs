@@ -8,7 +8,7 @@ mod driver;
 pub mod wire;
 
 #[cfg(feature = "std")]
-pub use backend::{Backend, Completion, FileBackend, MemoryBackend, MemoryHandle, Request};
+pub use backend::{Backend, Completion, FileBackend, FileHandle, MemoryBackend, MemoryHandle, Request};
 #[cfg(feature = "std")]
 pub use device::{Device, Options};
 pub use driver::{Driver, Geometry, Operation, RequestId};
