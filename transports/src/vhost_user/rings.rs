@@ -47,6 +47,9 @@ impl Backend {
             self.state.set_status(ready);
             if !self.state.status().contains(Status::FEATURES_OK) {
                 let accepted = self.state.driver_features();
+                if !accepted.contains(Features::VERSION_1) {
+                    return Err(ServeError::Legacy { index });
+                }
                 return Err(failed(format!("it is to run with unacceptable features: {accepted:?}")));
             }
             self.state.set_status(ready | Status::DRIVER_OK);
