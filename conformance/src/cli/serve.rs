@@ -96,14 +96,11 @@ struct At {
 /// Serves what `args` say until the process is ended, or the domain is gone.
 pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
     let (Served::Blk { at, .. } | Served::Console { at } | Served::Rng { at }) = &args.device;
-    if at.xenbus || at.xen_domain.is_some() {
-        not_confined(at);
-    }
     if at.xenbus {
-        return xenbus(args, output);
+        return xenbus(args, at, output);
     }
     match (&at.socket, at.xen_domain) {
-        (_, Some(domain)) => xen(args, domain, output),
+        (_, Some(domain)) => xen(args, at, domain, output),
         (Some(socket), None) => vhost_user(args, socket, at, output),
         (None, None) => Err(CliError::Mistake("none of --socket, --xen-domain and --xenbus says for whom".into())),
     }
@@ -152,6 +149,7 @@ fn confine(at: &At) -> Result<(), CliError> {
 }
 
 /// Xen's calls go through devices that are opened for each domain.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
 fn not_confined(at: &At) {
     if !at.no_sandbox {
         complain("there is no sandbox for Xen's domains: the process keeps its rights");
@@ -160,7 +158,7 @@ fn not_confined(at: &At) {
 
 /// Serves domain `id` of Xen, until it is gone.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn xen(args: &ServeArgs, id: u16, output: &mut Output) -> Result<u8, CliError> {
+fn xen(args: &ServeArgs, at: &At, id: u16, output: &mut Output) -> Result<u8, CliError> {
     use polyvirt_core::hypervisor::{Host as _, HypervisorError};
     use polyvirt_hypervisors::xen_hvm;
     use polyvirt_transports::pci::{Generation, attach};
@@ -172,6 +170,7 @@ fn xen(args: &ServeArgs, id: u16, output: &mut Output) -> Result<u8, CliError> {
     let (domain, mut host) = xen_hvm::open(id).map_err(mistake)?;
     let memory = host.memory();
     attach(&mut host, memory, device, Generation::Modern).map_err(mistake)?;
+    not_confined(at);
     ready(&told, &format_args!("domain {id}"), far_side, watch, output)?;
     domain.wait_for_its_end();
     Ok(SUCCESS)
@@ -179,11 +178,12 @@ fn xen(args: &ServeArgs, id: u16, output: &mut Output) -> Result<u8, CliError> {
 
 /// Serves domains of Xen over its own bus, one after another.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn xenbus(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
+fn xenbus(args: &ServeArgs, at: &At, output: &mut Output) -> Result<u8, CliError> {
     use polyvirt_core::hypervisor::{Host as _, HypervisorError};
     use polyvirt_hypervisors::xen;
     use polyvirt_transports::xenbus::attach;
 
+    not_confined(at);
     for line in std::io::stdin().lines() {
         let line = line.map_err(|error| CliError::Mistake(format!("standard input: {error}")))?;
         let id = line.trim().parse::<u16>();
@@ -204,12 +204,12 @@ fn xenbus(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
 }
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn xenbus(_: &ServeArgs, _: &mut Output) -> Result<u8, CliError> {
+fn xenbus(_: &ServeArgs, _: &At, _: &mut Output) -> Result<u8, CliError> {
     Err(CliError::Mistake("--xenbus needs Linux on x86_64".into()))
 }
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn xen(_: &ServeArgs, _: u16, _: &mut Output) -> Result<u8, CliError> {
+fn xen(_: &ServeArgs, _: &At, _: u16, _: &mut Output) -> Result<u8, CliError> {
     Err(CliError::Mistake("--xen-domain needs Linux on x86_64".into()))
 }
 

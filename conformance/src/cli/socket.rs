@@ -42,8 +42,12 @@ pub(super) fn bind(path: &Path, mode: u32, user: Option<User>) -> io::Result<Uni
     let bound = UnixListener::bind(path);
     umask(before);
     let listener = bound?;
-    if let Some(User { uid, gid }) = user {
-        lchown(path, Some(uid), Some(gid))?;
+    if let Some(user @ User { uid, gid }) = user
+        && let Err(error) = lchown(path, Some(uid), Some(gid))
+    {
+        // Nobody is going to listen.
+        fs::remove_file(path)?;
+        return Err(io::Error::other(format!("--uid {user}: {error}")));
     }
     Ok(listener)
 }

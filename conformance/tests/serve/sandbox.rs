@@ -1,8 +1,13 @@
 //! What a process may do that serves.
 
 use std::fs;
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::unix::net::UnixStream;
 
 use nix::errno::Errno;
+use polyvirt_core::Features;
+use polyvirt_transports::vhost_user::Connection;
+use polyvirt_transports::vhost_user::messages::{Payload as _, Region, Request, VringAddr, VringState};
 
 use super::injected::Injected;
 use super::server::{Server, assert_mistake, refused, root, serve, serve_disk};
@@ -80,6 +85,38 @@ fn a_server_that_was_taken_over_can_open_nothing() {
 }
 
 #[test]
+fn memory_that_becomes_shorter_ends_a_session_not_the_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let mut server = Server::start(&mut serve(&["rng"], &socket));
+    let mut front = Connection::new(UnixStream::connect(&socket).unwrap()).unwrap();
+    let memory = tempfile::tempfile().unwrap();
+    memory.set_len(1 << 20).unwrap();
+    let send = |request: Request, payload: &[u8], fds: &[BorrowedFd<'_>]| {
+        front.send(request as u32, 0, payload, fds).unwrap();
+    };
+    send(Request::SetFeatures, &(Features::VERSION_1.bits() as u64).to_bytes(), &[]);
+    let region = Region { guest: 0, size: 1 << 20, user: 0, offset: 0 };
+    send(Request::SetMemTable, &[1u64.to_bytes(), region.to_bytes()].concat(), &[memory.as_fd()]);
+    send(Request::SetVringNum, &VringState { index: 0, num: 64 }.to_bytes(), &[]);
+    send(Request::SetVringBase, &VringState { index: 0, num: 0 }.to_bytes(), &[]);
+    let addresses = VringAddr { index: 0, flags: 0, descriptors: 0, used: 8192, available: 4096, log: 0 };
+    send(Request::SetVringAddr, &addresses.to_bytes(), &[]);
+    send(Request::GetFeatures, &[], &[]);
+    // Once it answers, the memory is mapped.
+    front.wait(front::WATCHDOG).unwrap();
+    memory.set_len(0).unwrap();
+    let kick = nix::sys::eventfd::EventFd::from_value(1).unwrap();
+    // It may have seen the loss already.
+    let _ = front.send(Request::SetVringKick as u32, 0, &0u64.to_bytes(), &[kick.as_fd()]);
+    let said = server.said();
+    assert!(said.contains("became shorter"), "{said}");
+    assert_confined(&server);
+    drop(UnixStream::connect(&socket).unwrap());
+    assert_eq!(server.said(), "polyvirt: the front end left");
+}
+
+#[test]
 fn without_a_sandbox_nothing_is_given_up() {
     let folder = tempfile::tempdir().unwrap();
     let server = Server::start(&mut serve(&["rng", "--no-sandbox"], &folder.path().join("socket")));
@@ -99,7 +136,8 @@ fn a_server_becomes_the_user_that_it_is_told() {
     fs::write(&image, vec![0; 1 << 20]).unwrap();
     if !root("to become another user") {
         let output = refused(&mut serve_disk(&image, &socket, &["--uid", "0:0"]));
-        return assert_mistake(&output, &["--uid 0:0"]);
+        assert_mistake(&output, &["--uid 0:0"]);
+        return assert!(!socket.exists(), "a socket was left");
     }
     for more in [&["--uid", "12345:54321"] as &[_], &["--uid", "12345:54321", "--no-sandbox"]] {
         let server = Server::start(&mut serve_disk(&image, &socket, more));
