@@ -33,6 +33,8 @@ use polyvirt_hypervisors::xen;
 
 use output::Output;
 
+use crate::temporary;
+
 /// Nothing failed or wedged.
 const SUCCESS: u8 = 0;
 /// Something failed or wedged.
@@ -73,11 +75,12 @@ enum Command {
         format: Format,
     },
     /// Be a vhost-user device for any VMM: QEMU, User Mode Linux, …
+    #[command(arg_required_else_help = false)]
     Serve(serve::ServeArgs),
     /// Boot an unmodified Linux on our devices
     Boot(boot::BootArgs),
     /// Real guests: unmodified Linux kernels whose own drivers use our devices
-    #[command(subcommand)]
+    #[command(subcommand, arg_required_else_help = false)]
     Lab(lab::LabCommand),
     /// Do what the one says who holds the other end of standard input: the guest's half of a cell on a real Xen
     #[command(name = xen::HANDS, hide = true)]
@@ -185,10 +188,13 @@ pub(crate) fn run() -> ExitCode {
     log_to_stderr();
     // Nobody gets a backtrace: the suite counts what panics in a case as a failure, anything else is told below.
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic)));
-    std::panic::catch_unwind(run_command).unwrap_or_else(|_| {
+    let code = std::panic::catch_unwind(run_command).unwrap_or_else(|_| {
         complain("a mistake of the program itself: RUST_LOG=error tells where, please report it");
         FAILURE.into()
-    })
+    });
+    // A case that wedged has its own still.
+    drop(temporary::remove_all());
+    code
 }
 
 fn run_command() -> ExitCode {
@@ -241,7 +247,12 @@ fn parse_failed(error: &clap::Error) -> ExitCode {
             let told = error.to_string();
             let paragraph: Vec<&str> = told.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
             let sentence = paragraph.join(" ");
-            complain(&format!("{} (polyvirt --help tells more)", sentence.trim_start_matches("error: ")));
+            let tips: String = told
+                .lines()
+                .filter_map(|line| line.trim().strip_prefix("tip: "))
+                .map(|tip| format!("; {tip}"))
+                .collect();
+            complain(&format!("{}{tips} (polyvirt --help tells more)", sentence.trim_start_matches("error: ")));
             MISTAKE.into()
         }
     }
