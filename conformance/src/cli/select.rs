@@ -10,9 +10,11 @@ impl<'a> Selection<'a> {
     pub(super) fn new(kind: &str, asked: &'a [String], valid: &[&str]) -> Result<Self, CliError> {
         match asked.iter().find(|name| !valid.contains(&name.as_str())) {
             None => Ok(Self(asked)),
-            Some(unknown) => {
-                Err(CliError::Mistake(format!("there is no {kind} '{unknown}': choose from {}", valid.join(", "))))
-            }
+            Some(unknown) => Err(CliError::Mistake(format!(
+                "there is no {kind} '{unknown}'{}: choose from {}",
+                similar(unknown, valid).map_or_else(String::new, |name| format!(" (did you mean '{name}'?)")),
+                valid.join(", ")
+            ))),
         }
     }
 
@@ -20,6 +22,15 @@ impl<'a> Selection<'a> {
     pub(super) fn has(&self, name: &str) -> bool {
         self.0.is_empty() || self.0.iter().any(|asked| asked == name)
     }
+}
+
+/// What somebody may have meant who wrote `unknown`.
+fn similar<'a>(unknown: &str, valid: &[&'a str]) -> Option<&'a str> {
+    /// As for the names of options and commands, which `clap` compares.
+    const ENOUGH: f64 = 0.7;
+    let compared = valid.iter().map(|name| (strsim::jaro(unknown, name), *name));
+    let most = compared.max_by(|(one, _), (other, _)| one.total_cmp(other));
+    most.filter(|(likeness, _)| *likeness > ENOUGH).map(|(_, name)| name)
 }
 
 #[cfg(test)]
@@ -43,5 +54,8 @@ mod tests {
         let asked = ["blk".to_owned(), "disk".to_owned()];
         let error = Selection::new("device", &asked, &["blk", "rng"]).map(|_| ()).unwrap_err();
         assert_eq!(error.to_string(), "there is no device 'disk': choose from blk, rng");
+        let asked = ["bkl".to_owned()];
+        let error = Selection::new("device", &asked, &["blk", "rng"]).map(|_| ()).unwrap_err();
+        assert_eq!(error.to_string(), "there is no device 'bkl' (did you mean 'blk'?): choose from blk, rng");
     }
 }
