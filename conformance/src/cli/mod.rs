@@ -18,9 +18,9 @@ mod resize;
 mod sandbox;
 mod select;
 mod serve;
-mod sessions;
 mod socket;
 mod terminal;
+mod told;
 mod xen_guest;
 mod xen_refusals;
 
@@ -185,7 +185,6 @@ enum CliError {
 
 /// Runs the program.
 pub(crate) fn run() -> ExitCode {
-    log_to_stderr();
     // Nobody gets a backtrace: the suite counts what panics in a case as a failure, anything else is told below.
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic)));
     let code = std::panic::catch_unwind(run_command).unwrap_or_else(|_| {
@@ -202,6 +201,7 @@ fn run_command() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return parse_failed(&error),
     };
+    log_to_stderr(matches!(cli.command, Some(Command::Serve(_))));
     let mut output = Output::standard();
     let done = match cli.command {
         None => check::run(&cli.check, None, &mut output),
@@ -226,9 +226,12 @@ fn run_command() -> ExitCode {
     }
 }
 
-/// Events go to stderr if RUST_LOG asks for them. By default they do not: a conformance run provokes warnings by
-/// design.
-fn log_to_stderr() {
+/// Events go to stderr if RUST_LOG asks for them. By default those of a server do that are warnings; others do not: a
+/// conformance run provokes warnings by design.
+fn log_to_stderr(serves: bool) {
+    if serves && std::env::var_os("RUST_LOG").is_none_or(|asked| asked.is_empty()) {
+        return told::tell_warnings();
+    }
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing_subscriber::filter::LevelFilter::OFF.into())
         .from_env_lossy();

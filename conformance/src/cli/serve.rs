@@ -3,21 +3,20 @@
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 
 use clap::{Args, Subcommand};
 use polyvirt_core::Features;
 use polyvirt_core::device::Device;
 use polyvirt_core::memory::GuestMemory;
 use polyvirt_devices::{blk, console, rng};
-use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen, outlive_truncation};
+use polyvirt_transports::vhost_user::{Backend, Ended, Memory, ServeError, Stop, listen, outlive_truncation};
 
 use super::image_lock::{self, Unlocked};
 use super::limits::raise_open_files;
 use super::output::Output;
 use super::resize::Watch;
 use super::sandbox::{self, SandboxError, User};
-use super::sessions::Sessions;
+use super::told::tell;
 use super::{CliError, SUCCESS, complain, files, socket};
 use crate::report::mebibytes;
 
@@ -128,11 +127,13 @@ fn vhost_user(args: &ServeArgs, socket: &Path, at: &At, output: &mut Output) -> 
     features.set(Features::ACCESS_PLATFORM, at.iommu);
     let mut backend = Backend::new(device, features).map_err(|error| mistake(&error))?;
     ready(&told, &socket.display(), far_side, watch, output)?;
-    let mut sessions = Sessions::new(Instant::now());
-    let ended = |how: &_| {
+    let ended = |how: &Result<Ended, ServeError>| {
         // A block device tells nobody that it became larger: the next front end is to see it.
         image.iter().for_each(look_again);
-        sessions.tell(how);
+        // Any other end is a warning.
+        if let Ok(Ended::Closed) = how {
+            tell("the front end left");
+        }
     };
     listen(&listener, &mut backend, &stop, ended).map_err(|error| mistake(&error))?;
     Ok(SUCCESS)

@@ -106,7 +106,7 @@ fn how_a_session_ended_is_told() {
     assert_eq!(server.said(), "polyvirt: the front end left");
     let front = Connection::new(UnixStream::connect(&socket).unwrap()).unwrap();
     front.send(99, 0, &[], &[]).unwrap();
-    assert_eq!(server.said(), "polyvirt: the front end was shown out: request 99 is not known");
+    assert_eq!(server.said(), "polyvirt: the session was ended: request 99 is not known");
 }
 
 #[test]

@@ -64,15 +64,6 @@ pub enum ServeError {
         /// Why.
         reason: String,
     },
-    /// A queue that is to run for a driver of legacy devices.
-    #[error(
-        "queue {index} is driven as that of a legacy device, without VIRTIO_F_VERSION_1, which is not served here: give \
-         QEMU's device disable-legacy=on"
-    )]
-    Legacy {
-        /// The queue.
-        index: usize,
-    },
     /// The host failed.
     #[error("{call}: {reason}")]
     System {

@@ -33,6 +33,11 @@ const ANY: &[c_long] = &[
     SYS_fadvise64,
     SYS_close,
     SYS_dup,
+    // The same without waiting, of what is held, too.
+    SYS_io_setup,
+    SYS_io_submit,
+    SYS_io_getevents,
+    SYS_io_destroy,
     // Front ends, and the descriptors that they hand over.
     SYS_accept4,
     SYS_recvfrom,
