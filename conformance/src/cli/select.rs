@@ -26,11 +26,11 @@ impl<'a> Selection<'a> {
 
 /// What somebody may have meant who wrote `unknown`.
 fn similar<'a>(unknown: &str, valid: &[&'a str]) -> Option<&'a str> {
-    /// As for the names of options and commands, which `clap` compares.
-    const ENOUGH: f64 = 0.7;
-    let compared = valid.iter().map(|name| (strsim::jaro(unknown, name), *name));
+    /// A letter of three that is wrong, or in its neighbour's place.
+    const ENOUGH: f64 = 0.6;
+    let compared = valid.iter().map(|name| (strsim::normalized_damerau_levenshtein(unknown, name), *name));
     let most = compared.max_by(|(one, _), (other, _)| one.total_cmp(other));
-    most.filter(|(likeness, _)| *likeness > ENOUGH).map(|(_, name)| name)
+    most.filter(|(likeness, _)| *likeness >= ENOUGH).map(|(_, name)| name)
 }
 
 #[cfg(test)]
