@@ -50,6 +50,7 @@ const ANY: &[c_long] = &[
     SYS_getsockopt,
     SYS_setsockopt,
     SYS_eventfd2,
+    SYS_pipe2,
     SYS_memfd_create,
     // Waiting.
     SYS_ppoll,
