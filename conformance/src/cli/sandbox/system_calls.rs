@@ -27,10 +27,8 @@ const ANY: &[c_long] = &[
     SYS_lseek,
     SYS_fsync,
     SYS_fdatasync,
-    SYS_sync_file_range,
     SYS_fallocate,
     SYS_ftruncate,
-    SYS_fadvise64,
     SYS_close,
     SYS_dup,
     // The same without waiting, of what is held, too.
@@ -91,7 +89,7 @@ const ANY: &[c_long] = &[
 
 /// The older names of some of them, which only this architecture still has.
 #[cfg(target_arch = "x86_64")]
-const OLDER: &[c_long] = &[SYS_fstat, SYS_poll, SYS_select, SYS_epoll_wait, SYS_time];
+const OLDER: &[c_long] = &[SYS_fstat, SYS_poll, SYS_select, SYS_epoll_wait];
 #[cfg(not(target_arch = "x86_64"))]
 const OLDER: &[c_long] = &[SYS_fstat];
 
