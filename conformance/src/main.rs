@@ -6,6 +6,7 @@ mod lab;
 mod lines;
 mod report;
 mod shims;
+mod temporary;
 
 fn main() -> std::process::ExitCode {
     cli::run()

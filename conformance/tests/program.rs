@@ -1,9 +1,12 @@
 //! The program as its users meet it: exit codes, streams, files.
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -77,7 +80,12 @@ fn names_that_never_meet_are_a_mistake() {
 #[test]
 fn a_wrong_command_line_is_a_mistake() {
     assert_mistake(&run(&["--colour"]), &["--colour"]);
-    assert_mistake(&run(&["chekc"]), &["chekc"]);
+    assert_mistake(&run(&["chekc"]), &["chekc", "'check'"]);
+    assert_mistake(&run(&["--hypervisr", "kvm"]), &["--hypervisr", "'--hypervisor'"]);
+    assert_mistake(&run(&["--hypervisor", "kvn"]), &["'kvn'", "did you mean 'kvm'?"]);
+    assert_mistake(&run(&["lab", "run", "xen-dom"]), &["'xen-dom'", "did you mean 'xen-dom"]);
+    assert_mistake(&run(&["serve"]), &["serve", "blk", "console", "rng"]);
+    assert_mistake(&run(&["lab"]), &["lab", "setup", "run"]);
     assert_mistake(&run(&["check", "--format", "yaml"]), &["yaml", "json", "junit"]);
     assert_mistake(&run(&["check", "--image"]), &["--image"]);
 }
@@ -321,6 +329,82 @@ fn output_that_cannot_be_written_is_told_in_one_sentence() {
     let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let output = polyvirt(&["list"]).stdout(full).stderr(Stdio::piped()).output().unwrap();
     assert_mistake(&output, &["standard output"]);
+}
+
+#[test]
+fn the_columns_of_the_list_stand_under_their_heads() {
+    let output = run(&["list"]);
+    let told: Vec<_> = stdout(&output).lines().take_while(|line| !line.is_empty()).collect();
+    let below = told[0].find("below it").unwrap();
+    let rows: Vec<_> = told[1..].iter().filter(|line| !line.starts_with(' ')).collect();
+    assert!(rows.len() > 3);
+    for line in rows {
+        for head in ["evidence", "transports", "rings", "below it"] {
+            let at = told[0].find(head).unwrap();
+            assert_eq!(&line[at - 2..at], "  ", "{head}: {line}");
+            assert_ne!(&line[at..=at], " ", "{head}: {line}");
+        }
+        // Numbers stand at the right.
+        assert!(line.as_bytes()[below - 3].is_ascii_digit(), "{line}");
+    }
+}
+
+#[test]
+fn too_few_open_files_are_told_before_anything_is_run() {
+    let limited = polyvirt_sh("ulimit -n 20", &["check", "--quiet"], &QUICK);
+    assert_mistake(&limited, &["20 files", "ulimit -n"]);
+    // It may allow itself more.
+    assert_success(&polyvirt_sh("ulimit -S -n 20", &["check", "--quiet"], &QUICK));
+}
+
+/// The program after `before` was done in a shell.
+fn polyvirt_sh(before: &str, args: &[&str], more: &[&str]) -> Output {
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &format!("{before}; exec \"$0\" \"$@\""), env!("CARGO_BIN_EXE_polyvirt")]);
+    command.args(args).args(more).env_remove("RUST_LOG").stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
+fn a_signal_leaves_nothing_behind() {
+    let (temporary, reports) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let files = |folder: &Path| fs::read_dir(folder).unwrap().count();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
+        let mut command = polyvirt(&["check", "--hypervisor", "loopback", "--report"]);
+        command.arg(reports.path()).env("TMPDIR", temporary.path());
+        let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        // The generated image, then the page: both stay until the end.
+        while files(temporary.path()) == 0 || files(reports.path()) == 0 {
+            assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+            std::thread::yield_now();
+        }
+        kill(Pid::from_raw(child.id() as i32), signal).unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(signal as i32));
+        assert_eq!((files(temporary.path()), files(reports.path())), (0, 0), "{signal}");
+    }
+}
+
+#[test]
+fn a_signal_that_is_ignored_ends_nothing() {
+    let temporary = tempfile::tempdir().unwrap();
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", "trap '' INT; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_polyvirt")]);
+    command.args(["check", "--quiet"]).args(BLOCK).env_remove("RUST_LOG").env("TMPDIR", temporary.path());
+    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    while fs::read_dir(temporary.path()).unwrap().count() == 0 {
+        std::thread::yield_now();
+    }
+    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).unwrap();
+    assert_success(&child.wait_with_output().unwrap());
+}
+
+#[test]
+fn events_name_the_case_that_they_come_from() {
+    let output = polyvirt(&[&["check"], &QUICK as &[_]].concat()).env("RUST_LOG", "debug").output().unwrap();
+    let told = stderr(&output);
+    assert!(told.contains("case{name=\"init/needs-reset-is-told\" cell=loopback/mmio"), "{told}");
+    for line in told.lines() {
+        assert!(line.contains("case{name="), "{line}");
+    }
 }
 
 #[test]

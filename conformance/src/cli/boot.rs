@@ -22,7 +22,7 @@ use polyvirt_transports::pci::{self, Generation};
 
 use super::output::Output;
 use super::terminal::{connect, read_keys};
-use super::{CliError, FAILURE, MISTAKE, SUCCESS, complain, serve};
+use super::{CliError, FAILURE, MISTAKE, SUCCESS, complain, files, serve};
 
 /// Guest memory as devices see it.
 type Memory = Arc<FlatMemory>;
@@ -152,13 +152,7 @@ pub(super) fn run(args: &BootArgs, output: &mut Output) -> Result<u8, CliError> 
 }
 
 fn open(path: &Path) -> Result<File, CliError> {
-    let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", path.display()));
-    let file = File::open(path).map_err(|error| mistake(&error))?;
-    match file.metadata() {
-        Ok(metadata) if metadata.is_file() => Ok(file),
-        Ok(_) => Err(mistake(&"not a regular file")),
-        Err(error) => Err(mistake(&error)),
-    }
+    files::open(path).map_err(|error| CliError::Mistake(format!("{}: {error}", path.display())))
 }
 
 /// Gives what standard input has to the serial port, as far as `heard` says.
@@ -176,7 +170,8 @@ fn command_line(args: &BootArgs) -> String {
 fn devices(args: &BootArgs) -> Result<(Devices, Option<console::Handle>), CliError> {
     let mut devices = Devices::new();
     for image in &args.disk {
-        let (backend, _) = serve::disk(image, false)?;
+        let (file, _) = serve::disk(image, false)?;
+        let backend = blk::FileBackend::new(file).map_err(|error| serve::of_image(image, &error))?;
         devices.push(Box::new(blk::Device::new(backend, blk::Options::default())));
     }
     devices.push(Box::new(rng::Device::new(rng::HostEntropy)));

@@ -18,15 +18,20 @@ use polyvirt_conformance::{cases, cells};
 use tempfile::NamedTempFile;
 
 use super::daemon;
+use super::limits::need_open_files;
 use super::output::Output;
 use super::progress::Progress;
 use super::select::{Selection, matches};
 use super::{CheckArgs, CheckFormat, CliError, External, FAILURE, SUCCESS, TellArgs};
 use crate::image::{self, Image, ImageError};
 use crate::report::{self, Cell, Facts, ImageSource, Report};
+use crate::temporary::{self, Temporary};
 
 /// How long a case may take with a daemon, where every kick wakes another process, and on an emulated processor.
 const FAR_WATCHDOG: Duration = Duration::from_secs(300);
+/// How many files a run may have open by itself, and with each cell that is run at the same time: twice what was seen.
+const OPEN_FILES: u64 = 24;
+const OPEN_FILES_OF_A_CELL: u64 = 24;
 /// The page's name inside the directory of `--report`.
 const PAGE: &str = "report.html";
 
@@ -40,6 +45,8 @@ impl From<ImageError> for CliError {
 ///
 /// `external` is a device that is not ours.
 pub(super) fn run(args: &CheckArgs, external: Option<External<'_>>, output: &mut Output) -> Result<u8, CliError> {
+    end_cleanly()?;
+    need_open_files(OPEN_FILES + OPEN_FILES_OF_A_CELL * at_once() as u64)?;
     let (targets, expected) = match external {
         Some(external) => daemon::select(args, external)?,
         None => (select(args)?, None),
@@ -75,6 +82,16 @@ pub(super) fn tell(report: &Report, args: &TellArgs, page: Option<Page>, output:
         }
     }
     Ok(if report.summary.ok { SUCCESS } else { FAILURE })
+}
+
+/// How many cells are run at the same time.
+fn at_once() -> usize {
+    thread::available_parallelism().map_or(1, NonZero::get)
+}
+
+/// Leaves nothing behind when a signal ends the program. Before there are other threads.
+pub(super) fn end_cleanly() -> Result<(), CliError> {
+    temporary::remove_on_signals().map_err(|error| CliError::Mistake(format!("signals: {error}")))
 }
 
 /// The cells that were asked for. Models that only stand in for a hypervisor have to be asked for by name.
@@ -165,7 +182,7 @@ fn run_cells(
         _ => false,
     };
     let alone = targets.iter().any(|target| alone(target.cell()));
-    let at_once = if alone { 1 } else { thread::available_parallelism().map_or(1, NonZero::get) };
+    let at_once = if alone { 1 } else { at_once() };
     let mut cells = in_order(targets, at_once, run);
     // Alone, since it is about speed too.
     for (target, cell) in targets.iter().zip(&mut cells) {
@@ -206,7 +223,7 @@ fn steps(target: &dyn Target, cases: &[Case]) -> usize {
 
 /// The page of `--report`: its place is taken before anything is run, and filled in one go at the end.
 pub(super) struct Page {
-    file: NamedTempFile,
+    file: Temporary<NamedTempFile>,
     path: PathBuf,
 }
 
@@ -219,15 +236,15 @@ impl Page {
             return Err(CliError::Mistake(format!("report {}: a directory", path.display())));
         }
         // As any other new file: the process's umask takes its share of the rights.
-        let file =
-            tempfile::Builder::new().permissions(Permissions::from_mode(0o666)).tempfile_in(folder).map_err(mistake)?;
+        let mut builder = tempfile::Builder::new();
+        let file = temporary::file_in(builder.permissions(Permissions::from_mode(0o666)), folder).map_err(mistake)?;
         Ok(Self { file, path })
     }
 
     fn write(mut self, page: &str) -> Result<PathBuf, CliError> {
         let mistake = |error| CliError::Mistake(format!("report {}: {error}", self.path.display()));
         self.file.write_all(page.as_bytes()).map_err(mistake)?;
-        self.file.persist(&self.path).map_err(|error| mistake(error.error))?;
+        self.file.hand_over(|file| file.persist(&self.path)).map_err(|error| mistake(error.error))?;
         Ok(self.path)
     }
 }

@@ -1,6 +1,6 @@
 //! `polyvirt check vhost-user:PATH`.
 
-use std::fs;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use polyvirt_conformance::daemon::{Daemon, Expectations, Process};
 use polyvirt_conformance::suite::Target;
 
 use super::select::Selection;
-use super::{CheckArgs, CliError, External};
+use super::{CheckArgs, CliError, External, files};
 
 /// What stands in the place of a hypervisor's name.
 pub(super) const HYPERVISOR: &str = "daemon";
@@ -55,7 +55,7 @@ pub(super) fn select(args: &CheckArgs, external: External<'_>) -> Result<Known, 
 fn expectations(name: &str, kind: Kind) -> Result<Expectations, CliError> {
     let text = match Expectations::text(name) {
         Some(text) => text.to_owned(),
-        None => fs::read_to_string(name).map_err(|error| {
+        None => files::open(name.as_ref()).and_then(io::read_to_string).map_err(|error| {
             let known = Expectations::names().join(", ");
             CliError::Mistake(format!("expectations '{name}': {error}; those that come with the program: {known}"))
         })?,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::{Args, Subcommand};
 use serde::Serialize;
 
-use super::check::{Page, tell};
+use super::check::{Page, end_cleanly, tell};
 use super::output::Output;
 use super::progress::Progress;
 use super::select::Selection;
@@ -49,6 +49,7 @@ impl From<LabError> for CliError {
 
 /// Does what `command` says, tells what came of it, and returns the exit code.
 pub(super) fn run(command: &LabCommand, output: &mut Output) -> Result<u8, CliError> {
+    end_cleanly()?;
     match command {
         LabCommand::Setup { guests, format } => setup(&select(guests)?, *format, output),
         LabCommand::Run(args) => boot(&select(&args.guests)?, args.require, &args.tell, output),

@@ -114,19 +114,29 @@ fn hypervisor(name: &'static str, targets: &[Arc<dyn Target>], by_default: bool)
 }
 
 fn text(listing: &Listing) -> String {
-    let mut out = String::from("hypervisor  evidence  transports    rings          shim  below it\n");
-    for hypervisor in &listing.hypervisors {
+    let row = |hypervisor: &Hypervisor| {
         let below: Vec<_> = hypervisor.below.iter().map(|part| format!("{} {}", part.part, part.lines)).collect();
-        let line = format!(
-            "{:10}  {:8}  {:12}  {:13}  {:>4}  {}",
-            hypervisor.name,
-            hypervisor.evidence,
+        [
+            hypervisor.name.to_owned(),
+            hypervisor.evidence.clone(),
             hypervisor.transports.join(", "),
             hypervisor.rings.join(", "),
-            hypervisor.shim_lines,
+            hypervisor.shim_lines.to_string(),
             below.join(", "),
-        );
-        _ = writeln!(out, "{}", line.trim_end());
+        ]
+    };
+    let head = ["hypervisor", "evidence", "transports", "rings", "shim", "below it"].map(str::to_owned);
+    let rows: Vec<_> = std::iter::once(head).chain(listing.hypervisors.iter().map(row)).collect();
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+    let [first, second, third, fourth, fifth] = [0, 1, 2, 3, 4].map(width);
+    let mut lines = rows.iter().map(|[name, evidence, transports, rings, shim, below]| {
+        let line =
+            format!("{name:first$}  {evidence:second$}  {transports:third$}  {rings:fourth$}  {shim:>fifth$}  {below}");
+        format!("{}\n", line.trim_end())
+    });
+    let mut out = lines.next().unwrap_or_default();
+    for (hypervisor, line) in listing.hypervisors.iter().zip(lines) {
+        out.push_str(&line);
         if let Some(reason) = &hypervisor.reason {
             _ = writeln!(out, "            not here: {reason}");
         }

@@ -6,14 +6,21 @@ mod bench;
 mod boot;
 mod check;
 mod daemon;
+mod files;
+mod image_lock;
 mod lab;
 mod ledger;
+mod limits;
 mod list;
 mod output;
 mod progress;
+mod resize;
+mod sandbox;
 mod select;
 mod serve;
+mod socket;
 mod terminal;
+mod told;
 mod xen_guest;
 mod xen_refusals;
 
@@ -25,6 +32,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use polyvirt_hypervisors::xen;
 
 use output::Output;
+
+use crate::temporary;
 
 /// Nothing failed or wedged.
 const SUCCESS: u8 = 0;
@@ -66,11 +75,12 @@ enum Command {
         format: Format,
     },
     /// Be a vhost-user device for any VMM: QEMU, User Mode Linux, …
+    #[command(arg_required_else_help = false)]
     Serve(serve::ServeArgs),
     /// Boot an unmodified Linux on our devices
     Boot(boot::BootArgs),
     /// Real guests: unmodified Linux kernels whose own drivers use our devices
-    #[command(subcommand)]
+    #[command(subcommand, arg_required_else_help = false)]
     Lab(lab::LabCommand),
     /// Do what the one says who holds the other end of standard input: the guest's half of a cell on a real Xen
     #[command(name = xen::HANDS, hide = true)]
@@ -194,13 +204,15 @@ enum CliError {
 
 /// Runs the program.
 pub(crate) fn run() -> ExitCode {
-    log_to_stderr();
     // Nobody gets a backtrace: the suite counts what panics in a case as a failure, anything else is told below.
     std::panic::set_hook(Box::new(|panic| tracing::error!(%panic)));
-    std::panic::catch_unwind(run_command).unwrap_or_else(|_| {
+    let code = std::panic::catch_unwind(run_command).unwrap_or_else(|_| {
         complain("a mistake of the program itself: RUST_LOG=error tells where, please report it");
         FAILURE.into()
-    })
+    });
+    // A case that wedged has its own still.
+    drop(temporary::remove_all());
+    code
 }
 
 fn run_command() -> ExitCode {
@@ -208,6 +220,7 @@ fn run_command() -> ExitCode {
         Ok(cli) => cli,
         Err(error) => return parse_failed(&error),
     };
+    log_to_stderr(matches!(cli.command, Some(Command::Serve(_))));
     let mut output = Output::standard();
     let done = match cli.command {
         None => check::run(&cli.check, None, &mut output),
@@ -232,9 +245,12 @@ fn run_command() -> ExitCode {
     }
 }
 
-/// Events go to stderr if RUST_LOG asks for them. By default they do not: a conformance run provokes warnings by
-/// design.
-fn log_to_stderr() {
+/// Events go to stderr if RUST_LOG asks for them. By default those of a server do that are warnings; others do not: a
+/// conformance run provokes warnings by design.
+fn log_to_stderr(serves: bool) {
+    if serves && std::env::var_os("RUST_LOG").is_none_or(|asked| asked.is_empty()) {
+        return told::tell_warnings();
+    }
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing_subscriber::filter::LevelFilter::OFF.into())
         .from_env_lossy();
@@ -253,7 +269,12 @@ fn parse_failed(error: &clap::Error) -> ExitCode {
             let told = error.to_string();
             let paragraph: Vec<&str> = told.lines().take_while(|line| !line.is_empty()).map(str::trim).collect();
             let sentence = paragraph.join(" ");
-            complain(&format!("{} (polyvirt --help tells more)", sentence.trim_start_matches("error: ")));
+            let tips: String = told
+                .lines()
+                .filter_map(|line| line.trim().strip_prefix("tip: "))
+                .map(|tip| format!("; {tip}"))
+                .collect();
+            complain(&format!("{}{tips} (polyvirt --help tells more)", sentence.trim_start_matches("error: ")));
             MISTAKE.into()
         }
     }

@@ -10,9 +10,11 @@ impl<'a> Selection<'a> {
     pub(super) fn new(kind: &str, asked: &'a [String], valid: &[&str]) -> Result<Self, CliError> {
         match asked.iter().find(|name| !valid.contains(&name.as_str())) {
             None => Ok(Self(asked)),
-            Some(unknown) => {
-                Err(CliError::Mistake(format!("there is no {kind} '{unknown}': choose from {}", valid.join(", "))))
-            }
+            Some(unknown) => Err(CliError::Mistake(format!(
+                "there is no {kind} '{unknown}'{}: choose from {}",
+                similar(unknown, valid).map_or_else(String::new, |name| format!(" (did you mean '{name}'?)")),
+                valid.join(", ")
+            ))),
         }
     }
 
@@ -37,6 +39,15 @@ pub(super) fn matches(pattern: &str, name: &str) -> bool {
     true
 }
 
+/// What somebody may have meant who wrote `unknown`.
+fn similar<'a>(unknown: &str, valid: &[&'a str]) -> Option<&'a str> {
+    /// A letter of three that is wrong, or in its neighbour's place.
+    const ENOUGH: f64 = 0.6;
+    let compared = valid.iter().map(|name| (strsim::normalized_damerau_levenshtein(unknown, name), *name));
+    let most = compared.max_by(|(one, _), (other, _)| one.total_cmp(other));
+    most.filter(|(likeness, _)| *likeness >= ENOUGH).map(|(_, name)| name)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -58,6 +69,9 @@ mod tests {
         let asked = ["blk".to_owned(), "disk".to_owned()];
         let error = Selection::new("device", &asked, &["blk", "rng"]).map(|_| ()).unwrap_err();
         assert_eq!(error.to_string(), "there is no device 'disk': choose from blk, rng");
+        let asked = ["bkl".to_owned()];
+        let error = Selection::new("device", &asked, &["blk", "rng"]).map(|_| ()).unwrap_err();
+        assert_eq!(error.to_string(), "there is no device 'bkl' (did you mean 'blk'?): choose from blk, rng");
     }
 
     #[test]

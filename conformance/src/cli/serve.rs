@@ -1,9 +1,7 @@
 //! `polyvirt serve`.
 
 use std::fs::{self, File};
-use std::io::{self, ErrorKind};
-use std::os::unix::fs::FileTypeExt as _;
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
@@ -11,15 +9,22 @@ use polyvirt_core::Features;
 use polyvirt_core::device::Device;
 use polyvirt_core::memory::GuestMemory;
 use polyvirt_devices::{blk, console, rng};
-use polyvirt_transports::vhost_user::{Backend, Memory, Stop, listen, outlive_truncation};
+use polyvirt_transports::vhost_user::{Backend, Ended, Memory, ServeError, Stop, listen, outlive_truncation};
 
+use super::image_lock::{self, Unlocked};
+use super::limits::raise_open_files;
 use super::output::Output;
-use super::{CliError, SUCCESS};
+use super::resize::Watch;
+use super::sandbox::{self, SandboxError, User};
+use super::told::tell;
+use super::{CliError, SUCCESS, complain, files, socket};
 use crate::report::mebibytes;
 
 /// Data segments of a request: so few that they fit into the queues that front ends have by default, for drivers without
 /// indirect descriptors. With them any queue takes so many.
 const SEG_MAX: u16 = 126;
+/// Bytes of a sector (5.2.4).
+const SECTOR: u64 = 512;
 
 #[derive(Args)]
 pub(super) struct ServeArgs {
@@ -32,7 +37,8 @@ pub(super) struct ServeArgs {
 enum Served {
     /// A block device over a raw image
     Blk {
-        /// The image; bytes beyond its last whole sector of 512 are not part of the disk
+        /// The image, a file or a block device; bytes beyond its last whole sector of 512 are not part of the disk. A
+        /// file that becomes longer or shorter is noticed; to have a block device looked at, send SIGUSR1
         #[arg(long, value_name = "FILE")]
         image: PathBuf,
         /// The guest cannot write
@@ -60,12 +66,21 @@ enum Served {
     },
 }
 
-/// Where.
+/// Where, and to whom.
 #[derive(Args)]
 struct At {
     /// The socket that front ends connect to, one after another; one that nobody listens on is replaced
     #[arg(long, value_name = "PATH", required_unless_present_any = ["xen_domain", "xenbus"])]
     socket: Option<PathBuf>,
+    /// Who may connect: the rights of the socket, in octal
+    #[arg(long, value_name = "MODE", default_value = "600", value_parser = socket::mode, conflicts_with_all = ["xen_domain", "xenbus"])]
+    socket_mode: u32,
+    /// Become this user, without other groups, once everything is open; the socket is given to it
+    #[arg(long, value_name = "UID[:GID]", conflicts_with_all = ["xen_domain", "xenbus"])]
+    uid: Option<User>,
+    /// Keep all rights: to debug. Otherwise nothing more can be opened or run once the device is served
+    #[arg(long)]
+    no_sandbox: bool,
     /// Offer to have device addresses translated by the front end (VIRTIO_F_ACCESS_PLATFORM): for guests behind an IOMMU
     #[arg(long, conflicts_with = "xen_domain")]
     iommu: bool,
@@ -86,10 +101,10 @@ struct At {
 pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
     let (Served::Blk { at, .. } | Served::Console { at } | Served::Rng { at }) = &args.device;
     if at.xenbus {
-        return xenbus(args, output);
+        return xenbus(args, at, output);
     }
     match (&at.socket, at.xen_domain) {
-        (_, Some(domain)) => xen(args, domain, output),
+        (_, Some(domain)) => xen(args, at, domain, output),
         (Some(socket), None) => vhost_user(args, socket, at, output),
         (None, None) => Err(CliError::Mistake("none of --socket, --xen-domain and --xenbus says for whom".into())),
     }
@@ -97,53 +112,95 @@ pub(super) fn run(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError>
 
 /// Serves whoever connects to `socket`.
 fn vhost_user(args: &ServeArgs, socket: &Path, at: &At, output: &mut Output) -> Result<u8, CliError> {
-    let (device, told, terminal) = device::<Memory>(args)?;
     let mistake = |error: &dyn std::fmt::Display| CliError::Mistake(format!("{}: {error}", socket.display()));
-    let listener = bind(socket).map_err(|error| mistake(&error))?;
+    // Regions of memory and queues are descriptors: a front end may have many of them.
+    raise_open_files();
+    let opened = Opened::new(args)?;
+    let watch = opened.watch()?;
+    let listener = socket::bind(socket, at.socket_mode, at.uid).map_err(|error| mistake(&error))?;
     let stop = Stop::new().map_err(|error| mistake(&error))?;
     outlive_truncation().map_err(|error| mistake(&error))?;
+    // Everything is open, and there are no other threads yet.
+    if let Err(error) = confine(at) {
+        // Nobody is going to listen. If it stays even so, it is replaced the next time.
+        _ = fs::remove_file(socket);
+        return Err(error);
+    }
+    let (device, told, far_side) = opened.device::<Memory>(args)?;
+    let image = far_side.image();
     let mut features = if at.ring == "packed" { Features::RING_PACKED } else { Features::empty() };
     features.set(Features::ACCESS_PLATFORM, at.iommu);
     let mut backend = Backend::new(device, features).map_err(|error| mistake(&error))?;
-    ready(&told, &socket.display(), terminal, output)?;
-    listen(&listener, &mut backend, &stop, |_| {}).map_err(|error| mistake(&error))?;
+    ready(&told, &socket.display(), far_side, watch, output)?;
+    let ended = |how: &Result<Ended, ServeError>| {
+        // A block device tells nobody that it became larger: the next front end is to see it.
+        image.iter().for_each(look_again);
+        // Any other end is a warning.
+        if let Ok(Ended::Closed) = how {
+            tell("the front end left");
+        }
+    };
+    listen(&listener, &mut backend, &stop, ended).map_err(|error| mistake(&error))?;
     Ok(SUCCESS)
+}
+
+/// Gives up what is not needed to serve, as far as `at` wants it and this kernel can.
+fn confine(at: &At) -> Result<(), CliError> {
+    let mistake = |error: SandboxError| CliError::Mistake(error.to_string());
+    if at.no_sandbox {
+        return sandbox::become_user(at.uid).map_err(mistake);
+    }
+    sandbox::enter(at.uid).map_err(mistake)?.into_iter().for_each(complain);
+    Ok(())
+}
+
+/// Xen's calls go through devices that are opened for each domain.
+#[cfg(all(target_os = "linux", target_arch = "x86_64"))]
+fn not_confined(at: &At) {
+    if !at.no_sandbox {
+        complain("there is no sandbox for Xen's domains: the process keeps its rights");
+    }
 }
 
 /// Serves domain `id` of Xen, until it is gone.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn xen(args: &ServeArgs, id: u16, output: &mut Output) -> Result<u8, CliError> {
+fn xen(args: &ServeArgs, at: &At, id: u16, output: &mut Output) -> Result<u8, CliError> {
     use polyvirt_core::hypervisor::{Host as _, HypervisorError};
     use polyvirt_hypervisors::xen_hvm;
     use polyvirt_transports::pci::{Generation, attach};
 
-    let (device, told, terminal) = device(args)?;
+    let opened = Opened::new(args)?;
+    let watch = opened.watch()?;
+    let (device, told, far_side) = opened.device(args)?;
     let mistake = |error: HypervisorError| CliError::Mistake(format!("Xen's domain {id}: {error}"));
     let (domain, mut host) = xen_hvm::open(id).map_err(mistake)?;
     let memory = host.memory();
     attach(&mut host, memory, device, Generation::Modern).map_err(mistake)?;
-    ready(&told, &format_args!("domain {id}"), terminal, output)?;
+    not_confined(at);
+    ready(&told, &format_args!("domain {id}"), far_side, watch, output)?;
     domain.wait_for_its_end();
     Ok(SUCCESS)
 }
 
 /// Serves domains of Xen over its own bus, one after another.
 #[cfg(all(target_os = "linux", target_arch = "x86_64"))]
-fn xenbus(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
+fn xenbus(args: &ServeArgs, at: &At, output: &mut Output) -> Result<u8, CliError> {
     use polyvirt_core::hypervisor::{Host as _, HypervisorError};
     use polyvirt_hypervisors::xen;
     use polyvirt_transports::xenbus::attach;
 
+    not_confined(at);
     for line in std::io::stdin().lines() {
         let line = line.map_err(|error| CliError::Mistake(format!("standard input: {error}")))?;
         let id = line.trim().parse::<u16>();
         let id = id.map_err(|error| CliError::Mistake(format!("'{line}' is no number of a domain: {error}")))?;
         let mistake = |error: HypervisorError| CliError::Mistake(format!("Xen's domain {id}: {error}"));
-        let (device, told, terminal) = device(args)?;
+        // The image is opened for each domain, and its size is what it is then.
+        let (device, told, far_side) = Opened::new(args)?.device(args)?;
         let mut host = xen::serve(id).map_err(mistake)?;
         let memory = host.memory();
         attach(&mut host, memory, device).map_err(mistake)?;
-        ready(&told, &format_args!("domain {id}"), terminal, output)?;
+        ready(&told, &format_args!("domain {id}"), far_side, None, output)?;
         xen::wait_for_its_end(&host).map_err(mistake)?;
         drop(host);
         output.text(&format!("domain {id} is gone\n"))?;
@@ -153,54 +210,108 @@ fn xenbus(args: &ServeArgs, output: &mut Output) -> Result<u8, CliError> {
 }
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn xenbus(_: &ServeArgs, _: &mut Output) -> Result<u8, CliError> {
+fn xenbus(_: &ServeArgs, _: &At, _: &mut Output) -> Result<u8, CliError> {
     Err(CliError::Mistake("--xenbus needs Linux on x86_64".into()))
 }
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-fn xen(_: &ServeArgs, _: u16, _: &mut Output) -> Result<u8, CliError> {
+fn xen(_: &ServeArgs, _: &At, _: u16, _: &mut Output) -> Result<u8, CliError> {
     Err(CliError::Mistake("--xen-domain needs Linux on x86_64".into()))
 }
 
-/// Says that a device can be used at `place`, and lends it the terminal if it wants one.
+/// Says that a device can be used at `place`, and connects its far side.
 fn ready(
     told: &str,
     place: &dyn std::fmt::Display,
-    terminal: Option<console::Handle>,
+    far_side: FarSide,
+    watch: Option<Watch>,
     output: &mut Output,
 ) -> Result<(), CliError> {
     output.text(&format!("{told}: ready at {place}\n"))?;
     output.flush()?;
-    if let Some(handle) = terminal {
-        super::terminal::connect(handle, <[u8]>::to_vec);
+    match (far_side, watch) {
+        (FarSide::Terminal(handle), _) => super::terminal::connect(handle, <[u8]>::to_vec),
+        (FarSide::Image(image), Some(watch)) => {
+            let spawned = watch.spawn(move || look_again(&image));
+            spawned.map_err(|error| CliError::Mistake(format!("no thread to watch the image: {error}")))?;
+        }
+        (FarSide::Image(_), None) | (FarSide::None, _) => {}
     }
     Ok(())
 }
 
-/// The device that `args` ask for, a few words about it, and what a terminal is connected to.
-#[allow(clippy::type_complexity)]
-fn device<M: GuestMemory + Send + 'static>(
-    args: &ServeArgs,
-) -> Result<(Box<dyn Device<M>>, String, Option<console::Handle>), CliError> {
-    Ok(match &args.device {
-        Served::Blk { image, read_only, queues, serial, .. } => {
-            let (backend, told) = disk(image, *read_only)?;
-            let options = blk::Options {
-                read_only: *read_only,
-                queues: *queues,
-                id: serial.clone(),
-                seg_max: Some(SEG_MAX),
-                ..blk::Options::default()
-            };
-            (Box::new(blk::Device::new(backend, options)), told, None)
+fn look_again(image: &blk::FileHandle) {
+    if let Err(error) = image.refresh() {
+        tracing::warn!(%error, "the image's size cannot be told");
+    }
+}
+
+/// What a device needs of the host, open.
+enum Opened {
+    Image { file: File, told: String },
+    Nothing,
+}
+
+/// What stands behind a device.
+enum FarSide {
+    Image(blk::FileHandle),
+    Terminal(console::Handle),
+    None,
+}
+
+impl FarSide {
+    fn image(&self) -> Option<blk::FileHandle> {
+        match self {
+            Self::Image(image) => Some(image.clone()),
+            _ => None,
         }
-        Served::Console { .. } => {
-            let device = console::Device::new(80, 25);
-            let terminal = device.handle();
-            (Box::new(device), "console".into(), Some(terminal))
+    }
+}
+
+impl Opened {
+    fn new(args: &ServeArgs) -> Result<Self, CliError> {
+        match &args.device {
+            Served::Blk { image, read_only, .. } => {
+                let (file, told) = disk(image, *read_only)?;
+                Ok(Self::Image { file, told })
+            }
+            Served::Console { .. } | Served::Rng { .. } => Ok(Self::Nothing),
         }
-        Served::Rng { .. } => (Box::new(rng::Device::new(rng::HostEntropy)), "rng".into(), None),
-    })
+    }
+
+    /// What tells that the image became longer or shorter.
+    fn watch(&self) -> Result<Option<Watch>, CliError> {
+        let Self::Image { file, .. } = self else { return Ok(None) };
+        Watch::new(file).map(Some).map_err(|error| CliError::Mistake(format!("no watch over the image: {error}")))
+    }
+
+    /// The device that `args` ask for, a few words about it, and its far side.
+    #[allow(clippy::type_complexity)]
+    fn device<M: GuestMemory + Send + 'static>(
+        self,
+        args: &ServeArgs,
+    ) -> Result<(Box<dyn Device<M>>, String, FarSide), CliError> {
+        Ok(match (self, &args.device) {
+            (Self::Image { file, told }, Served::Blk { image, read_only, queues, serial, .. }) => {
+                let backend = blk::FileBackend::new(file).map_err(|error| of_image(image, &error))?;
+                let far_side = FarSide::Image(backend.handle());
+                let options = blk::Options {
+                    read_only: *read_only,
+                    queues: *queues,
+                    id: serial.clone(),
+                    seg_max: Some(SEG_MAX),
+                    ..blk::Options::default()
+                };
+                (Box::new(blk::Device::new(backend, options)), told, far_side)
+            }
+            (_, Served::Console { .. }) => {
+                let device = console::Device::new(80, 25);
+                let terminal = device.handle();
+                (Box::new(device), "console".into(), FarSide::Terminal(terminal))
+            }
+            _ => (Box::new(rng::Device::new(rng::HostEntropy)), "rng".into(), FarSide::None),
+        })
+    }
 }
 
 /// What GET_ID can answer: 20 bytes, that guests show and make file names of.
@@ -212,31 +323,30 @@ fn serial(text: &str) -> Result<String, String> {
     }
 }
 
-/// The image as a backend, and a few words about it.
-pub(super) fn disk(image: &Path, read_only: bool) -> Result<(blk::FileBackend, String), CliError> {
-    let mistake = |error: io::Error| CliError::Mistake(format!("image {}: {error}", image.display()));
-    let file = File::options().read(true).write(!read_only).open(image).map_err(mistake)?;
-    let metadata = file.metadata().map_err(mistake)?;
-    if !metadata.is_file() {
-        return Err(CliError::Mistake(format!("image {}: not a regular file", image.display())));
-    }
-    let rights = if read_only { "read-only" } else { "read and write" };
-    let told = format!("blk, {}, {:.1} MiB, {rights}", image.display(), mebibytes(metadata.len()));
-    Ok((blk::FileBackend::new(file).map_err(mistake)?, told))
+/// What is wrong with `image`.
+pub(super) fn of_image(image: &Path, error: &dyn std::fmt::Display) -> CliError {
+    CliError::Mistake(format!("image {}: {error}", image.display()))
 }
 
-/// Listens at `path`. A socket that nobody listens on any more is replaced; anything else that is there stays.
-fn bind(path: &Path) -> io::Result<UnixListener> {
-    match UnixListener::bind(path) {
-        Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            let left_behind = fs::symlink_metadata(path)?.file_type().is_socket()
-                && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
-            if !left_behind {
-                return Err(error);
-            }
-            fs::remove_file(path)?;
-            UnixListener::bind(path)
-        }
-        done => done,
+/// The image, open and kept from others, and a few words about it.
+pub(super) fn disk(image: &Path, read_only: bool) -> Result<(File, String), CliError> {
+    let mistake = |error: io::Error| of_image(image, &error);
+    let (file, size) = files::open_disk(image, !read_only).map_err(mistake)?;
+    if size < SECTOR {
+        return Err(of_image(image, &format_args!("{size} bytes, and a disk has at least a sector of {SECTOR}")));
     }
+    match image_lock::lock(&file, !read_only) {
+        Ok(()) => {}
+        Err(Unlocked::Taken) => {
+            return Err(of_image(image, &"in use by another process that writes, or counts on nobody to write"));
+        }
+        Err(Unlocked::Failed(error)) => {
+            complain(&format!(
+                "image {}: it cannot be locked ({error}): see to it that nobody else writes",
+                image.display()
+            ));
+        }
+    }
+    let rights = if read_only { "read-only" } else { "read and write" };
+    Ok((file, format!("blk, {}, {:.1} MiB, {rights}", image.display(), mebibytes(size))))
 }

@@ -18,6 +18,7 @@ pub(crate) use block::through;
 pub(crate) use pattern::fill;
 
 use crate::report::ImageSource;
+use crate::temporary::{self, Temporary};
 
 /// Bytes of a sector: the unit of the block device (5.2.4).
 pub(crate) const SECTOR: usize = 512;
@@ -71,7 +72,7 @@ pub(crate) struct Image {
     size: u64,
     sha256: String,
     /// Keeps a generated image.
-    _generated: Option<NamedTempFile>,
+    _generated: Option<Temporary<NamedTempFile>>,
 }
 
 impl Image {
@@ -101,7 +102,7 @@ impl Image {
 
     /// Pseudo-random bytes, the same in every run.
     pub(crate) fn generated() -> Result<Self, ImageError> {
-        let mut file = NamedTempFile::new()?;
+        let mut file = temporary::file()?;
         let mut content = vec![0; GENERATED as usize];
         pattern::fill(pattern::IMAGE_SEED, 0, &mut content);
         file.write_all(&content)?;
@@ -125,11 +126,11 @@ impl Image {
     }
 
     /// A private copy for a device to serve.
-    pub(crate) fn copy(&self) -> Result<NamedTempFile, ImageError> {
-        let mut copy = NamedTempFile::new()?;
+    pub(crate) fn copy(&self) -> Result<Temporary<NamedTempFile>, ImageError> {
+        let mut copy = temporary::file()?;
         let copied = self.open()?.take(self.size);
         let mut copied = io::BufReader::with_capacity(CHUNK, copied);
-        io::copy(&mut copied, &mut copy)?;
+        io::copy(&mut copied, &mut *copy)?;
         copy.flush()?;
         Ok(copy)
     }

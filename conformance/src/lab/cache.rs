@@ -4,7 +4,10 @@ use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use tempfile::TempDir;
+
 use super::LabError;
+use crate::temporary::{self, Temporary};
 
 /// The lab's folder.
 pub(crate) struct Cache {
@@ -30,9 +33,10 @@ impl Cache {
     }
 
     /// An empty folder beside what is kept, for what is under construction.
-    pub(super) fn scratch(&self) -> Result<tempfile::TempDir, LabError> {
+    pub(super) fn scratch(&self) -> Result<Temporary<TempDir>, LabError> {
         fs::create_dir_all(&self.root).map_err(LabError::file(&self.root))?;
-        tempfile::Builder::new().prefix("fetching-").tempdir_in(&self.root).map_err(LabError::file(&self.root))
+        temporary::folder_in(tempfile::Builder::new().prefix("fetching-"), &self.root)
+            .map_err(LabError::file(&self.root))
     }
 
     /// Makes `made`, a finished folder, what is kept as `name`. Who looks sees the old one, none, or the new one.

@@ -41,7 +41,7 @@ pub(super) fn run(
     progress: &mut dyn FnMut(Step),
 ) -> Result<Vec<Cell>, LabError> {
     let kernel = Kept::of(guest.kernel, guest, cache)?;
-    let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
+    let folder = crate::temporary::folder().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let busybox = Part::tools(guest).place(cache).join("busybox");
     let archive = xen::first_files(cache, &kernel, &busybox, INIT, &TOOLS)?;

@@ -109,7 +109,7 @@ pub(super) fn run(
     let place = Part::Kernel(guest.kernel).place(cache);
     let not_there = || LabError::NotSetUp { what: place.display().to_string(), guest: guest.name };
     let kernel = Kept::open(&place, guest.kernel).ok_or_else(not_there)?;
-    let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
+    let folder = crate::temporary::folder().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let busybox = Part::tools(guest).place(cache).join("busybox");
     let image = Image::create(folder, DEVICE.0).map_err(LabError::file(folder))?;

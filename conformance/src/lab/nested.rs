@@ -73,7 +73,7 @@ pub(super) fn run(
     nested: &Nested,
     progress: &mut dyn FnMut(Step),
 ) -> Result<Vec<Cell>, LabError> {
-    let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
+    let folder = crate::temporary::folder().map_err(LabError::file(&std::env::temp_dir()))?;
     let archive = host(guest, nested, cache, SUITE)?;
     let initramfs = xen::write(folder.path(), "host", &archive.finish())?;
     let kernel = kernel(guest, nested, cache)?.image;

@@ -112,7 +112,7 @@ fn one(cache: &Cache, guest: &'static Guest, progress: &mut dyn FnMut(Step)) -> 
     let kernel = Kept::of(guest.kernel, guest, cache)?;
 
     // Not in the cache: a socket's path is short.
-    let folder = tempfile::tempdir().map_err(LabError::file(&std::env::temp_dir()))?;
+    let folder = crate::temporary::folder().map_err(LabError::file(&std::env::temp_dir()))?;
     let folder = folder.path();
     let (driven, lacking): (Vec<_>, Vec<_>) = guest.devices.iter().partition(|device| kernel.drives(device.kind));
     let mut served =

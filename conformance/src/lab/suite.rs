@@ -9,7 +9,6 @@ use std::sync::mpsc::{Sender, channel};
 use std::thread;
 
 use serde::Deserialize;
-use tempfile::NamedTempFile;
 
 use super::boot::boot;
 use super::guests::Guest;
@@ -18,6 +17,7 @@ use super::run::{EVIDENCE, Step, empty_cell, failure, told_case};
 use super::transcript::Transcript;
 use super::{LabError, tool};
 use crate::report::{Cell, Outcome, Skipped};
+use crate::temporary;
 
 /// Cells that one machine runs.
 #[derive(Debug)]
@@ -149,7 +149,7 @@ pub(super) fn without(guest: &Guest, batches: &[Batch], error: &LabError) -> Vec
 
 /// The report that was told, packed, as `base64`.
 fn report(base64: &str) -> Result<Report, Box<dyn Error>> {
-    let mut packed = NamedTempFile::new()?;
+    let mut packed = temporary::file()?;
     packed.write_all(&decode(base64).ok_or("what was told is no base64")?)?;
     let json = tool::run(Command::new("gzip").args(["--decompress", "--stdout"]).arg(packed.path()))?;
     Ok(serde_json::from_str(&json)?)
@@ -219,7 +219,7 @@ mod tests {
 
     /// As the guest's script does it.
     fn encode(json: &str) -> String {
-        let mut file = NamedTempFile::new().unwrap();
+        let mut file = temporary::file().unwrap();
         file.write_all(json.as_bytes()).unwrap();
         tool::run(Command::new("sh").args(["-c", "gzip <\"$0\" | base64 -w 0"]).arg(file.path())).unwrap()
     }

@@ -159,7 +159,9 @@ fn run_case(target: &Arc<dyn Target>, case: Case, watchdog: Duration) -> Outcome
     // Linux makes folders by the names of threads that open event channels: a slash would end one there.
     let thread = Builder::new().name(case.name.replace('/', " ")).spawn(move || {
         // Nobody listens any more if the watchdog barked.
-        let _ = send.send(in_session(&*target, &case));
+        // At every level: whoever asks for warnings only wants to know of which case.
+        let span = tracing::error_span!("case", name = case.name, cell = %target.cell());
+        let _ = send.send(span.in_scope(|| in_session(&*target, &case)));
     });
     match thread {
         Ok(_abandoned) => receive.recv_timeout(watchdog).unwrap_or(Outcome::Wedged),

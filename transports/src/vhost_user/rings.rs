@@ -114,7 +114,7 @@ impl Backend {
             self.state.set_status(ready);
             if !self.state.status().contains(Status::FEATURES_OK) {
                 let accepted = self.state.driver_features();
-                return Err(format!("it is to run with unacceptable features: {accepted:?}"));
+                return Err(unacceptable(accepted));
             }
             self.state.set_status(ready | Status::DRIVER_OK);
             self.implied = true;
@@ -406,6 +406,16 @@ impl Backend {
             }
         }
     }
+}
+
+/// Why no queue runs with the features that were `accepted`.
+fn unacceptable(accepted: Features) -> String {
+    if accepted.contains(Features::VERSION_1) {
+        return format!("it is to run with unacceptable features: {accepted:?}");
+    }
+    "the driver did not accept VIRTIO_F_VERSION_1: it takes this for a legacy device, which is not served here; QEMU's devices \
+     need disable-legacy=on"
+        .into()
 }
 
 /// Waits for an event and takes it.

@@ -55,7 +55,7 @@ dd if=/dev/nvme0n1 of=/disk.img bs=1M 2>/dev/null
 xl create -pq /guest/domain.cfg || give_up xl create
 id=$(xl domid lab)
 tell dom0 created "$id"
-polyvirt serve blk --image /disk.img --xen-domain "$id" >/served 2>&1 &
+polyvirt serve blk --image /disk.img --no-sandbox --xen-domain "$id" >/served 2>&1 &
 server=$!
 wait_for ready_or_gone
 tell dom0 "$(cat /served)"

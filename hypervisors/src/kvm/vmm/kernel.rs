@@ -77,7 +77,9 @@ fn load_kernel(ram: &Pages, kernel: &mut File) -> Result<(Entry, setup_header, u
     kernel.by_ref().take(4).read_to_end(&mut magic).map_err(unreadable)?;
     kernel.seek(SeekFrom::Start(0)).map_err(unreadable)?;
     let memory = view(ram)?;
-    let not_a_kernel = |error: linux_loader::loader::Error| VmmError::NotAKernel(error.to_string());
+    // The loader's errors, and those in them, all begin with the loader's name.
+    let not_a_kernel =
+        |error: linux_loader::loader::Error| VmmError::NotAKernel(error.to_string().replace("Kernel Loader: ", ""));
     let high = Some(GuestAddress(map::HIGH));
     if magic == *b"\x7fELF" {
         let KernelLoaderResult { kernel_load, kernel_end, .. } =
@@ -202,9 +204,11 @@ mod tests {
     fn what_is_no_kernel_or_has_no_room_is_told_in_a_sentence() {
         let ram = Pages::allocate(4 << 20);
         let told = |boot: Boot| load(&ram, boot).unwrap_err().to_string();
-        assert!(told(boot(b"#!/bin/sh\n", None)).contains("neither a bzImage nor an ELF file"));
-        assert!(told(boot(b"\x7fELF but no more", None)).contains("neither"));
-        assert!(told(boot(&[], None)).contains("neither"));
+        for wrong in [b"#!/bin/sh\n" as &[_], b"\x7fELF but no more", b""] {
+            let told = told(boot(wrong, None));
+            assert!(told.contains("neither a bzImage nor an ELF file"), "{told}");
+            assert!(told.contains("failed to load") && !told.contains("Kernel Loader"), "{told}");
+        }
         assert!(told(boot(&bzimage(4 << 20), None)).contains("--mem"));
         assert!(told(boot(&bzimage(0x800), Some(&vec![0; 2 << 20]))).contains("--mem"));
         let mut old = bzimage(0x800);
