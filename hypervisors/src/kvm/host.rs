@@ -114,7 +114,7 @@ pub(super) struct Bus {
 }
 
 impl Bus {
-    fn plug(&self, place: Place, device: SharedDevice) {
+    pub(super) fn plug(&self, place: Place, device: SharedDevice) {
         self.devices.write().unwrap_or_else(PoisonError::into_inner).push((place, device));
     }
 
