@@ -4,6 +4,7 @@
 //! particular is one `impl` of [`Port`] or [`Wire`] each.
 
 mod devices;
+mod flawed;
 mod guard;
 mod notes;
 mod pci;
@@ -16,11 +17,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
-use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt};
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_core::transport::{Transport, TransportError};
 
 pub use devices::Kind;
+pub use flawed::{Flaw, Flawed, FlawedGuest, FlawedHost, FlawedMemory};
 use guard::Guarded;
 pub(crate) use pci::{MEMORY, PORTS};
 pub use pci::{OnPci, Pci, PciLegacy};
@@ -97,6 +99,10 @@ pub trait Port: 'static {
 
     /// Starts a machine with `ram` bytes of memory.
     fn start(ram: usize) -> Result<(Self::Host, Arc<Self::Guest>), HypervisorError>;
+
+    /// Where the memory of such a machine ends for devices; none where it is not flat. The layout says so: what is to be
+    /// judged is not asked.
+    fn memory_end(ram: usize) -> Option<u64>;
 }
 
 /// A transport between the halves of a hypervisor.
@@ -166,24 +172,30 @@ pub struct Local<P: Port, W> {
     kind: Kind,
     ring: RingFormat,
     saboteur: Option<Arc<dyn Sabotage<MemoryOf<P>>>>,
+    start: Box<Start<P>>,
+    /// How long cases wait, if that is not for the port to say.
+    watchdog: Option<Duration>,
     wire: PhantomData<fn() -> W>,
 }
+
+/// Starts a machine with so many bytes of memory.
+type Start<P> = dyn Fn(usize) -> Result<(<P as Port>::Host, Arc<<P as Port>::Guest>), HypervisorError> + Send + Sync;
 
 impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
     /// With an honest device.
     pub fn new(kind: Kind, ring: RingFormat) -> Self {
-        Self { kind, ring, saboteur: None, wire: PhantomData }
+        Self { kind, ring, saboteur: None, start: Box::new(P::start), watchdog: None, wire: PhantomData }
     }
 
     /// With a device that `saboteur` breaks.
     pub fn sabotaged(kind: Kind, ring: RingFormat, saboteur: Arc<dyn Sabotage<MemoryOf<P>>>) -> Self {
-        Self { kind, ring, saboteur: Some(saboteur), wire: PhantomData }
+        // Most of what is broken shows by something that does not come.
+        Self { saboteur: Some(saboteur), watchdog: Some(SABOTEUR_WATCHDOG), ..Self::new(kind, ring) }
     }
 
     fn open(&self, variant: Variant<'_>) -> Result<Session, String> {
-        let (mut host, guest) = P::start(RAM).map_err(|error| error.to_string())?;
+        let (mut host, guest) = (self.start)(RAM).map_err(|error| error.to_string())?;
         let memory = host.memory();
-        let memory_end = memory_end(&memory, &*guest);
         let seen = memory.clone();
         let (probe, alarm) = (Probe::default(), Alarm::default());
         let far_side = match variant {
@@ -214,13 +226,12 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
         if session.cell.evidence == Evidence::Emulated {
             session.watchdog = EMULATED_WATCHDOG;
         }
+        session.watchdog = self.watchdog.unwrap_or(session.watchdog);
         session.probe = (!matches!(variant, Variant::Image(_))).then_some(probe);
         (session.far_side, session.registers) = (far_side, registers);
-        (session.memory_end, session.alarm) = (memory_end, alarm);
+        (session.memory_end, session.alarm) = (P::memory_end(RAM), alarm);
         session.peek = Some(Box::new(move |address, bytes| peek(&seen, address, bytes)));
         if let Some(saboteur) = &self.saboteur {
-            // Most of what is broken shows by something that does not come.
-            session.watchdog = SABOTEUR_WATCHDOG;
             session.break_driver(|honest| saboteur.driver(honest));
             session.driver_role = saboteur.driver_role().unwrap_or(session.driver_role);
             if let (Some(registers), Some(change)) = (&session.registers, saboteur.register_access()) {
@@ -228,6 +239,16 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
             }
         }
         Ok(session)
+    }
+}
+
+impl<P: Port, W: Wire<FlawedHost<P::Host>, FlawedGuest<P::Guest>>> Local<Flawed<P>, W> {
+    /// With an honest device, on a port that has `flaw`.
+    pub fn flawed(kind: Kind, ring: RingFormat, flaw: Flaw) -> Self {
+        let start = Box::new(move |ram| Flawed::<P>::start_with(Some(flaw), ram));
+        // As for saboteurs; but what is late and no worse is waited for.
+        let watchdog = (flaw != Flaw::Late).then_some(SABOTEUR_WATCHDOG);
+        Self { start, watchdog, ..Self::new(kind, ring) }
     }
 }
 
@@ -264,17 +285,6 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Target for Local<P, W> {
 fn kernel() -> Option<String> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     Some(format!("Linux {}", release.trim()))
-}
-
-/// Where flat memory ends: that is memory which is there whether it is shared or not.
-fn memory_end(memory: &impl GuestMemory, guest: &impl Share) -> Option<u64> {
-    let pages = guest.allocate(1).ok()?;
-    let address = guest.share(&pages, Access::READ).ok()?;
-    guest.unshare(address).ok()?;
-    let reaches = |len| memory.resolve(address, len, Access::READ, |_| {}).is_ok();
-    // The largest length that can be resolved, bit by bit.
-    let longer = |len, bit| if reaches(len + bit) { len + bit } else { len };
-    reaches(1).then(|| address + (0..48).rev().map(|bit| 1 << bit).fold(0, longer))
 }
 
 /// Reads guest memory in the device's place.

@@ -44,6 +44,10 @@ where
         let host = pci::Host::new(host, guest.address_map());
         Ok((host, Arc::new(Bus::new(guest))))
     }
+
+    fn memory_end(ram: usize) -> Option<u64> {
+        P::memory_end(ram)
+    }
 }
 
 /// virtio-pci: a modern device, which interrupts by messages.
