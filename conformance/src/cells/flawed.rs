@@ -59,6 +59,7 @@ type Halves<P> = (FlawedHost<<P as Port>::Host>, Arc<FlawedGuest<<P as Port>::Gu
 
 impl<P: Port> Port for Flawed<P> {
     const NAME: &'static str = P::NAME;
+    const ENDS_APART: bool = P::ENDS_APART;
     type Host = FlawedHost<P::Host>;
     type Guest = FlawedGuest<P::Guest>;
 

@@ -13,7 +13,9 @@ mod wires;
 
 use std::any::Any;
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, LazyLock};
+use std::thread::Builder;
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
@@ -90,6 +92,10 @@ pub trait Port: 'static {
     type Host: Host + Send + 'static;
     /// Its guest half.
     type Guest: Guest + 'static;
+
+    /// Whether a guest whose host half is gone may be ended while the next machine starts already: it takes long, and
+    /// nothing of it is anybody else's.
+    const ENDS_APART: bool = false;
 
     /// What its results are worth.
     fn evidence() -> Evidence;
@@ -221,7 +227,10 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
         let places = guest.enumerate().map_err(|error| error.to_string())?;
         let place = places.into_iter().next().ok_or("the guest finds no device")?;
         let (transport, registers) = W::connect(&guest, place).map_err(|error| error.to_string())?;
-        let machine: Box<dyn Any + Send> = Box::new((guest, host));
+        let machine: Box<dyn Any + Send> = match P::ENDS_APART {
+            true => Box::new((host, Apart(Some(guest)))),
+            false => Box::new((guest, host)),
+        };
         let mut session = Session::new(self.cell(), transport, machine);
         if session.cell.evidence == Evidence::Emulated {
             session.watchdog = EMULATED_WATCHDOG;
@@ -285,6 +294,24 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Target for Local<P, W> {
 fn kernel() -> Option<String> {
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").ok()?;
     Some(format!("Linux {}", release.trim()))
+}
+
+/// A guest that is ended apart.
+struct Apart<G: Send + Sync + 'static>(Option<Arc<G>>);
+
+impl<G: Send + Sync + 'static> Drop for Apart<G> {
+    fn drop(&mut self) {
+        /// So many may wait for their end.
+        const WAITING: usize = 4;
+        static ENDS: LazyLock<Option<SyncSender<Box<dyn Any + Send>>>> = LazyLock::new(|| {
+            let (sender, guests) = sync_channel(WAITING);
+            let end = move || guests.into_iter().for_each(drop);
+            Builder::new().name("ends of machines".into()).spawn(end).is_ok().then_some(sender)
+        });
+        let guest = Box::new(self.0.take());
+        // Where there is no such thread it ends here and now.
+        let _ = ENDS.as_ref().map(|ends| ends.send(guest));
+    }
 }
 
 /// Reads guest memory in the device's place.

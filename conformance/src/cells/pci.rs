@@ -28,6 +28,7 @@ where
     P::Guest: Machine,
 {
     const NAME: &'static str = P::NAME;
+    const ENDS_APART: bool = P::ENDS_APART;
     type Host = pci::Host<P::Host>;
     type Guest = Bus<P::Guest>;
 

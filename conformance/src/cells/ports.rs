@@ -11,12 +11,13 @@ use super::Port;
 use crate::suite::Evidence;
 
 macro_rules! ports {
-    ($($(#[$doc:meta])* $port:ident: $module:ident, $evidence:expr, $end:expr;)*) => {$(
+    ($($(#[$doc:meta])* $port:ident: $module:ident, $evidence:expr, $end:expr $(, $apart:literal)?;)*) => {$(
         $(#[$doc])*
         pub struct $port;
 
         impl Port for $port {
             const NAME: &'static str = stringify!($module);
+            $(const ENDS_APART: bool = $apart;)?
             type Host = <polyvirt_hypervisors::$module::$port as Hypervisor>::Host;
             type Guest = <polyvirt_hypervisors::$module::$port as Hypervisor>::Guest;
 
@@ -42,7 +43,7 @@ macro_rules! ports {
 
 ports! {
     /// KVM.
-    Kvm: kvm, Evidence::of_this_host(), Some;
+    Kvm: kvm, Evidence::of_this_host(), Some, true;
     /// Xen: a real one where the program runs in its domain 0.
     Xen: xen, if xen::is_real() { Evidence::of_this_host() } else { Evidence::Model }, |_| None;
     /// lguest.
