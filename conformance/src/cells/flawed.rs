@@ -2,6 +2,7 @@
 
 use std::marker::PhantomData;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::task::Waker;
 use std::thread::Builder;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, Share};
 use polyvirt_core::memory::{Access, GuestMemory, MemoryError, Pages, Segment};
 use polyvirt_transports::mmio::Registers;
+use polyvirt_transports::pci::{AddressMap, Doorbell, Machine, Message, Platform, Root, SharedDevice, Wires};
 use polyvirt_transports::xenbus::{Channel, Domain, Store};
 
 use super::Port;
@@ -34,6 +36,10 @@ pub enum Flaw {
     ByteLong,
     /// Interrupts that came before they are waited for are forgotten.
     Forgetful,
+    /// Who asserts an interrupt pin that another function asserts already is forgotten as soon as that one lets go.
+    LostPin,
+    /// The pins of devices behind the first four come in at the next line.
+    WrongPin,
     /// Nothing wrong: a kick is heard a moment later, by another thread. Every verdict is the same.
     Late,
 }
@@ -50,7 +56,7 @@ impl<P: Port> Flawed<P> {
         let (host, guest) = P::start(ram)?;
         let late = (flaw == Some(Flaw::Late)).then(|| deliver_late(&guest)).transpose()?;
         let end = P::memory_end(ram);
-        Ok((FlawedHost { host, flaw, end }, Arc::new(FlawedGuest { guest, flaw, late })))
+        Ok((FlawedHost { host, flaw, end, asserted: Arc::default() }, Arc::new(FlawedGuest { guest, flaw, late })))
     }
 }
 
@@ -86,6 +92,8 @@ pub struct FlawedHost<H> {
     flaw: Option<Flaw>,
     /// Where its memory should end.
     end: Option<u64>,
+    /// How many functions assert a pin.
+    asserted: Arc<AtomicUsize>,
 }
 
 impl<H: Host> Host for FlawedHost<H> {
@@ -106,6 +114,61 @@ impl<H: Host> Host for FlawedHost<H> {
 
     fn plug(&mut self, place: H::Place, device: Box<dyn BusDevice>) -> Result<(), HypervisorError> {
         self.host.plug(place, Box::new(Served { device, flaw: self.flaw }))
+    }
+}
+
+impl<H: Platform> Platform for FlawedHost<H> {
+    type Memory = FlawedMemory<<H as Platform>::Memory>;
+
+    fn forward_to(&mut self, root: Arc<Root>) {
+        self.host.forward_to(root);
+    }
+
+    fn memory(&self) -> Self::Memory {
+        FlawedMemory { memory: self.host.memory(), flaw: self.flaw, end: self.end }
+    }
+
+    fn wires(&mut self, function: u8, queues: u16, vectors: u16) -> Result<Arc<dyn Wires>, HypervisorError> {
+        let wrong = self.flaw == Some(Flaw::WrongPin) && function >= 5 << 3;
+        let wires = self.host.wires(if wrong { function + (1 << 3) } else { function }, queues, vectors)?;
+        Ok(match self.flaw {
+            Some(Flaw::LostPin) => Arc::new(Pins { wires, asserted: Arc::clone(&self.asserted) }),
+            _ => wires,
+        })
+    }
+
+    fn serve(&mut self, function: u8, device: SharedDevice) -> Result<(), HypervisorError> {
+        self.host.serve(function, device)
+    }
+}
+
+/// Wires of which only the first to assert a pin counts.
+struct Pins {
+    wires: Arc<dyn Wires>,
+    asserted: Arc<AtomicUsize>,
+}
+
+impl Wires for Pins {
+    fn route(&self, vector: u16, message: Message) {
+        self.wires.route(vector, message);
+    }
+
+    fn signal(&self, vector: u16) {
+        self.wires.signal(vector);
+    }
+
+    fn pin(&self, asserted: bool) {
+        let before = match asserted {
+            true => self.asserted.fetch_add(1, Ordering::SeqCst),
+            false => self.asserted.fetch_sub(1, Ordering::SeqCst),
+        };
+        if !(asserted && before > 0) {
+            self.wires.pin(asserted);
+        }
+    }
+
+    fn ring_at(&self, doorbells: &[Doorbell]) {
+        self.wires.ring_at(doorbells);
     }
 }
 
@@ -242,6 +305,24 @@ impl<G: Registers> Registers for FlawedGuest<G> {
 
     fn store(&self, address: u64, data: &[u8]) -> Result<(), HypervisorError> {
         self.guest.store(address, data)
+    }
+}
+
+impl<G: Machine> Machine for FlawedGuest<G> {
+    fn address_map(&self) -> AddressMap {
+        self.guest.address_map()
+    }
+
+    fn input(&self, port: u16, data: &mut [u8]) -> Result<(), HypervisorError> {
+        self.guest.input(port, data)
+    }
+
+    fn output(&self, port: u16, data: &[u8]) -> Result<(), HypervisorError> {
+        self.guest.output(port, data)
+    }
+
+    fn message(&self, line: u32) -> Message {
+        self.guest.message(line)
     }
 }
 

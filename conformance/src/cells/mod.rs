@@ -22,6 +22,7 @@ use polyvirt_core::device::Device;
 use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt};
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_transports::pci::{Machine, Platform};
 
 pub use devices::Kind;
 pub use flawed::{Flaw, Flawed, FlawedGuest, FlawedHost, FlawedMemory};
@@ -34,8 +35,8 @@ pub use ports::{Kvm, Lguest, Loopback, Xen};
 pub use wires::{LguestPage, Mmio, MmioLegacy, Xenbus};
 
 use crate::suite::{
-    Alarm, Cell, Evidence, FarSide, MakeRole, Probe, Probed, RegisterAccess, RegisterFile, RingFormat, Session, Target,
-    Variant,
+    Alarm, Cell, Evidence, FarSide, MakeRole, NO_VARIANT, Probe, Probed, RegisterAccess, RegisterFile, RingFormat,
+    Session, Target, Variant,
 };
 
 /// Guest memory of a session, bytes.
@@ -117,6 +118,8 @@ pub trait Wire<H: Host, G: Guest>: 'static {
     const NAME: &'static str;
     /// Whether it carries the legacy interface.
     const LEGACY: bool;
+    /// Every how-many-th device has the interrupt line of the first; 0 if none does.
+    const LINES: usize = 0;
 
     /// Puts `device` onto the bus of `host`.
     fn attach<B, M>(host: &mut B, memory: M, device: Box<dyn Device<M>>) -> Result<(), HypervisorError>
@@ -212,7 +215,8 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
                 W::attach(&mut bus, memory, device).map_err(|error| error.to_string())?;
                 far_side
             }
-            Variant::Plain | Variant::ReadOnly => {
+            Variant::Crowd if W::LINES == 0 => return Err(NO_VARIANT.into()),
+            Variant::Plain | Variant::ReadOnly | Variant::Crowd => {
                 let memory = probe.watch(memory);
                 let (mut device, mut far_side) = self.kind.device(variant)?;
                 let saboteur = self.saboteur.as_deref();
@@ -224,8 +228,26 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
                 far_side
             }
         };
-        let places = guest.enumerate().map_err(|error| error.to_string())?;
-        let place = places.into_iter().next().ok_or("the guest finds no device")?;
+        let mut neighbours = Vec::new();
+        for _ in 0..if variant == Variant::Crowd { W::LINES } else { 0 } {
+            let memory = host.memory();
+            let (device, far_side) = self.kind.device(variant)?;
+            let mut bus = Guarded { host: &mut host, alarm: alarm.clone(), saboteur: None, memory: memory.clone() };
+            W::attach(&mut bus, memory, device).map_err(|error| error.to_string())?;
+            neighbours.push(far_side);
+        }
+        let mut places = guest.enumerate().map_err(|error| error.to_string())?.into_iter();
+        let place = places.next().ok_or("the guest finds no device")?;
+        let neighbour = match neighbours.pop() {
+            Some(far_side) => {
+                let place = places.nth(neighbours.len()).ok_or("the guest does not find the neighbour")?;
+                let (transport, registers) = W::connect(&guest, place).map_err(|error| error.to_string())?;
+                let mut neighbour = Session::new(self.cell(), transport, Box::new(()));
+                (neighbour.far_side, neighbour.registers) = (far_side, registers);
+                Some(Box::new(neighbour))
+            }
+            None => None,
+        };
         let (transport, registers) = W::connect(&guest, place).map_err(|error| error.to_string())?;
         let machine: Box<dyn Any + Send> = match P::ENDS_APART {
             true => Box::new((host, Apart(Some(guest)))),
@@ -239,6 +261,10 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
         session.probe = (!matches!(variant, Variant::Image(_))).then_some(probe);
         (session.far_side, session.registers) = (far_side, registers);
         (session.memory_end, session.alarm) = (P::memory_end(RAM), alarm);
+        session.neighbour = neighbour.map(|mut neighbour| {
+            neighbour.watchdog = session.watchdog;
+            neighbour
+        });
         session.peek = Some(Box::new(move |address, bytes| peek(&seen, address, bytes)));
         if let Some(saboteur) = &self.saboteur {
             session.break_driver(|honest| saboteur.driver(honest));
@@ -258,6 +284,19 @@ impl<P: Port, W: Wire<FlawedHost<P::Host>, FlawedGuest<P::Guest>>> Local<Flawed<
         // As for saboteurs; but what is late and no worse is waited for.
         let watchdog = (flaw != Flaw::Late).then_some(SABOTEUR_WATCHDOG);
         Self { start, watchdog, ..Self::new(kind, ring) }
+    }
+}
+
+impl<P: Port, W> Local<OnPci<Flawed<P>>, W>
+where
+    P::Host: Platform,
+    P::Guest: Machine,
+    W: Wire<pci::HostOn<P>, pci::GuestOn<P>>,
+{
+    /// With an honest device on a PCI bus, on a port that has `flaw`.
+    pub fn flawed_pci(kind: Kind, ring: RingFormat, flaw: Flaw) -> Self {
+        let start = Box::new(move |ram| Flawed::<P>::start_with(Some(flaw), ram).map(OnPci::<Flawed<P>>::on));
+        Self { start, watchdog: Some(SABOTEUR_WATCHDOG), ..Self::new(kind, ring) }
     }
 }
 

@@ -96,6 +96,10 @@ impl Saboteur {
             Place::Port(flaw @ Flaw::NoPoll) => {
                 [self.flawed::<Loopback, Mmio>(flaw), self.flawed::<Xen, Xenbus>(flaw)].concat()
             }
+            Place::Port(flaw @ (Flaw::LostPin | Flaw::WrongPin)) => {
+                let flawed = Local::<OnPci<Flawed<Loopback>>, PciLegacy>::flawed_pci;
+                vec![Arc::new(flawed(self.kind, RingFormat::Split, flaw))]
+            }
             Place::Port(flaw) => [self.flawed::<Loopback, Mmio>(flaw), self.flawed::<Kvm, Mmio>(flaw)].concat(),
         }
     }

@@ -25,5 +25,7 @@ pub(super) const SABOTEURS: &[Saboteur] = ports! {
     "does not poll a device that woke it", Console, NoPoll, ["console/input"];
     "lacks the last byte of memory", Console, ByteShort, ["chains/last-byte-of-memory"];
     "has a byte behind the end of memory", Rng, ByteLong, ["chains/edge-of-memory"];
+    "forgets who holds a shared line up behind another", Rng, LostPin, ["pci-legacy/shared-line"];
+    "takes a shared line for another", Blk, WrongPin, ["pci-legacy/shared-line"];
     "forgets interrupts that came before they are waited for", Rng, Forgetful, ["notify/interrupt-when-wanted"];
 };

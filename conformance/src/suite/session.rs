@@ -40,6 +40,8 @@ pub struct Session {
     pub peek: Option<Peek>,
     /// Panics of the device.
     pub alarm: Alarm,
+    /// Another device of the same machine, on the same interrupt line.
+    pub neighbour: Option<Box<Self>>,
     /// Dropped last: the machine.
     _machine: Box<dyn Any + Send>,
 }
@@ -61,6 +63,7 @@ impl Session {
             watchdog: EVENT_WATCHDOG,
             peek: None,
             alarm: Alarm::default(),
+            neighbour: None,
             _machine: machine,
         }
     }

@@ -111,7 +111,7 @@ impl Vcpu {
             return Ok(pending);
         }
         self.run(bus, Command::Wait, SPIN_ROUNDS, lines)?;
-        self.hands.take_pending(lines).map_err(text)
+        Ok(self.hands.take_pending(lines).map_err(text)? | bus.held(lines))
     }
 }
 
