@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use polyvirt_conformance::suite::{Outcome, Progress, Target, run_cell};
+use polyvirt_conformance::cells::{Flaw, Flawed, Kind, Local, Loopback, Mmio};
+use polyvirt_conformance::suite::{Outcome, Progress, RingFormat, Target, run_cell};
 use polyvirt_conformance::{cases, cells};
 
 fn run(targets: &[Arc<dyn Target>]) {
@@ -45,4 +46,23 @@ fn honest_devices_pass_every_case_on_the_loopback() {
 #[test]
 fn honest_devices_pass_every_case_on_every_hypervisor_of_this_host() {
     run(&cells::cells());
+}
+
+#[test]
+fn no_verdict_depends_on_when_a_kick_is_heard() {
+    let all: Vec<_> = RingFormat::of(false).iter().flat_map(|&ring| Kind::ALL.map(|kind| (kind, ring))).collect();
+    let cases = cases::all();
+    let outcomes = |target: Arc<dyn Target>| -> Vec<_> {
+        let result = run_cell(&target, &cases, &mut |_| {});
+        result.cases.into_iter().map(|case| (case.case, case.outcome)).collect()
+    };
+    std::thread::scope(|scope| {
+        for (kind, ring) in all {
+            scope.spawn(move || {
+                let at_once = outcomes(Arc::new(Local::<Loopback, Mmio>::new(kind, ring)));
+                let late = outcomes(Arc::new(Local::<Flawed<Loopback>, Mmio>::flawed(kind, ring, Flaw::Late)));
+                assert_eq!(late, at_once, "{}, {ring}", kind.name());
+            });
+        }
+    });
 }

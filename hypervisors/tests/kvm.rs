@@ -275,7 +275,7 @@ fn as_many_devices_as_lines_are_found_and_answer_each_for_itself() {
 #[test]
 fn an_access_where_nothing_is_stops_the_guest_and_says_where() {
     for (address, why) in [
-        (RAM as u64, "after RAM"),
+        (RAM as u64 + 0x10_0000, "after RAM"),
         (0xcfff_fffc, "before the devices"),
         (0xd010_0000, "after the device"),
         (0xd00f_fffe, "half in the device"),
@@ -298,7 +298,8 @@ fn an_access_where_nothing_is_stops_the_guest_and_says_where() {
 #[test]
 fn what_drives_the_guest_is_out_of_reach_of_drivers_and_devices() {
     let Some((host, guest)) = start() else { return };
-    for address in [0xbfff_ffff, 0xc000_0000, 0xc000_1018, 0xc010_0000, 0xc01f_ffff] {
+    let end = RAM as u64;
+    for address in [end - 1, end, end + 0x1018, end + 0xafff, 0xc010_0000 - 1, 0xc010_0000, 0xc01f_ffff] {
         assert!(matches!(guest.store(address, &[1; 8]), Err(HypervisorError::Refused { .. })), "{address:#x}");
         assert!(host.memory().resolve(address, 8, Access::WRITE, |_| {}).is_err(), "{address:#x}");
     }

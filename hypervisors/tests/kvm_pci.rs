@@ -299,7 +299,7 @@ fn a_masked_message_waits_for_its_unmasking() {
 }
 
 #[test]
-fn a_pin_interrupts_again_once_the_status_was_read() {
+fn a_pin_interrupts_until_the_status_is_read() {
     let Some(plugged) = start(&[Generation::Modern, Generation::Modern]) else { return };
     for device in [1u8, 2] {
         let (isr, line) = (plugged.structure(device, CAP_ISR), 1 << pin_line(device));
@@ -308,8 +308,9 @@ fn a_pin_interrupts_again_once_the_status_was_read() {
             interrupt.raise(Cause::Queue(0));
             assert_eq!(plugged.guest.wait(u64::MAX, WATCHDOG), Ok(line));
             interrupt.raise(Cause::Config);
-            assert_eq!(plugged.guest.wait(u64::MAX, Duration::ZERO), Ok(0), "the pin is asserted already");
+            assert_eq!(plugged.guest.wait(u64::MAX, Duration::ZERO), Ok(line), "the pin is asserted still");
             assert_eq!(plugged.load(isr), [ISR_QUEUE | ISR_CONFIG]);
+            assert_eq!(plugged.guest.wait(u64::MAX, Duration::ZERO), Ok(0), "the pin is let go of, and came once");
         }
     }
 }

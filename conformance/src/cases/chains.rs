@@ -322,7 +322,7 @@ fn edge(session: &mut Session) -> Verdict {
         (changed.address, changed.len) = (end - 511, 512);
         ring.set_descriptor(slot, changed);
         ring.offer(0);
-        Ok(Attack { kept, ..Attack::new(session, sample, Tolerance::None) })
+        Ok(Attack::new(session, sample, Tolerance::None).keeping(kept))
     })
 }
 

@@ -235,7 +235,7 @@ fn indirect_edge(session: &mut Session) -> Verdict {
         let ring = ring(rings, sample);
         ring.set_descriptor(0, descriptor(end - 16, 32, INDIRECT, 0));
         ring.offer(0);
-        Ok(Attack { kept, ..Attack::new(session, sample, Tolerance::None) })
+        Ok(Attack::new(session, sample, Tolerance::None).keeping(kept))
     })
 }
 

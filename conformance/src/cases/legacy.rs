@@ -10,8 +10,9 @@ use polyvirt_transports::pci::registers::*;
 
 use super::init::serve_next;
 use super::pci::{bus_master, serve_silently};
-use super::sample::{ensure, ensure_eq, revive, serve};
-use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Verdict};
+use super::sample::{Sample, ensure, ensure_eq, offer, revive, serve};
+use crate::raw::Ring;
+use crate::suite::{Applies, BLK, CONSOLE, Case, Finding, Objection, Session, Variant, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
@@ -37,6 +38,8 @@ pub const CASES: &[Case] = &[
         "what is written through the interface that is not in use changes nothing",
         other,
     ),
+    pci("pci-legacy/shared-line", "devices on one interrupt line are each told, in any order", shared_line)
+        .with(Variant::Crowd),
     mmio_case("mmio-legacy/identity", "magic value, version 1 and type", mmio_identity),
     mmio_case("mmio-legacy/queue-page", "QueuePFN says where a queue is, and 0 takes it back", queue_page),
     mmio_case("mmio-legacy/odd-places", "page sizes and alignments that cannot be do no harm", odd_places).class(&[29]),
@@ -50,6 +53,34 @@ const fn pci(name: &'static str, about: &'static str, run: fn(&mut Session) -> V
 
 const fn mmio_case(name: &'static str, about: &'static str, run: fn(&mut Session) -> Verdict) -> Case {
     Case::new(name, about, run).on(Applies::MMIO_LEGACY)
+}
+
+fn shared_line(session: &mut Session) -> Verdict {
+    let neighbour = session.neighbour.take();
+    let mut other = neighbour.ok_or_else(|| Objection::Skipped("no two devices share an interrupt line".into()))?;
+    let mut rings = session.bring_up(Features::empty())?;
+    let mut others = other.bring_up(Features::empty())?;
+    for turn in 0..6 {
+        // Both have something to tell before one of them is asked.
+        let sample = offer(session, &mut rings)?;
+        let of_other = offer(&other, &mut others)?;
+        if turn % 2 == 0 {
+            told(session, &mut rings, &sample)?;
+            told(&mut other, &mut others, &of_other)?;
+        } else {
+            told(&mut other, &mut others, &of_other)?;
+            told(session, &mut rings, &sample)?;
+        }
+    }
+    Ok(Finding::Passed)
+}
+
+/// Waits for the interrupt of a sample, and takes it.
+fn told(session: &mut Session, rings: &mut [Ring], sample: &Sample) -> Result<(), Objection> {
+    session.wait_interrupt()?;
+    let (id, len) = session.wait_used(&mut rings[usize::from(sample.queue)])?;
+    ensure_eq("used id", id, 0)?;
+    sample.check(session, len)
 }
 
 fn early(session: &mut Session) -> Verdict {

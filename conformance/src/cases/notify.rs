@@ -4,6 +4,7 @@ use polyvirt_core::Features;
 use polyvirt_core::transport::Transport;
 
 use super::init::serve_next;
+use super::ring::{serve_many, small};
 use super::sample::{Sample, ensure, offer, serve_told};
 use crate::raw::Ring;
 use crate::suite::{Case, Finding, Objection, RingFormat, Session, Verdict};
@@ -46,6 +47,13 @@ pub const CASES: &[Case] = &[
     Case::new("notify/kick-asked-for", "an idle device asks for kicks", kick_asked_for)
         .judges(&["N0082"])
         .packed_judges(&[]),
+    Case::new(
+        "notify/kick-asked-for-after-a-burst",
+        "a device that was given as much as its queue holds asks for kicks again",
+        kick_asked_for_after_a_burst,
+    )
+    .judges(&["N0082"])
+    .packed_judges(&[]),
     Case::new("notify/storm", "a storm of kicks for nothing", storm).judges(&["N0082"]).class(&[26]).packed_judges(&[]),
     Case::new("notify/kicks-for-other-queues", "kicks of queues that have nothing, among good ones", other_queues)
         .judges(&["N0082"])
@@ -225,12 +233,30 @@ fn kick_asked_for(session: &mut Session) -> Verdict {
     for _ in 0..3 {
         serve_next(session, &mut rings)?;
     }
+    wait_asked(session, &rings[queue])?;
+    Ok(Finding::Passed)
+}
+
+/// Waits until the device asks for kicks, having nothing to do.
+fn wait_asked(session: &Session, ring: &Ring) -> Result<(), Objection> {
     let begun = std::time::Instant::now();
-    while !rings[queue].asks_for_kicks() {
+    while !ring.asks_for_kicks() {
         let expected = "an idle device asks for kicks";
         ensure(begun.elapsed() < session.watchdog, expected, "it keeps saying that it wants none")?;
         std::thread::yield_now();
     }
+    Ok(())
+}
+
+fn kick_asked_for_after_a_burst(session: &mut Session) -> Verdict {
+    let mut rings = session.bring_up(Features::empty())?;
+    let queue = queue(session)?;
+    let pieces = small(session)?;
+    // As many chains as there can be, in one go: a device may stop behind them, and be called again.
+    let count = rings[queue].size() / pieces.len() as u16;
+    serve_many(session, &mut rings, count, &pieces)?;
+    wait_asked(session, &rings[queue])?;
+    serve_next(session, &mut rings)?;
     Ok(Finding::Passed)
 }
 

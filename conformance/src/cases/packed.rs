@@ -11,8 +11,8 @@ use super::init::serve_next;
 use super::notify::{serve_silently, silence, with_event_idx};
 use super::ring::{cut, serve_many, small};
 use super::sample::{
-    Attack, BLK_IN, POISON, Sample, Tolerance, attack, blk_header, descriptor, ensure, ensure_eq, entries, revive,
-    serve, serve_told, shown, touches,
+    Attack, BLK_IN, POISON, Sample, Tolerance, attack, blk_header, descriptor, ensure, ensure_eq, entries, looked,
+    revive, serve, serve_told, shown, touches,
 };
 use crate::raw::{INDIRECT, Memory, NEXT, Ring, WRITE, is_event_structure, link};
 use crate::suite::{BLK, CONSOLE, Case, Finding, Mark, Objection, RingFormat, Session, Verdict};
@@ -215,9 +215,22 @@ fn written(session: &mut Session) -> Verdict {
     Ok(Finding::Passed)
 }
 
+/// Kicks, and waits until the device has looked at the descriptor at `at` because of that.
+fn kick_and_look(session: &mut Session, ring: &mut Ring, at: Position) -> Result<(), Objection> {
+    // What was under way before is over when this is answered.
+    session.transport.status()?;
+    let mark = session.probe()?.mark();
+    ring.kick()?;
+    looked(session, mark, slot(ring, at.index()))
+}
+
+/// Where the descriptor in slot `index` is: address and length.
+fn slot(ring: &Ring, index: u16) -> (u64, u64) {
+    (ring.config.descriptors + 16 * u64::from(index), 16)
+}
+
 /// Fails if the device touched a buffer of `sample` since `mark`, or gave up.
 fn left_alone(session: &mut Session, sample: &Sample, mark: Mark, what: &str) -> Result<(), Objection> {
-    // Reading the status makes sure that the kick has been seen.
     ensure(!session.needs_reset()?, format_args!("{what} is left alone"), "the device needs a reset")?;
     for access in session.probe()?.since(mark)? {
         let touched = sample.ranges().iter().any(|&(address, len, _)| touches(access, address, len));
@@ -242,7 +255,7 @@ fn not_available(session: &mut Session) -> Verdict {
             let unpublished = packed.place(0, &sample.entries());
             let right = packed.slot(at.index());
             packed.set_slot(at.index(), right.0, Tail { flags: wrong, ..unpublished[0].1 });
-            rings[queue].kick()?;
+            kick_and_look(session, &mut rings[queue], at)?;
             left_alone(session, &sample, mark, "a descriptor that is not available")?;
             rings[queue].packed().publish(unpublished);
             rings[queue].kick()?;
@@ -269,7 +282,7 @@ fn hole(session: &mut Session) -> Verdict {
     let (at, size) = (ring.packed().available, ring.size());
     ring.packed().available = at.advanced(pieces, size);
     ring.offer(pieces);
-    ring.kick()?;
+    kick_and_look(session, ring, at)?;
     left_alone(session, &second, mark, "a buffer behind a hole")?;
     ensure(!ring.has_used(), "nothing used behind a hole", "something was")?;
     ring.packed().available = at;
@@ -299,13 +312,14 @@ fn half_available(session: &mut Session) -> Verdict {
     packed.set_slot(second, right.0, Tail { flags: wrong, ..right.1 });
     packed.publish(unpublished);
     ring.kick()?;
-    session.transport.status()?;
+    // Not before that is what the device meets what the case is about.
+    looked(session, mark, slot(ring, second))?;
     ensure(!ring.has_used(), "a list is not used before all of it is available", "it was")?;
     let (address, len) = (pieces[1].0.address, pieces[1].0.len);
     for access in session.probe()?.since(mark)? {
         ensure(!touches(access, address, len.into()), "what is not available is left alone", shown(access))?;
     }
-    // A device that waits goes on now; one that gives up may be about to.
+    // A device that waits goes on now; one that gave up does not.
     ring.packed().set_slot(second, right.0, right.1);
     ring.kick()?;
     match session.wait_used(ring) {

@@ -1,5 +1,7 @@
 //! What cases of all devices share: a request that any device of its type serves, and the judgement of bad input.
 
+use std::time::Instant;
+
 use polyvirt_core::Features;
 use polyvirt_core::memory::{Access, Accessed};
 use polyvirt_core::transport::{Transport, TransportError};
@@ -175,6 +177,24 @@ pub fn serve(session: &mut Session, rings: &mut [Ring]) -> Result<(), Objection>
     sample.check(session, len)
 }
 
+/// Waits until the device has looked at `range` since `mark`, and is done with what it was called for then. A kick alone
+/// says nothing of when it is heard.
+pub fn looked(session: &mut Session, mark: Mark, (address, len): (u64, u64)) -> Result<(), Objection> {
+    let begun = Instant::now();
+    while !session.probe()?.since(mark)?.iter().any(|&access| touches(access, address, len)) {
+        let observed = format_args!("it did not in {:?}", session.watchdog);
+        ensure(
+            begun.elapsed() < session.watchdog,
+            format_args!("the device looks at {address:#x}+{len:#x}"),
+            observed,
+        )?;
+        std::thread::yield_now();
+    }
+    // The calls of a device come one after the other.
+    session.transport.status()?;
+    Ok(())
+}
+
 /// Resets the device, drops its rings, sets it up again, and lets it serve a sample: it is alive.
 pub fn revive(session: &mut Session, rings: Vec<Ring>) -> Result<(), Objection> {
     session.transport.reset()?;
@@ -212,7 +232,9 @@ impl Attack {
     /// One chain, made of what `sample` holds.
     pub fn new(session: &Session, sample: &Sample, tolerance: Tolerance) -> Self {
         let status = sample.status(session);
-        Self { queue: sample.queue, chains: 1, ranges: sample.ranges(), tolerance, status, kept: Vec::new() }
+        // A device hears of it later than the case is done: what would not be there any more would be refused for that.
+        let kept = sample.pieces.iter().map(|(memory, _)| memory.clone()).collect();
+        Self { queue: sample.queue, chains: 1, ranges: sample.ranges(), tolerance, status, kept }
     }
 
     /// The attack, with as many chains.
@@ -221,10 +243,17 @@ impl Attack {
         Self { chains, ..self }
     }
 
-    /// The attack, on further ranges.
+    /// The attack, on further memory.
     #[must_use]
     pub fn and(mut self, memory: &Memory, access: Access) -> Self {
         self.ranges.push((memory.address, memory.len.into(), access));
+        self.keeping([memory.clone()])
+    }
+
+    /// The attack, with memory that has to be there, and that the device must not touch.
+    #[must_use]
+    pub fn keeping(mut self, memory: impl IntoIterator<Item = Memory>) -> Self {
+        self.kept.extend(memory);
         self
     }
 }
@@ -255,6 +284,8 @@ pub fn attack_on(
     let mut used = 0;
     let mut idle = 0;
     loop {
+        // Looked at first: what was used before the device gave up is there then.
+        let over = session.needs_reset()?;
         while let Some((id, len)) = ring.take() {
             used += 1;
             ensure(ring.knows(id), "a used id that the queue has", id)?;
@@ -268,7 +299,7 @@ pub fn attack_on(
                 finding = Finding::Passed;
             }
         }
-        if used >= made.chains || session.needs_reset()? {
+        if used >= made.chains || over {
             break;
         }
         // An interrupt for one of several chains may come before the others are done.

@@ -4,6 +4,7 @@
 //! particular is one `impl` of [`Port`] or [`Wire`] each.
 
 mod devices;
+mod flawed;
 mod guard;
 mod notes;
 mod pci;
@@ -12,15 +13,19 @@ mod wires;
 
 use std::any::Any;
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, LazyLock};
+use std::thread::Builder;
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
-use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt};
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_transports::pci::{Machine, Platform};
 
 pub use devices::Kind;
+pub use flawed::{Flaw, Flawed, FlawedGuest, FlawedHost, FlawedMemory};
 use guard::Guarded;
 pub(crate) use pci::{MEMORY, PORTS};
 pub use pci::{OnPci, Pci, PciLegacy};
@@ -30,8 +35,8 @@ pub use ports::{Kvm, Lguest, Loopback, Xen};
 pub use wires::{LguestPage, Mmio, MmioLegacy, Xenbus};
 
 use crate::suite::{
-    Alarm, Cell, Evidence, FarSide, MakeRole, Probe, Probed, RegisterAccess, RegisterFile, RingFormat, Session, Target,
-    Variant,
+    Alarm, Cell, Evidence, FarSide, MakeRole, NO_VARIANT, Probe, Probed, RegisterAccess, RegisterFile, RingFormat,
+    Session, Target, Variant,
 };
 
 /// Guest memory of a session, bytes.
@@ -89,6 +94,10 @@ pub trait Port: 'static {
     /// Its guest half.
     type Guest: Guest + 'static;
 
+    /// Whether a guest whose host half is gone may be ended while the next machine starts already: it takes long, and
+    /// nothing of it is anybody else's.
+    const ENDS_APART: bool = false;
+
     /// What its results are worth.
     fn evidence() -> Evidence;
 
@@ -97,6 +106,10 @@ pub trait Port: 'static {
 
     /// Starts a machine with `ram` bytes of memory.
     fn start(ram: usize) -> Result<(Self::Host, Arc<Self::Guest>), HypervisorError>;
+
+    /// Where the memory of such a machine ends for devices; none where it is not flat. The layout says so: what is to be
+    /// judged is not asked.
+    fn memory_end(ram: usize) -> Option<u64>;
 }
 
 /// A transport between the halves of a hypervisor.
@@ -105,6 +118,8 @@ pub trait Wire<H: Host, G: Guest>: 'static {
     const NAME: &'static str;
     /// Whether it carries the legacy interface.
     const LEGACY: bool;
+    /// Every how-many-th device has the interrupt line of the first; 0 if none does.
+    const LINES: usize = 0;
 
     /// Puts `device` onto the bus of `host`.
     fn attach<B, M>(host: &mut B, memory: M, device: Box<dyn Device<M>>) -> Result<(), HypervisorError>
@@ -166,24 +181,30 @@ pub struct Local<P: Port, W> {
     kind: Kind,
     ring: RingFormat,
     saboteur: Option<Arc<dyn Sabotage<MemoryOf<P>>>>,
+    start: Box<Start<P>>,
+    /// How long cases wait, if that is not for the port to say.
+    watchdog: Option<Duration>,
     wire: PhantomData<fn() -> W>,
 }
+
+/// Starts a machine with so many bytes of memory.
+type Start<P> = dyn Fn(usize) -> Result<(<P as Port>::Host, Arc<<P as Port>::Guest>), HypervisorError> + Send + Sync;
 
 impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
     /// With an honest device.
     pub fn new(kind: Kind, ring: RingFormat) -> Self {
-        Self { kind, ring, saboteur: None, wire: PhantomData }
+        Self { kind, ring, saboteur: None, start: Box::new(P::start), watchdog: None, wire: PhantomData }
     }
 
     /// With a device that `saboteur` breaks.
     pub fn sabotaged(kind: Kind, ring: RingFormat, saboteur: Arc<dyn Sabotage<MemoryOf<P>>>) -> Self {
-        Self { kind, ring, saboteur: Some(saboteur), wire: PhantomData }
+        // Most of what is broken shows by something that does not come.
+        Self { saboteur: Some(saboteur), watchdog: Some(SABOTEUR_WATCHDOG), ..Self::new(kind, ring) }
     }
 
     fn open(&self, variant: Variant<'_>) -> Result<Session, String> {
-        let (mut host, guest) = P::start(RAM).map_err(|error| error.to_string())?;
+        let (mut host, guest) = (self.start)(RAM).map_err(|error| error.to_string())?;
         let memory = host.memory();
-        let memory_end = memory_end(&memory, &*guest);
         let seen = memory.clone();
         let (probe, alarm) = (Probe::default(), Alarm::default());
         let far_side = match variant {
@@ -194,7 +215,8 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
                 W::attach(&mut bus, memory, device).map_err(|error| error.to_string())?;
                 far_side
             }
-            Variant::Plain | Variant::ReadOnly | Variant::Undriven => {
+            Variant::Crowd if W::LINES == 0 => return Err(NO_VARIANT.into()),
+            Variant::Plain | Variant::ReadOnly | Variant::Undriven | Variant::Crowd => {
                 let memory = probe.watch(memory);
                 let (mut device, mut far_side) = self.kind.device(variant)?;
                 let saboteur = self.saboteur.as_deref();
@@ -206,21 +228,45 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
                 far_side
             }
         };
-        let places = guest.enumerate().map_err(|error| error.to_string())?;
-        let place = places.into_iter().next().ok_or("the guest finds no device")?;
+        let mut neighbours = Vec::new();
+        for _ in 0..if variant == Variant::Crowd { W::LINES } else { 0 } {
+            let memory = host.memory();
+            let (device, far_side) = self.kind.device(variant)?;
+            let mut bus = Guarded { host: &mut host, alarm: alarm.clone(), saboteur: None, memory: memory.clone() };
+            W::attach(&mut bus, memory, device).map_err(|error| error.to_string())?;
+            neighbours.push(far_side);
+        }
+        let mut places = guest.enumerate().map_err(|error| error.to_string())?.into_iter();
+        let place = places.next().ok_or("the guest finds no device")?;
+        let neighbour = match neighbours.pop() {
+            Some(far_side) => {
+                let place = places.nth(neighbours.len()).ok_or("the guest does not find the neighbour")?;
+                let (transport, registers) = W::connect(&guest, place).map_err(|error| error.to_string())?;
+                let mut neighbour = Session::new(self.cell(), transport, Box::new(()));
+                (neighbour.far_side, neighbour.registers) = (far_side, registers);
+                Some(Box::new(neighbour))
+            }
+            None => None,
+        };
         let (transport, registers) = W::connect(&guest, place).map_err(|error| error.to_string())?;
-        let machine: Box<dyn Any + Send> = Box::new((guest, host));
+        let machine: Box<dyn Any + Send> = match P::ENDS_APART {
+            true => Box::new((host, Apart(Some(guest)))),
+            false => Box::new((guest, host)),
+        };
         let mut session = Session::new(self.cell(), transport, machine);
         if session.cell.evidence == Evidence::Emulated {
             session.watchdog = EMULATED_WATCHDOG;
         }
+        session.watchdog = self.watchdog.unwrap_or(session.watchdog);
         session.probe = (!matches!(variant, Variant::Image(_))).then_some(probe);
         (session.far_side, session.registers) = (far_side, registers);
-        (session.memory_end, session.alarm) = (memory_end, alarm);
+        (session.memory_end, session.alarm) = (P::memory_end(RAM), alarm);
+        session.neighbour = neighbour.map(|mut neighbour| {
+            neighbour.watchdog = session.watchdog;
+            neighbour
+        });
         session.peek = Some(Box::new(move |address, bytes| peek(&seen, address, bytes)));
         if let Some(saboteur) = &self.saboteur {
-            // Most of what is broken shows by something that does not come.
-            session.watchdog = SABOTEUR_WATCHDOG;
             session.break_driver(|honest| saboteur.driver(honest));
             session.driver_role = saboteur.driver_role().unwrap_or(session.driver_role);
             if let (Some(registers), Some(change)) = (&session.registers, saboteur.register_access()) {
@@ -228,6 +274,29 @@ impl<P: Port, W: Wire<P::Host, P::Guest>> Local<P, W> {
             }
         }
         Ok(session)
+    }
+}
+
+impl<P: Port, W: Wire<FlawedHost<P::Host>, FlawedGuest<P::Guest>>> Local<Flawed<P>, W> {
+    /// With an honest device, on a port that has `flaw`.
+    pub fn flawed(kind: Kind, ring: RingFormat, flaw: Flaw) -> Self {
+        let start = Box::new(move |ram| Flawed::<P>::start_with(Some(flaw), ram));
+        // As for saboteurs; but what is late and no worse is waited for.
+        let watchdog = (flaw != Flaw::Late).then_some(SABOTEUR_WATCHDOG);
+        Self { start, watchdog, ..Self::new(kind, ring) }
+    }
+}
+
+impl<P: Port, W> Local<OnPci<Flawed<P>>, W>
+where
+    P::Host: Platform,
+    P::Guest: Machine,
+    W: Wire<pci::HostOn<P>, pci::GuestOn<P>>,
+{
+    /// With an honest device on a PCI bus, on a port that has `flaw`.
+    pub fn flawed_pci(kind: Kind, ring: RingFormat, flaw: Flaw) -> Self {
+        let start = Box::new(move |ram| Flawed::<P>::start_with(Some(flaw), ram).map(OnPci::<Flawed<P>>::on));
+        Self { start, watchdog: Some(SABOTEUR_WATCHDOG), ..Self::new(kind, ring) }
     }
 }
 
@@ -266,15 +335,22 @@ fn kernel() -> Option<String> {
     Some(format!("Linux {}", release.trim()))
 }
 
-/// Where flat memory ends: that is memory which is there whether it is shared or not.
-fn memory_end(memory: &impl GuestMemory, guest: &impl Share) -> Option<u64> {
-    let pages = guest.allocate(1).ok()?;
-    let address = guest.share(&pages, Access::READ).ok()?;
-    guest.unshare(address).ok()?;
-    let reaches = |len| memory.resolve(address, len, Access::READ, |_| {}).is_ok();
-    // The largest length that can be resolved, bit by bit.
-    let longer = |len, bit| if reaches(len + bit) { len + bit } else { len };
-    reaches(1).then(|| address + (0..48).rev().map(|bit| 1 << bit).fold(0, longer))
+/// A guest that is ended apart.
+struct Apart<G: Send + Sync + 'static>(Option<Arc<G>>);
+
+impl<G: Send + Sync + 'static> Drop for Apart<G> {
+    fn drop(&mut self) {
+        /// So many may wait for their end.
+        const WAITING: usize = 4;
+        static ENDS: LazyLock<Option<SyncSender<Box<dyn Any + Send>>>> = LazyLock::new(|| {
+            let (sender, guests) = sync_channel(WAITING);
+            let end = move || guests.into_iter().for_each(drop);
+            Builder::new().name("ends of machines".into()).spawn(end).is_ok().then_some(sender)
+        });
+        let guest = Box::new(self.0.take());
+        // Where there is no such thread it ends here and now.
+        let _ = ENDS.as_ref().map(|ends| ends.send(guest));
+    }
 }
 
 /// Reads guest memory in the device's place.

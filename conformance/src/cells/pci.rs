@@ -16,7 +16,7 @@ use polyvirt_transports::pci::{
 };
 
 use super::notes::Notes;
-use super::{Connection, Port, Wire};
+use super::{Connection, FlawedGuest, FlawedHost, Port, Wire};
 use crate::suite::{Evidence, RegisterAccess, RegisterFile};
 
 /// A PCI bus on hypervisor `P`.
@@ -28,6 +28,7 @@ where
     P::Guest: Machine,
 {
     const NAME: &'static str = P::NAME;
+    const ENDS_APART: bool = P::ENDS_APART;
     type Host = pci::Host<P::Host>;
     type Guest = Bus<P::Guest>;
 
@@ -40,11 +41,29 @@ where
     }
 
     fn start(ram: usize) -> Result<(Self::Host, Arc<Self::Guest>), HypervisorError> {
-        let (host, guest) = P::start(ram)?;
-        let host = pci::Host::new(host, guest.address_map());
-        Ok((host, Arc::new(Bus::new(guest))))
+        P::start(ram).map(Self::on)
+    }
+
+    fn memory_end(ram: usize) -> Option<u64> {
+        P::memory_end(ram)
     }
 }
+
+impl<P: Port> OnPci<P>
+where
+    P::Host: Platform,
+    P::Guest: Machine,
+{
+    /// A bus on the halves of a machine.
+    pub(super) fn on((host, guest): (P::Host, Arc<P::Guest>)) -> (pci::Host<P::Host>, Arc<Bus<P::Guest>>) {
+        (pci::Host::new(host, guest.address_map()), Arc::new(Bus::new(guest)))
+    }
+}
+
+/// The host half of a bus on port `P` with a flaw.
+pub(super) type HostOn<P> = pci::Host<FlawedHost<<P as Port>::Host>>;
+/// Its guest half.
+pub(super) type GuestOn<P> = Bus<FlawedGuest<<P as Port>::Guest>>;
 
 /// virtio-pci: a modern device, which interrupts by messages.
 pub struct Pci;
@@ -72,6 +91,7 @@ pub struct PciLegacy;
 impl<H: Host<Place = HostPlace>, G: Functions + 'static> Wire<H, G> for PciLegacy {
     const NAME: &'static str = "pci-legacy";
     const LEGACY: bool = true;
+    const LINES: usize = 4;
 
     fn attach<B, M>(host: &mut B, memory: M, device: Box<dyn Device<M>>) -> Result<(), HypervisorError>
     where

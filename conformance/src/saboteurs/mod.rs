@@ -20,6 +20,7 @@ mod parsers;
 mod pci;
 mod pci_driver;
 mod pci_interrupts;
+mod ports;
 mod proxy;
 mod registers;
 mod rings;
@@ -30,7 +31,8 @@ use std::sync::Arc;
 use polyvirt_core::hypervisor::Host;
 
 use crate::cells::{
-    Kind, Lguest, LguestPage, Local, Loopback, MemoryOf, Mmio, MmioLegacy, OnPci, Pci, PciLegacy, Port, Sabotage, Wire,
+    Flaw, Flawed, FlawedGuest, FlawedHost, Kind, Kvm, Lguest, LguestPage, Local, Loopback, MemoryOf, Mmio, MmioLegacy,
+    OnPci, Pci, PciLegacy, Port, Sabotage, Wire, Xen, Xenbus,
 };
 use crate::suite::{RingFormat, Target};
 
@@ -58,6 +60,8 @@ pub enum Place {
     PciLegacy,
     /// On the loopback, behind version 1 of the registers.
     MmioLegacy,
+    /// In the port itself, with each format of rings: wherever this can be broken.
+    Port(Flaw),
 }
 
 /// Something broken.
@@ -87,7 +91,30 @@ impl Saboteur {
             Place::Pci => self.on::<OnPci<Loopback>, Pci>(formats),
             Place::PciLegacy => self.on::<OnPci<Loopback>, PciLegacy>(RingFormat::of(true)),
             Place::MmioLegacy => self.on::<Loopback, MmioLegacy>(RingFormat::of(true)),
+            // Kicks are calls on the loopback, and interrupts come in the kick: nothing comes back from the one, and
+            // only there is it sure that the other came before.
+            Place::Port(flaw @ Flaw::NoSecondCall) => {
+                [self.flawed::<Xen, Xenbus>(flaw), self.flawed::<Kvm, Mmio>(flaw)].concat()
+            }
+            Place::Port(flaw @ Flaw::Forgetful) => self.flawed::<Loopback, Mmio>(flaw),
+            Place::Port(flaw @ Flaw::NoPoll) => {
+                [self.flawed::<Loopback, Mmio>(flaw), self.flawed::<Xen, Xenbus>(flaw)].concat()
+            }
+            Place::Port(flaw @ (Flaw::LostPin | Flaw::WrongPin)) => {
+                let flawed = Local::<OnPci<Flawed<Loopback>>, PciLegacy>::flawed_pci;
+                vec![Arc::new(flawed(self.kind, RingFormat::Split, flaw))]
+            }
+            Place::Port(flaw) => [self.flawed::<Loopback, Mmio>(flaw), self.flawed::<Kvm, Mmio>(flaw)].concat(),
         }
+    }
+
+    fn flawed<P, W>(&self, flaw: Flaw) -> Vec<Arc<dyn Target>>
+    where
+        P: Port,
+        W: Wire<FlawedHost<P::Host>, FlawedGuest<P::Guest>>,
+    {
+        let flawed = |&ring| -> Arc<dyn Target> { Arc::new(Local::<Flawed<P>, W>::flawed(self.kind, ring, flaw)) };
+        RingFormat::of(false).iter().map(flawed).collect()
     }
 
     fn on<P, W>(&self, formats: &[RingFormat]) -> Vec<Arc<dyn Target>>
@@ -119,6 +146,7 @@ pub fn all() -> impl Iterator<Item = &'static Saboteur> {
         pci::SABOTEURS,
         pci_interrupts::SABOTEURS,
         pci_driver::SABOTEURS,
+        ports::SABOTEURS,
         legacy::PCI,
         legacy::MMIO,
     ]

@@ -175,6 +175,8 @@ pub enum Variant<'a> {
     Plain,
     /// A block device that cannot be written.
     ReadOnly,
+    /// A device that shares its interrupt line with another of its kind, which is the session's neighbour.
+    Crowd,
     /// A block device that serves this raw image.
     Image(&'a Path),
     /// A daemon that nobody has connected to: the case speaks the protocol itself.

@@ -43,6 +43,8 @@ pub struct Session {
     pub daemon: Option<DaemonHandle>,
     /// Panics of the device.
     pub alarm: Alarm,
+    /// Another device of the same machine, on the same interrupt line.
+    pub neighbour: Option<Box<Self>>,
     /// Dropped last: the machine.
     _machine: Box<dyn Any + Send>,
 }
@@ -65,6 +67,7 @@ impl Session {
             peek: None,
             daemon: None,
             alarm: Alarm::default(),
+            neighbour: None,
             _machine: machine,
         }
     }

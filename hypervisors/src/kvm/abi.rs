@@ -4,11 +4,9 @@ use polyvirt_transports::mmio::Place;
 use polyvirt_transports::mmio::registers::PLACE_SIZE;
 use polyvirt_transports::pci::{AddressMap, Message};
 
-/// RAM is from 0 up to here at most.
+/// RAM is from 0 up to here at most. Behind it, in the same slot but where no device sees it, is the hands' own memory:
+/// no device can break what drives it.
 pub(super) const RAM_END: u64 = 0xc000_0000;
-
-/// The hands' own memory: a slot that devices do not see, so no device can break what drives it.
-pub(super) const HANDS: u64 = 0xc000_0000;
 
 /// A store here ends the hands' command: no slot is behind it, so it exits.
 pub(super) const DONE: u64 = 0xc010_0000;

@@ -8,7 +8,7 @@ use polyvirt_core::memory::{Access, Pages};
 use polyvirt_transports::mmio::{Place, Registers};
 
 use super::abi;
-use super::hands::Command;
+use super::hands::{self, Command};
 use super::host::Bus;
 use super::vcpu::Vcpu;
 use crate::flat_share::FlatShare;
@@ -20,13 +20,16 @@ pub struct Guest {
     turn: Mutex<()>,
     bus: Arc<Bus>,
     share: FlatShare,
+    /// Where the hands' memory is.
+    hands: u64,
 }
 
 impl Guest {
     pub(super) fn new(vcpu: Vcpu, bus: Arc<Bus>, ram: Pages) -> Self {
         // Page 0 is never handed out: to many a driver, address 0 means none.
         let share = ram.slice(0x1000, ram.len() - 0x1000).expect("RAM has at least a page");
-        Self { vcpu: Mutex::new(vcpu), turn: Mutex::new(()), bus, share: FlatShare::new(0x1000, share) }
+        let hands = ram.len() as u64;
+        Self { vcpu: Mutex::new(vcpu), turn: Mutex::new(()), bus, share: FlatShare::new(0x1000, share), hands }
     }
 
     /// Runs `work` on the vCPU, unless it stopped before. If `work` fails, it has.
@@ -70,7 +73,9 @@ impl Guest {
 
     /// Whether what drives the guest is not at `address`.
     fn allowed(&self, call: &'static str, address: u64, len: usize) -> Result<(), HypervisorError> {
-        match address < abi::HANDS_END && address.saturating_add(len as u64) > abi::HANDS {
+        let end = address.saturating_add(len as u64);
+        let own = [(self.hands, self.hands + hands::LEN as u64), (abi::DONE, abi::HANDS_END)];
+        match own.iter().any(|&(from, to)| address < to && end > from) {
             true => Err(HypervisorError::Refused { call, reason: format!("{address:#x} is what drives the guest") }),
             false => Ok(()),
         }

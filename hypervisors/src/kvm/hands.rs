@@ -7,7 +7,7 @@
 
 use polyvirt_core::memory::{MemoryError, Pages};
 
-use super::abi::{DONE, FIRST_VECTOR, HANDS, LINES};
+use super::abi::{DONE, FIRST_VECTOR, LINES};
 
 // The layout of the hands' memory, relative to its start.
 pub(super) const CODE: u64 = 0;
@@ -28,6 +28,8 @@ const ROUTINE: usize = 0;
 const ADDRESS: usize = 1;
 const VALUE: usize = 2;
 const PENDING: usize = 3;
+/// Another one for each command.
+const NUMBER: usize = 4;
 
 /// Bytes from one routine, or interrupt handler, to the next.
 const STRIDE: u64 = 16;
@@ -42,7 +44,10 @@ pub(super) const GDT_LIMIT: u16 = 4 * 8 - 1;
 pub(super) const IDT_LIMIT: u16 = 256 * 16 - 1;
 pub(super) const TSS_LIMIT: u32 = 104 - 1;
 
-// r14 is the mailbox and r15 the EOI register of the local APIC, always.
+// r14 is the mailbox and r15 the EOI register of the local APIC, always; r13 is the number of the command.
+//
+// An access that a device answers leaves the guest, and the host knows all about it then: it may give the next command at
+// once. The hands find that when they go on, and do not leave the guest a second time to say that they are done.
 core::arch::global_asm!(
     r#"
     .pushsection .rodata.polyvirt_kvm_hands, "a"
@@ -51,6 +56,7 @@ core::arch::global_asm!(
     .balign {stride}
 polyvirt_kvm_hands:
 .Lpolyvirt_next:
+    mov r13, [r14 + 8 * {NUMBER}]
     mov rcx, [r14 + 8 * {ROUTINE}]
     mov rsi, [r14 + 8 * {ADDRESS}]
     mov rax, [r14 + 8 * {VALUE}]
@@ -125,6 +131,8 @@ polyvirt_kvm_routines:
     jnz .Lpolyvirt_wait
 
 .Lpolyvirt_done:
+    cmp r13, [r14 + 8 * {NUMBER}]
+    jne .Lpolyvirt_next
     mov [r14 + 8 * {VALUE}], rax
     mov ecx, {done}
     mov dword ptr [rcx], eax
@@ -148,6 +156,7 @@ polyvirt_kvm_hands_end:
     ADDRESS = const ADDRESS,
     VALUE = const VALUE,
     PENDING = const PENDING,
+    NUMBER = const NUMBER,
     stride = const STRIDE,
     done = const DONE,
     lines = const LINES,
@@ -165,7 +174,7 @@ unsafe extern "C" {
 }
 
 /// What the hands can do.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Command {
     /// Loads 1 << n bytes.
     Load(u32),
@@ -180,6 +189,7 @@ pub(super) enum Command {
 }
 
 impl Command {
+    /// Where its routine is in the hands' memory.
     fn routine(self) -> u64 {
         let index = match self {
             Self::Load(width) => width,
@@ -188,7 +198,7 @@ impl Command {
             Self::Output(width) => 11 + width,
             Self::Wait => 14,
         };
-        HANDS + CODE + offset(&raw const ROUTINES) + u64::from(index) * STRIDE
+        CODE + offset(&raw const ROUTINES) + u64::from(index) * STRIDE
     }
 }
 
@@ -197,16 +207,22 @@ fn offset(symbol: *const u8) -> u64 {
 }
 
 /// The hands, as the host moves them.
-pub(super) struct Hands(Pages);
+pub(super) struct Hands {
+    memory: Pages,
+    /// Where the guest sees it.
+    base: u64,
+    /// Of the last command.
+    number: u64,
+}
 
 impl Hands {
-    /// Puts the payload and its tables into `memory`, which is [`LEN`] bytes at [`HANDS`].
-    pub(super) fn new(memory: Pages) -> Result<Self, MemoryError> {
+    /// Puts the payload and its tables into `memory`, which is [`LEN`] bytes at guest-physical `base`, below 4 GiB.
+    pub(super) fn new(memory: Pages, base: u64) -> Result<Self, MemoryError> {
         let len = offset(&raw const HANDS_STOP) as usize;
         // SAFETY: the assembler laid these bytes out in read-only data, from the one symbol to the other.
         let code = unsafe { std::slice::from_raw_parts(&raw const HANDS_START, len) };
         memory.write(CODE as usize, code)?;
-        write_page_tables(&memory)?;
+        write_page_tables(&memory, base)?;
         // No CPL 0 data segment: an interrupt leaves SS empty.
         for (index, descriptor) in
             [0, 0x00af_9b00_0000_ffff, 0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff].into_iter().enumerate()
@@ -214,45 +230,52 @@ impl Hands {
             put(&memory, GDT, index, descriptor)?;
         }
         // RSP0, and an I/O bitmap beyond the limit: no ports.
-        memory.write(TSS as usize + 4, &(HANDS + STACK_TOP).to_le_bytes())?;
+        memory.write(TSS as usize + 4, &(base + STACK_TOP).to_le_bytes())?;
         memory.write(TSS as usize + 102, &(TSS_LIMIT as u16 + 1).to_le_bytes())?;
         for line in 0..LINES {
-            let handler = HANDS + CODE + offset(&raw const HANDLERS) + u64::from(line) * STRIDE;
+            let handler = base + CODE + offset(&raw const HANDLERS) + u64::from(line) * STRIDE;
             // A 64-bit interrupt gate for CPL 0 (the handler's address is below 4 GiB).
             let gate = handler & 0xffff | u64::from(CODE_CPL0) << 16 | 0x8e00 << 32 | handler >> 16 << 48;
             put(&memory, IDT, 2 * (FIRST_VECTOR + line) as usize, gate)?;
         }
-        Ok(Self(memory))
+        Ok(Self { memory, base, number: 0 })
+    }
+
+    /// Where the guest sees them.
+    pub(super) const fn base(&self) -> u64 {
+        self.base
     }
 
     /// Tells the hands what to do when they run next.
-    pub(super) fn command(&self, command: Command, address: u64, value: u64) -> Result<(), MemoryError> {
-        put(&self.0, MAILBOX, ADDRESS, address)?;
-        put(&self.0, MAILBOX, VALUE, value)?;
-        put(&self.0, MAILBOX, ROUTINE, command.routine())
+    pub(super) fn command(&mut self, command: Command, address: u64, value: u64) -> Result<(), MemoryError> {
+        self.number += 1;
+        put(&self.memory, MAILBOX, ADDRESS, address)?;
+        put(&self.memory, MAILBOX, VALUE, value)?;
+        put(&self.memory, MAILBOX, ROUTINE, self.base + command.routine())?;
+        put(&self.memory, MAILBOX, NUMBER, self.number)
     }
 
     /// What they answered.
     pub(super) fn value(&self) -> Result<u64, MemoryError> {
-        get(&self.0, MAILBOX, VALUE)
+        get(&self.memory, MAILBOX, VALUE)
     }
 
     /// The interrupts among `lines` that came; they are taken out, the others stay. The vCPU must not run meanwhile.
     pub(super) fn take_pending(&self, lines: u64) -> Result<u64, MemoryError> {
-        let pending = get(&self.0, MAILBOX, PENDING)?;
-        put(&self.0, MAILBOX, PENDING, pending & !lines)?;
+        let pending = get(&self.memory, MAILBOX, PENDING)?;
+        put(&self.memory, MAILBOX, PENDING, pending & !lines)?;
         Ok(pending & lines)
     }
 }
 
 /// The first 4 GiB at their own addresses, in pages of 2 MiB, for CPL 3 too.
-fn write_page_tables(memory: &Pages) -> Result<(), MemoryError> {
+fn write_page_tables(memory: &Pages, base: u64) -> Result<(), MemoryError> {
     const TABLE: u64 = 1 << 2 | 1 << 1 | 1; // user, writable, present
     const LARGE: u64 = 1 << 7 | TABLE;
     let second = PAGE_TABLES + 0x1000;
     let third = PAGE_TABLES + 0x2000;
-    put(memory, PAGE_TABLES, 0, (HANDS + second) | TABLE)?;
-    (0..4).try_for_each(|i| put(memory, second, i, (HANDS + third + i as u64 * 0x1000) | TABLE))?;
+    put(memory, PAGE_TABLES, 0, (base + second) | TABLE)?;
+    (0..4).try_for_each(|i| put(memory, second, i, (base + third + i as u64 * 0x1000) | TABLE))?;
     (0..4 * 512).try_for_each(|i| put(memory, third, i, (i as u64) << 21 | LARGE))
 }
 

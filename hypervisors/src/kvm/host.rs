@@ -26,7 +26,6 @@ pub struct Host {
     places: Vec<Reserved>,
     /// The functions of the PCI bus, by number: their kicks until they are served, and who serves them.
     pub(super) functions: BTreeMap<u8, (Vec<EventFd>, Option<EventLoop>)>,
-    pub(super) pins: Arc<Mutex<Pins>>,
 }
 
 struct Reserved {
@@ -38,7 +37,7 @@ struct Reserved {
 
 impl Host {
     pub(super) fn new(vm: Arc<VmFd>, routes: Routes, memory: Arc<FlatMemory>, bus: Arc<Bus>) -> Self {
-        Self { vm, routes, memory, bus, places: Vec::new(), functions: BTreeMap::new(), pins: Arc::default() }
+        Self { vm, routes, memory, bus, places: Vec::new(), functions: BTreeMap::new() }
     }
 }
 
@@ -111,11 +110,19 @@ impl Interrupt for Line {
 pub(super) struct Bus {
     devices: RwLock<Vec<(Place, SharedDevice)>>,
     pub(super) pci: OnceLock<Arc<Root>>,
+    /// The pins of its functions.
+    pub(super) pins: Arc<Mutex<Pins>>,
 }
 
 impl Bus {
-    fn plug(&self, place: Place, device: SharedDevice) {
+    pub(super) fn plug(&self, place: Place, device: SharedDevice) {
         self.devices.write().unwrap_or_else(PoisonError::into_inner).push((place, device));
+    }
+
+    /// Which of `lines` are up, where a line is a message: that came once, and one function may hold the line on when another
+    /// has taken it.
+    pub(super) fn held(&self, lines: u64) -> u64 {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner).held() & lines
     }
 
     /// Where devices are.

@@ -14,7 +14,7 @@ use polyvirt_core::memory::Pages;
 use polyvirt_transports::pci::Message;
 use polyvirt_transports::pci::registers::MESSAGE_LINES;
 
-use super::abi::{self, APIC, HANDS, LINES};
+use super::abi::{self, APIC, LINES};
 use super::hands::{self, Hands};
 use crate::mapping;
 
@@ -48,11 +48,13 @@ impl Machine {
         vm.create_irq_chip().map_err(refused("KVM_CREATE_IRQCHIP"))?;
         let vm = Arc::new(vm);
         let routes = Routes::to_hands(&vm)?;
-        let ram = memory_slot(&vm, 0, 0, ram)?;
-        let hands = Hands::new(memory_slot(&vm, 1, HANDS, hands::LEN)?)
-            .map_err(|error| HypervisorError::GuestStopped(error.to_string()))?;
+        let memory = memory_slot(&vm, 0, 0, ram + hands::LEN)?;
+        let parts = memory.slice(0, ram).zip(memory.slice(ram, hands::LEN));
+        let (ram, own) = parts.expect("the slot is as long as both");
+        let base = ram.len() as u64;
+        let hands = Hands::new(own, base).map_err(|error| HypervisorError::GuestStopped(error.to_string()))?;
         let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(refused("KVM_GET_SUPPORTED_CPUID"))?;
-        Ok(Self { vcpu: vcpu(&vm, &cpuid)?, vm, routes, hands, ram })
+        Ok(Self { vcpu: vcpu(&vm, &cpuid, base)?, vm, routes, hands, ram })
     }
 }
 
@@ -195,19 +197,19 @@ pub(super) fn memory_slot(vm: &VmFd, slot: u32, address: u64, len: usize) -> Res
     Ok(pages)
 }
 
-/// The processor, at the first instruction of the hands.
-fn vcpu(vm: &VmFd, cpuid: &CpuId) -> Result<VcpuFd, HypervisorError> {
+/// The processor, at the first instruction of the hands, whose memory is at `base`.
+fn vcpu(vm: &VmFd, cpuid: &CpuId, base: u64) -> Result<VcpuFd, HypervisorError> {
     let vcpu = vm.create_vcpu(0).map_err(refused("KVM_CREATE_VCPU"))?;
     vcpu.set_cpuid2(cpuid).map_err(refused("KVM_SET_CPUID2"))?;
     let mut sregs = vcpu.get_sregs().map_err(refused("KVM_GET_SREGS"))?;
-    enter_cpl3(&mut sregs);
+    enter_cpl3(&mut sregs, base);
     vcpu.set_sregs(&sregs).map_err(refused("KVM_SET_SREGS"))?;
     let regs = kvm_regs {
-        rip: HANDS + hands::CODE,
-        r14: HANDS + hands::MAILBOX,
+        rip: base + hands::CODE,
+        r14: base + hands::MAILBOX,
         r15: APIC_EOI,
         // For interrupts that come at CPL 0: below the part for those that come at CPL 3.
-        rsp: HANDS + hands::STACK_TOP - 0x800,
+        rsp: base + hands::STACK_TOP - 0x800,
         rflags: 1 << 9 | 1 << 1, // interrupts enabled (at CPL 3 the payload cannot); bit 1 is always set
         ..Default::default()
     };
@@ -221,22 +223,22 @@ fn vcpu(vm: &VmFd, cpuid: &CpuId) -> Result<VcpuFd, HypervisorError> {
 }
 
 /// As [`enter_cpl3`], but CPL 0: for ports.
-pub(super) fn enter_cpl0(sregs: &mut kvm_sregs) {
+pub(super) fn enter_cpl0(sregs: &mut kvm_sregs, _base: u64) {
     (sregs.cs.selector, sregs.cs.dpl) = (hands::CODE_CPL0, 0);
     sregs.ss = kvm_segment { unusable: 1, ..Default::default() };
 }
 
-/// Long mode, paging, CPL 3, with the tables in the hands' memory.
-pub(super) fn enter_cpl3(sregs: &mut kvm_sregs) {
+/// Long mode, paging, CPL 3, with the tables in the hands' memory at `hands`.
+pub(super) fn enter_cpl3(sregs: &mut kvm_sregs, hands: u64) {
     let flat = kvm_segment { limit: u32::MAX, present: 1, dpl: 3, s: 1, g: 1, ..Default::default() };
     let data = kvm_segment { selector: hands::DATA_CPL3, type_: 3, db: 1, ..flat };
     sregs.cs = kvm_segment { selector: hands::CODE_CPL3, type_: 11, l: 1, ..flat };
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    let (base, limit, selector) = (HANDS + hands::TSS, hands::TSS_LIMIT, hands::TSS_SELECTOR);
+    let (base, limit, selector) = (hands + hands::TSS, hands::TSS_LIMIT, hands::TSS_SELECTOR);
     sregs.tr = kvm_segment { base, limit, selector, type_: 11, present: 1, ..Default::default() };
-    (sregs.gdt.base, sregs.gdt.limit) = (HANDS + hands::GDT, hands::GDT_LIMIT);
-    (sregs.idt.base, sregs.idt.limit) = (HANDS + hands::IDT, hands::IDT_LIMIT);
-    sregs.cr3 = HANDS + hands::PAGE_TABLES;
+    (sregs.gdt.base, sregs.gdt.limit) = (hands + hands::GDT, hands::GDT_LIMIT);
+    (sregs.idt.base, sregs.idt.limit) = (hands + hands::IDT, hands::IDT_LIMIT);
+    sregs.cr3 = hands + hands::PAGE_TABLES;
     sregs.cr4 = 1 << 5; // PAE
     sregs.efer = 1 << 8 | 1 << 10; // long mode enabled and active
     sregs.cr0 = 1 << 31 | 1 << 4 | 1 << 1 | 1; // paging, ET, MP, protection

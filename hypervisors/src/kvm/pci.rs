@@ -39,7 +39,7 @@ impl Platform for Host {
         let served = kicks.iter().map(EventFd::try_clone).collect::<Result<_, _>>().map_err(failed("eventfd"))?;
         self.functions.insert(function, (served, None));
         let (vm, routes, pin) = (Arc::clone(&self.vm), self.routes.clone(), self.routes.line(pin_line(function >> 3)));
-        let pins = Arc::clone(&self.pins);
+        let pins = Arc::clone(&self.bus.pins);
         Ok(Arc::new(Function { vm, routes, kicks, messages, pin, pins, bells: Mutex::default() }))
     }
 
@@ -63,6 +63,12 @@ impl Pins {
         let count = self.0.entry(pin).or_default();
         *count = if asserted { *count + 1 } else { count.saturating_sub(1) };
         asserted || *count == 0
+    }
+
+    /// A bit for each of the first 64 GSIs that is up.
+    pub(super) fn held(&self) -> u64 {
+        let up = self.0.iter().filter(|(_, count)| **count > 0);
+        up.fold(0, |all, (gsi, _)| all | 1u64.checked_shl(*gsi).unwrap_or(0))
     }
 }
 
@@ -162,6 +168,7 @@ mod tests {
         let mut pins = Pins::default();
         assert!(pins.changes(84, true) && pins.changes(84, true) && pins.changes(85, true));
         assert!(!pins.changes(84, false));
+        assert!(pins.held() == 0 && pins.changes(61, true) && pins.held() == 1 << 61);
         assert!(pins.changes(84, false) && pins.changes(85, false));
         assert!(pins.changes(84, true));
     }

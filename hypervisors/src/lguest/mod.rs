@@ -36,13 +36,15 @@ pub fn available() -> Result<String, HypervisorError> {
     }
 }
 
+/// Bytes of the guest's memory behind what is for its drivers: its hands and the device page, which devices see too.
+pub const OWN_PAGES: u64 = (hands::PAGES + abi::DEVICE_PAGES) * abi::PAGE;
+
 /// Starts a guest with `ram` bytes for its drivers, rounded up to whole pages: its two halves. Dropping the host half
 /// ends the guest.
 ///
 /// Fails with [`HypervisorError::Unavailable`] if this host does not allow it.
 pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
-    let own = (hands::PAGES + abi::DEVICE_PAGES) * abi::PAGE;
-    let len = ram.checked_next_multiple_of(abi::PAGE as usize).and_then(|ram| ram.checked_add(own as usize));
+    let len = ram.checked_next_multiple_of(abi::PAGE as usize).and_then(|ram| ram.checked_add(OWN_PAGES as usize));
     let memory = crate::mapping::anonymous(len.ok_or(HypervisorError::Exhausted("address space"))?)?;
     let host = Host::start(&memory)?;
     let guest = Guest::new(&host, memory)?;

@@ -8,7 +8,7 @@ use polyvirt_core::memory::{Access, Pages};
 use polyvirt_transports::mmio::{Place, Registers, registers::PLACE_SIZE};
 use polyvirt_transports::pci::Space;
 
-use super::{Bus, SharedDevice, lock};
+use super::{Bus, Lines, SharedDevice, lock};
 use crate::flat_share::FlatShare;
 
 /// The guest half.
@@ -50,11 +50,12 @@ impl hypervisor::Guest for Guest {
     }
 
     fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        let pending = lock(&self.bus.interrupts.pending);
-        let waited = self.bus.interrupts.arrived.wait_timeout_while(pending, watchdog, |all| *all & lines == 0);
-        let (mut pending, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let came = *pending & lines;
-        *pending &= !came;
+        let state = lock(&self.bus.interrupts.lines);
+        let nothing = |state: &mut Lines| state.pending() & lines == 0;
+        let waited = self.bus.interrupts.arrived.wait_timeout_while(state, watchdog, nothing);
+        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let came = state.pending() & lines;
+        state.pending &= !came;
         Ok(came)
     }
 

@@ -70,7 +70,7 @@ impl Interrupt for Line {
 impl Interrupts {
     /// The interrupts of `lines` are pending.
     pub(super) fn raise(&self, lines: u64) {
-        *lock(&self.pending) |= lines;
+        lock(&self.lines).pending |= lines;
         self.arrived.notify_all();
     }
 }

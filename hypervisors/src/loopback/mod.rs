@@ -61,11 +61,26 @@ struct Bus {
 
 type SharedDevice = Arc<Mutex<Box<dyn BusDevice>>>;
 
-/// Pending interrupts, a bit each.
+/// Interrupts, a bit each.
 #[derive(Default)]
 struct Interrupts {
-    pending: Mutex<u64>,
+    lines: Mutex<Lines>,
     arrived: Condvar,
+}
+
+#[derive(Default)]
+struct Lines {
+    /// What came and was not taken.
+    pending: u64,
+    /// What pins hold up, one item for each pin that does: as long as one does, it is pending.
+    held: Vec<u64>,
+}
+
+impl Lines {
+    /// All that is pending.
+    fn pending(&self) -> u64 {
+        self.held.iter().fold(self.pending, |all, line| all | line)
+    }
 }
 
 /// Locks even what a panic left behind: a broken device stays a device, and the driver has to notice.

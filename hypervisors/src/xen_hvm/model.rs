@@ -18,7 +18,7 @@ use super::host::{Host, start as start_host};
 use crate::flat_share::FlatShare;
 
 /// Guest-physical address of the memory.
-const RAM: u64 = 0x10_0000;
+pub const RAM: u64 = 0x10_0000;
 /// Where messages go; the data are the line.
 const MESSAGES: u64 = 0xfee0_0000;
 
