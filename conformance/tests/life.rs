@@ -22,9 +22,19 @@ fn daemon(folder: &Path, kind: Kind) -> Arc<Process> {
     Arc::new(Process::new(command, folder.join("socket")))
 }
 
+/// Kills the daemon when a test is over, whoever else still has it.
+struct Killed(Arc<Process>);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+    }
+}
+
 fn passes(kind: Kind) {
     let folder = tempfile::tempdir().unwrap();
     let process = daemon(folder.path(), kind);
+    let _killed = Killed(Arc::clone(&process));
     for ring in [RingFormat::Split, RingFormat::Packed] {
         let target = Daemon::new(folder.path().join("socket"), kind, ring).started_by(Some(Arc::clone(&process)));
         let target: Arc<dyn Target> = Arc::new(target);
@@ -54,6 +64,7 @@ fn our_own_console_lives_as_it_should() {
 fn escapes(broken: &BrokenDaemon) -> Vec<String> {
     let folder = tempfile::tempdir().unwrap();
     let process = daemon(folder.path(), Kind::Rng);
+    let _killed = Killed(Arc::clone(&process));
     let proxy = folder.path().join("proxy");
     broken.listen(&proxy, Arc::clone(&process)).unwrap();
     let mut escaped = Vec::new();

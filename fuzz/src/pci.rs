@@ -193,7 +193,7 @@ impl Machine {
         for (bar, address) in [(0, ports(device)), (1, table(device)), (4, modern(device)), (5, 0)] {
             self.configure(device, BARS + 4 * bar, &(address as u32).to_le_bytes());
         }
-        self.configure(device, COMMAND, &(COMMAND_IO | COMMAND_MEMORY).to_le_bytes());
+        self.configure(device, COMMAND, &(COMMAND_IO | COMMAND_MEMORY | COMMAND_MASTER).to_le_bytes());
         let root = self.host.root();
         let mut at = [0];
         root.read_config(device << 3, CAPABILITIES.into(), &mut at);

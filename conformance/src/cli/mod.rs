@@ -303,7 +303,14 @@ mod tests {
                 .filter(|(before, _)| matches!(*before, "" | "RUST_LOG=debug "))
                 .or_else(|| line.split_once("cargo run --release -- ").filter(|(before, _)| before.is_empty()))?;
             let words = words.split('#').next()?.replace("$(xl domid guest)", "1");
-            Some(words.split_whitespace().filter(|word| *word != "&").map(str::to_owned).collect())
+            // What stands between quotes is one word.
+            let mut quoted = false;
+            let words = words.split(|letter: char| {
+                quoted ^= letter == '\'';
+                letter.is_whitespace() && !quoted
+            });
+            let words = words.filter(|word| !word.is_empty() && *word != "&");
+            Some(words.map(|word| word.trim_matches('\'').to_owned()).collect())
         };
         blocks.chain(spans).filter_map(ours).collect()
     }

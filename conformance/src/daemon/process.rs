@@ -1,6 +1,6 @@
 //! A daemon as a process that the suite starts, kills and starts again.
 
-use std::io::{self, ErrorKind};
+use std::io::{self, ErrorKind, Write as _};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -39,15 +39,19 @@ impl Process {
     /// Starts the daemon if it does not run; whether that was so.
     fn ensure_running(&self) -> io::Result<bool> {
         let mut child = self.child.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(running) = &mut *child
-            && running.try_wait()?.is_none()
-        {
-            return Ok(false);
+        if let Some(running) = &mut *child {
+            if running.try_wait()?.is_none() {
+                return Ok(false);
+            }
+            // There is nothing left to kill, and its number may be another's by now.
+            over(running);
         }
-        // The shell gives its process to the daemon, so that this one is killed and not only the shell.
-        let line = format!("exec {}", self.command.replace(SOCKET, "\"$1\""));
+        // The shell gives its process to the daemon. Another one kills it when this process is gone, however it ends: nobody
+        // writes to its end of the pipe then.
+        let daemon = self.command.replace(SOCKET, "\"$1\"");
+        let line = format!("exec 3<&0; {{ read -r over <&3 || kill -9 $$; }} & exec {daemon} </dev/null 3<&-");
         let mut command = Command::new("/bin/sh");
-        command.arg("-c").arg(line).arg("sh").arg(&self.socket).stdin(Stdio::null()).stdout(Stdio::null());
+        command.arg("-c").arg(line).arg("sh").arg(&self.socket).stdin(Stdio::piped()).stdout(Stdio::null());
         *child = Some(command.spawn()?);
         Ok(true)
     }
@@ -78,9 +82,18 @@ impl Process {
     pub fn kill(&self) -> io::Result<()> {
         if let Some(mut child) = self.child.lock().unwrap_or_else(PoisonError::into_inner).take() {
             child.kill()?;
+            over(&mut child);
             child.wait()?;
         }
         Ok(())
+    }
+}
+
+/// Ends what would kill the daemon, which is gone or about to be.
+fn over(daemon: &mut Child) {
+    if let Some(mut pipe) = daemon.stdin.take() {
+        // Fails only if nobody reads it any more.
+        let _ = pipe.write_all(b"over\n");
     }
 }
 

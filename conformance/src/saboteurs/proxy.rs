@@ -11,10 +11,10 @@ use std::thread;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{read, write};
 use polyvirt_transports::vhost_user::messages::*;
-use polyvirt_transports::vhost_user::{Connection, ConnectionError, Message, map};
+use polyvirt_transports::vhost_user::{Connection, ConnectionError, Message, map, memory_file};
 
 use crate::daemon::Process;
-use crate::daemon::front::event;
+use crate::daemon::front::{SIZE, event};
 use crate::suite::RingFormat;
 
 /// A daemon that does one thing wrong.
@@ -68,6 +68,8 @@ enum Rule {
     LogIgnored,
     /// The record of what is in flight is not looked at.
     RecordIgnored,
+    /// What a record that is shorter than the ring has no room for is not in flight.
+    RecordStretched,
     /// The last completion of the record counts whether it was shown or not.
     RecordForgetsLast,
     /// The last completion of the record does not count even if it was shown.
@@ -100,7 +102,8 @@ pub const DAEMONS: &[BrokenDaemon] = &[
     ),
     broken("tells the base that it was told", Rule::StaleBase, BOTH, &["life/base-handed-back"]),
     broken("goes on with a ring that was stopped", Rule::RunsOn, BOTH, &["life/stopped-is-stopped"]),
-    broken("does everything twice", Rule::DoneTwice, SPLIT, &["life/stop-finishes", "life/record-too-short"]),
+    broken("does everything twice", Rule::DoneTwice, SPLIT, &["life/stop-finishes"]),
+    broken("takes a short record for a whole one", Rule::RecordStretched, SPLIT, &["life/record-too-short"]),
     broken("tells the base of the beginning", Rule::StaleBase, PACKED, &["life/stop-finishes"]),
     broken("forgets what calls go to if it hears of it late", Rule::LateCallIgnored, BOTH, &["life/any-order"]),
     broken("leaves a ring where it was first", Rule::FirstAddresses, BOTH, &["life/begins-anew"]),
@@ -275,6 +278,7 @@ impl Session {
             }
             (R::SetLogBase, Rule::LogIgnored) => return self.front.send(R::SetLogBase as u32, REPLY, &[0; 8], &[]),
             (R::SetInflightFd, Rule::RecordIgnored) => return self.ignore(&message),
+            (R::SetInflightFd, Rule::RecordStretched) => stretch(&mut message),
             (R::SetInflightFd, rule) => tamper(rule, &message),
             _ => {}
         }
@@ -360,4 +364,17 @@ fn tamper(rule: Rule, message: &Message) {
         Rule::RecordRepeatsFirst if used != [0; 2] => pages.write(entry(0), &[1]),
         _ => Ok(()),
     };
+}
+
+/// Puts a record in the place of a shorter one, which has what that has and room for a whole ring of one queue.
+fn stretch(message: &mut Message) {
+    let mut area = InflightArea::from_bytes(&message.payload);
+    let short = message.fds.pop().and_then(|fd| map(fd, area.offset, area.size).ok());
+    let mut bytes = vec![0; area.size as usize];
+    (area.size, area.offset, area.entries) = ((16 + 16 * u64::from(SIZE)).next_multiple_of(64), 0, SIZE);
+    let Ok((file, long)) = memory_file("record", area.size) else { return };
+    let _ = short.map(|short| short.read(0, &mut bytes));
+    bytes[10..12].copy_from_slice(&SIZE.to_ne_bytes());
+    let _ = long.write(0, &bytes);
+    (message.payload, message.fds) = (area.to_bytes(), vec![file]);
 }

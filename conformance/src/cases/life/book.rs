@@ -12,7 +12,7 @@ use polyvirt_transports::vhost_user::messages::*;
 
 use super::case;
 use crate::cases::sample::{ensure, ensure_eq};
-use crate::daemon::front::{Front, LiveRing, SIZE};
+use crate::daemon::front::{Event, Front, LiveRing, SIZE};
 use crate::suite::{Case, Finding, Objection, RingFormat, Session, Verdict};
 
 pub(super) const CASES: &[Case] = &[
@@ -107,7 +107,6 @@ fn staged(session: &mut Session, state: &State) -> Verdict {
     let record = Record::new(session, &mut front, SIZE)?;
     drop(front);
     let mut front = Front::begin(session)?;
-    record.hand_over(&mut front)?;
     let mut rings = (0..session.queues()).map(|index| front.ring(session, index)).collect::<Result<Vec<_>, _>>()?;
     let live = last(&mut rings);
     let mut samples = Vec::new();
@@ -122,6 +121,7 @@ fn staged(session: &mut Session, state: &State) -> Verdict {
     for (number, &head) in state.in_flight.iter().enumerate() {
         record.set_entry(head, true, number as u64 + 1)?;
     }
+    record.hand_over(&mut front)?;
     let base = state.used.len() as u32;
     start(&mut front, &rings, base)?;
     let live = last(&mut rings);
@@ -179,7 +179,6 @@ fn short(session: &mut Session) -> Verdict {
     let record = Record::new(session, &mut front, SIZE / 2)?;
     drop(front);
     let mut front = Front::begin(session)?;
-    record.hand_over(&mut front)?;
     let mut rings = (0..session.queues()).map(|index| front.ring(session, index)).collect::<Result<Vec<_>, _>>()?;
     let heads = [SIZE - 4, 0, 3];
     let live = last(&mut rings);
@@ -190,15 +189,19 @@ fn short(session: &mut Session) -> Verdict {
     record.set_header(0, 0)?;
     // The first chain was taken too, but the record has no room for it.
     record.set_entry(0, true, 1)?;
+    record.hand_over(&mut front)?;
     let begun = start(&mut front, &rings, 0);
     let live = last(&mut rings);
     let mut used = Vec::new();
     while begun.is_ok() && used.len() < heads.len() {
-        match front.used(live) {
-            Ok((id, _)) => used.push(id),
+        if let Some((id, _)) = live.ring.take() {
+            used.push(id);
+            continue;
+        }
+        match front.wait(live)? {
+            Event::Called => {}
             // A daemon may refuse such a record, if it says so.
-            Err(_) if !front.answers() => break,
-            Err(objection) => return Err(objection),
+            Event::Broken | Event::Closed => break,
         }
     }
     if begun.is_err() || used.len() < heads.len() {

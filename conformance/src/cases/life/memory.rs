@@ -90,21 +90,38 @@ fn other(session: &mut Session) -> Verdict {
     let mut front = Front::begin(session)?;
     let mut rings = front.start_all(session)?;
     front.serve(session, &mut rings)?;
-    let daemon = session.daemon()?;
-    let live = last(&mut rings);
-    let _sample = live.offer(session, 3)?;
-    // Everything moves to another file, with the next chain in it.
-    let (file, pages) = memory(RAM)?;
-    let mut all = vec![0; RAM as usize];
-    daemon.ram.1.read(0, &mut all)?;
-    pages.write(0, &all)?;
-    // Where the device says what it used: as it is before that.
-    let QueueConfig { descriptors, device, .. } = live.ring.config;
-    let area = if live.ring.is_packed() { descriptors } else { device };
-    let told_at = (area - RAM_AT) as usize;
-    let before = bytes(&pages, told_at, 1024)?;
+    // Everything moves to another file.
+    let old = session.daemon()?.ram.1.clone();
+    let (file, new) = memory(RAM)?;
+    let copy = |from: u64, len: usize| -> Result<(), Objection> {
+        let at = (from - RAM_AT) as usize;
+        Ok(new.write(at, &bytes(&old, at, len)?)?)
+    };
+    copy(RAM_AT, RAM as usize)?;
     let region = front.region();
     front.hand_over(&[(region, file)])?;
+    // From here on there is one chain more, for who looks at the new memory by then what makes it available comes last.
+    let live = last(&mut rings);
+    let QueueConfig { size, descriptors, driver, device, .. } = live.ring.config;
+    let head = if live.ring.is_packed() { live.ring.packed().available.index() } else { 0 };
+    let sample = live.offer(session, 3)?;
+    for (memory, _) in &sample.pieces {
+        copy(memory.address, memory.len as usize)?;
+    }
+    let first = descriptors + 16 * u64::from(head);
+    copy(descriptors, 16 * usize::from(head))?;
+    copy(first + 16, 16 * usize::from(size - head - 1))?;
+    copy(first, 16)?;
+    if !live.ring.is_packed() {
+        copy(driver + 4, 2 * usize::from(size))?;
+        copy(driver, 4)?;
+    }
+    // Where the device says what it used: as it is before that.
+    let area = if live.ring.is_packed() { first } else { device };
+    let told_at = (area - RAM_AT) as usize;
+    // Of a packed ring the first descriptor alone: its flags change.
+    let len = if live.ring.is_packed() { 16 } else { 4 };
+    let before = bytes(&new, told_at, len)?;
     live.ring.kick()?;
     loop {
         let event = front.wait(live);
@@ -112,7 +129,7 @@ fn other(session: &mut Session) -> Verdict {
         match event? {
             // It cannot be, and the front end is told so.
             Event::Broken | Event::Closed => return Ok(Finding::Rejected),
-            Event::Called if bytes(&pages, told_at, 1024)? != before => return Ok(Finding::Passed),
+            Event::Called if bytes(&new, told_at, len)? != before => return Ok(Finding::Passed),
             // A call about nothing.
             Event::Called => {}
         }

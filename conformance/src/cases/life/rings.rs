@@ -94,12 +94,12 @@ fn stop_finishes(session: &mut Session) -> Verdict {
     while let Some((id, _)) = live.ring.take() {
         used.push(id);
     }
-    let mut expected = live.position();
-    if !live.ring.is_packed() {
-        let unused = CHAINS - used.len() as u16;
-        expected = u32::from((expected as u16).wrapping_sub(unused));
-        ensure_eq("the base, behind what is used,", told, expected)?;
-    }
+    // What was taken was used, so both sides are at the same place.
+    let expected = match live.ring.is_packed() {
+        true => u32::from(live.ring.packed().taken.pack()) * 0x1_0001,
+        false => live.ring.split().taken.into(),
+    };
+    ensure_eq("the base, behind what is used,", told, expected)?;
     // Nothing more is used until it goes on; then the rest is, each once.
     live.renew_events()?;
     front.start(live, told)?;
@@ -272,7 +272,9 @@ fn outside(session: &mut Session) -> Verdict {
     if answer == Answer::Closed || !front.answers() {
         return Err(Objection::failed("the session goes on: a guest placed the ring", "the connection was closed"));
     }
-    front.stop(live.index)?;
+    for live in &rings {
+        front.stop(live.index)?;
+    }
     let mut rings = front.start_all(session)?;
     front.serve(session, &mut rings)?;
     Ok(Finding::Rejected)
