@@ -16,7 +16,7 @@ pub struct Expectations {
     pub version: String,
     /// The device, by its name here.
     pub device: String,
-    /// The reason, by the case; one that begins with [`SOMETIMES`] is of a race, which the case does not always meet.
+    /// The reason, by the case; one that begins with `sometimes: ` is of a race, which the case does not always meet.
     pub cases: BTreeMap<String, String>,
 }
 

@@ -189,15 +189,15 @@ impl Session {
             let mut fds = [input(session.front.as_fd()), input(session.back.as_fd())];
             let _ = poll(&mut fds, PollTimeout::NONE);
             if let Some(message) = session.front.receive()? {
-                session.from_front(message)?;
+                session.asked(message)?;
             }
             if let Some(message) = session.back.receive()? {
-                session.from_back(message)?;
+                session.answered(message)?;
             }
         }
     }
 
-    fn from_back(&mut self, mut message: Message) -> Done {
+    fn answered(&mut self, mut message: Message) -> Done {
         if message.header.request == Request::GetVringBase as u32 && message.payload.len() == VringState::LEN {
             let mut state = VringState::from_bytes(&message.payload);
             let base = self.rings.entry(state.index).or_default().base;
@@ -212,7 +212,7 @@ impl Session {
         pass(&self.front, &message)
     }
 
-    fn from_front(&mut self, mut message: Message) -> Done {
+    fn asked(&mut self, mut message: Message) -> Done {
         use Request as R;
         let Some(request) = Request::from_code(message.header.request) else { return pass(&self.back, &message) };
         let number = |payload: &[u8]| if payload.len() < 8 { 0 } else { u64::from_bytes(payload) };
@@ -222,15 +222,13 @@ impl Session {
         let nofd = first & VRING_NOFD != 0;
         match (request, self.rule) {
             (R::SetVringBase, _) => self.ring(index).base = VringState::from_bytes(&message.payload).num,
-            (R::SetVringAddr, Rule::ClosesOnBadAddress) => {
-                if VringAddr::from_bytes(&message.payload).descriptors < 1 << 20 {
-                    return Err(ConnectionError::Closed);
-                }
+            (R::SetVringAddr, Rule::ClosesOnBadAddress)
+                if VringAddr::from_bytes(&message.payload).descriptors < 1 << 20 =>
+            {
+                return Err(ConnectionError::Closed);
             }
-            (R::SetVringAddr, Rule::FirstAddresses) => {
-                if std::mem::replace(&mut self.ring(index).addressed, true) {
-                    return self.ignore(&message);
-                }
+            (R::SetVringAddr, Rule::FirstAddresses) if std::mem::replace(&mut self.ring(index).addressed, true) => {
+                return self.ignore(&message);
             }
             (R::SetVringKick, rule) => {
                 if nofd && rule == Rule::PolledKicksIgnored {
@@ -253,10 +251,11 @@ impl Session {
             (R::SetVringCall, Rule::PolledCallsDisable) if nofd => {
                 self.inject(R::SetVringEnable, &VringState { index, num: 0 }.to_bytes(), &[])?;
             }
-            (R::SetVringEnable, Rule::EnableIgnored) if VringState::from_bytes(&message.payload).num == 1 => {
-                if std::mem::replace(&mut self.ring(index).enabled, true) {
-                    return self.ignore(&message);
-                }
+            (R::SetVringEnable, Rule::EnableIgnored)
+                if VringState::from_bytes(&message.payload).num == 1
+                    && std::mem::replace(&mut self.ring(index).enabled, true) =>
+            {
+                return self.ignore(&message);
             }
             (R::GetVringBase, Rule::DoneTwice) => self.do_again(index)?,
             (R::SetMemTable, rule) => {
