@@ -6,7 +6,7 @@ use polyvirt_core::{Features, Status};
 use super::features::framing;
 use super::sample::{Sample, ensure, ensure_eq, offer, only_allowed, revive, serve, serve_told, shown, touches};
 use crate::raw::Ring;
-use crate::suite::{Applies, Call, Case, Finding, Objection, Session, Verdict};
+use crate::suite::{Applies, CONSOLE, Call, Case, Finding, Objection, Session, Verdict};
 
 /// The cases of this area.
 pub const CASES: &[Case] = &[
@@ -20,6 +20,7 @@ pub const CASES: &[Case] = &[
         .judges(&["N0018"]),
     Case::new("init/serves-a-request", "after the initialization sequence the device serves", serves),
     Case::new("init/one-queue", "a queue is served although others of the device are not set up", one_queue)
+        .on(Applies::to(CONSOLE))
         .class(&[35]),
     Case::new("init/again-after-reset", "after a reset the device is initialized and serves as before", again)
         .judges(&["N0020", "N0021"]),
@@ -208,9 +209,6 @@ pub fn serve_next(session: &mut Session, rings: &mut [Ring]) -> Result<Sample, O
 }
 
 fn one_queue(session: &mut Session) -> Verdict {
-    if session.queues() < 2 {
-        return Err(Objection::Skipped("the device has one queue".into()));
-    }
     for _ in 0..2 {
         session.negotiate(Features::empty())?;
         let sample = Sample::new(session)?;
