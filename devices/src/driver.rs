@@ -4,7 +4,7 @@ use core::time::Duration;
 
 use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_core::queue::{AddError, Buffer, DriverQueue, QueueError};
-use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, Transport, TransportError, try_reset};
 
 /// How long a driver waits for its device before it gives up.
 pub(crate) const WATCHDOG: Duration = Duration::from_secs(10);
@@ -38,22 +38,46 @@ pub enum DriverError {
 }
 
 /// Fails unless `transport` leads to a device of type `expected`.
-pub(crate) fn expect_type(transport: &dyn Transport, expected: u32) -> Result<(), DriverError> {
+pub(crate) fn expect_type(transport: &impl Transport, expected: u32) -> Result<(), DriverError> {
     let found = transport.device_type();
     if found == expected { Ok(()) } else { Err(DriverError::Type { expected, found }) }
 }
 
-/// Takes back a used buffer, waiting for one if there is none.
-pub(crate) fn wait_used<T>(
-    transport: &mut dyn Transport,
-    queue: &mut DriverQueue<T>,
-    watchdog: Duration,
-) -> Result<(T, u32), DriverError> {
-    loop {
-        if let Some(used) = queue.get_buf()? {
-            return Ok(used);
+/// Takes the device of a driver that is dropped away from its memory. False if that takes longer than there is time for:
+/// then the memory must not go back to the guest.
+pub(crate) fn let_go(transport: &mut impl Transport) -> bool {
+    match try_reset(transport) {
+        Ok(done) => done,
+        // There is no device any more that could use it.
+        Err(error) => {
+            tracing::debug!(%error, "the device was not reset");
+            true
         }
-        if queue.enable_cb() {
+    }
+}
+
+/// A driver of whose calls that do not wait others are made that do.
+pub(crate) trait Polled {
+    /// What it drives through.
+    type Transport;
+
+    /// What interrupts it, and how long it waits for that at most.
+    fn waits_for(&mut self) -> (&mut Self::Transport, Duration);
+}
+
+/// Calls `poll` until something has come, and waits in between: for the interrupt that `arm` asks for, unless something has
+/// come already.
+pub(crate) fn block_on<D: Polled<Transport: BlockingTransport>, R>(
+    driver: &mut D,
+    arm: impl Fn(&mut D) -> bool,
+    mut poll: impl FnMut(&mut D) -> Result<Option<R>, DriverError>,
+) -> Result<R, DriverError> {
+    loop {
+        if let Some(result) = poll(driver)? {
+            return Ok(result);
+        }
+        if arm(driver) {
+            let (transport, watchdog) = driver.waits_for();
             transport.wait(watchdog)?;
         }
     }

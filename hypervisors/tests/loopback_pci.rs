@@ -9,7 +9,9 @@ use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::hypervisor::{Guest as _, Host as _, Share as _};
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_core::queue::{Buffer, ByteOrder, DriverQueue};
-use polyvirt_core::transport::{Interrupts, Transport, TransportError, driver_ok, initialize, read_config};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, Transport, TransportError, driver_ok, initialize, read_config,
+};
 use polyvirt_hypervisors::loopback::{self, Guest};
 use polyvirt_transports::pci::{
     self, Bus, Driver, Generation, GuestPlace, LegacyDriver, Machine as _, Signalling, attach,
@@ -61,7 +63,7 @@ fn machine(generations: &[Generation]) -> (Host, Arc<Bus<Guest>>) {
 }
 
 /// Has a request echoed on every queue, told by an interrupt.
-fn exchange(bus: &Arc<Bus<Guest>>, driver: &mut dyn Transport, features: Features, number: u8) {
+fn exchange(bus: &Arc<Bus<Guest>>, driver: &mut dyn BlockingTransport, features: Features, number: u8) {
     initialize(driver, features).unwrap();
     let found: Vec<_> = (0..3).map(|index| driver.find_vq(index, None).unwrap()).collect();
     driver_ok(driver).unwrap();
@@ -97,7 +99,7 @@ fn meet(
     place: GuestPlace,
     legacy: bool,
     by: Signalling,
-) -> Result<Box<dyn Transport>, TransportError> {
+) -> Result<Box<dyn BlockingTransport>, TransportError> {
     Ok(match legacy {
         false => Box::new(Driver::connect(Arc::clone(bus), place, by)?),
         true => Box::new(LegacyDriver::connect(Arc::clone(bus), place, by)?),

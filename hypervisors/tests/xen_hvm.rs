@@ -9,7 +9,7 @@ use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::hypervisor::{Guest as _, Host as _, Share as _};
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_core::queue::{Buffer, DriverQueue};
-use polyvirt_core::transport::{Transport as _, TransportError, driver_ok, initialize};
+use polyvirt_core::transport::{BlockingTransport as _, Transport as _, TransportError, driver_ok, initialize};
 use polyvirt_hypervisors::xen_hvm::abi::{Kind, PCI, Request};
 use polyvirt_hypervisors::xen_hvm::model::{self, Guest, Model};
 use polyvirt_hypervisors::xen_hvm::{Calls as _, Host};

@@ -7,10 +7,10 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use polyvirt_core::device::{Device, Queues};
-use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, PAGE_SIZE, Pages};
 use polyvirt_core::queue::{Buffer, DriverQueue, Layout, MAX_QUEUE_SIZE, QueueError};
-use polyvirt_core::transport::{Transport, TransportError, driver_ok, initialize, read_config};
+use polyvirt_core::transport::{BlockingTransport, Transport, TransportError, driver_ok, initialize, read_config};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::{self, Place, Registers, registers::*};
 
@@ -160,11 +160,17 @@ impl Guest for Machine {
     fn notify(&self, doorbell: u64, value: u32) -> Result<(), HypervisorError> {
         self.store(doorbell, &value.to_le_bytes())
     }
-    fn wait(&self, lines: u64, _: Duration) -> Result<u64, HypervisorError> {
-        Ok(if lines == 1 << PLACE.line && !self.interrupts().is_empty() { lines } else { 0 })
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        Ok(line == PLACE.line && !self.interrupts().is_empty())
     }
     fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
         Ok(vec![PLACE])
+    }
+}
+
+impl WaitForInterrupt for Machine {
+    fn wait(&self, _: &[u32], _: Duration) -> Result<bool, HypervisorError> {
+        Ok(false)
     }
 }
 
@@ -516,7 +522,7 @@ fn undefined_interrupt_bits_are_neither_told_nor_acknowledged() {
     ] {
         machine.lie(INTERRUPT_STATUS, status);
         machine.interrupts.lock().unwrap().push(Cause::Config);
-        let interrupts = driver.wait(Duration::ZERO).unwrap();
+        let interrupts = driver.take_interrupts().unwrap();
         assert_eq!((interrupts.queues, interrupts.config), (false, config));
         assert_eq!(machine.log().last(), Some(&last));
     }

@@ -7,9 +7,9 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use polyvirt_core::device::{self, Queues};
-use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Pages};
-use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, Transport, TransportError};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::xenbus::{self, Backend, Channel, Domain, Driver, GuestPlace, HostPlace, Ports, State, Store};
 
@@ -179,6 +179,14 @@ impl Booted {
         Arc::new(Self { served: served.clone(), lines, pending, meanwhile })
     }
 
+    /// The other side does something.
+    fn turn(&self) {
+        if let Some(state) = self.meanwhile.lock().unwrap().pop() {
+            self.served.tree.frontend(state);
+        }
+        self.served.poll();
+    }
+
     fn connect(self: &Arc<Self>) -> Result<Driver<Self>, TransportError> {
         let place = self.enumerate().unwrap().remove(0);
         Driver::connect(self.clone(), place)
@@ -203,15 +211,19 @@ impl Guest for Booted {
     fn notify(&self, _: u64, _: u32) -> Result<(), HypervisorError> {
         Ok(())
     }
-    fn wait(&self, lines: u64, _: Duration) -> Result<u64, HypervisorError> {
-        if let Some(state) = self.meanwhile.lock().unwrap().pop() {
-            self.served.tree.frontend(state);
-        }
-        self.served.poll();
-        Ok(self.pending.fetch_and(!lines, Ordering::SeqCst) & lines)
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        self.turn();
+        Ok(self.pending.fetch_and(!(1 << line), Ordering::SeqCst) & 1 << line != 0)
     }
     fn enumerate(&self) -> Result<Vec<GuestPlace>, HypervisorError> {
         Ok(vec![GuestPlace { frontend: FRONTEND.into(), backend: BACKEND.into() }])
+    }
+}
+
+impl WaitForInterrupt for Booted {
+    fn wait(&self, lines: &[u32], _: Duration) -> Result<bool, HypervisorError> {
+        self.turn();
+        Ok(lines.iter().any(|line| self.pending.load(Ordering::SeqCst) & 1 << line != 0))
     }
 }
 

@@ -1,7 +1,7 @@
 //! virtio-pci from the driver's side: what our driver does to fields, and what fields do to it.
 
 use polyvirt_core::Features;
-use polyvirt_core::transport::{Interrupts, Transport, driver_ok, initialize};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Transport, driver_ok, initialize};
 use polyvirt_transports::pci::registers::*;
 
 use super::sample::{Sample, ensure, ensure_eq, offer, revive, serve};

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use polyvirt_core::transport::{Transport, TransportError, driver_ok, initialize};
+use polyvirt_core::transport::{BlockingTransport, Transport, TransportError, driver_ok, initialize};
 use polyvirt_core::{Features, Status};
 
 use super::Ring;

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | memory | flat: both halves see the same bytes at the same addresses |
 //! | kick | a function call |
-//! | interrupt | a bit and a condition variable |
+//! | interrupt | a set and a condition variable |
 //! | discovery | a list |
 //!
 //! The bus carries virtio-mmio: a register access is a function call too. `pci.rs` is what a PCI bus asks for besides.
@@ -13,6 +13,7 @@ mod guest;
 mod host;
 mod pci;
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use polyvirt_core::hypervisor::{BusDevice, Hypervisor, HypervisorError};
@@ -29,6 +30,9 @@ use crate::flat_share::FlatShare;
 pub const RAM: u64 = 0x8000_0000;
 /// Guest-physical address of the first device, above all RAM.
 pub const DEVICES: u64 = 1 << 48;
+
+/// How many interrupt lines there are.
+const LINES: u32 = 256;
 
 /// The two halves, as types.
 pub struct Loopback;
@@ -48,7 +52,7 @@ pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
     let ram = Pages::allocate(ram);
     let memory = Arc::new(FlatMemory::new([(RAM, ram.clone())]));
     let bus = Arc::<Bus>::default();
-    Ok((Host { memory, bus: bus.clone(), lines: 0..u64::BITS }, Guest { share: FlatShare::new(RAM, ram), bus }))
+    Ok((Host { memory, bus: bus.clone(), lines: 0..LINES }, Guest { share: FlatShare::new(RAM, ram), bus }))
 }
 
 /// What the halves have in common.
@@ -61,7 +65,7 @@ struct Bus {
 
 type SharedDevice = Arc<Mutex<Box<dyn BusDevice>>>;
 
-/// Interrupts, a bit each.
+/// Interrupts, by line.
 #[derive(Default)]
 struct Interrupts {
     lines: Mutex<Lines>,
@@ -71,15 +75,14 @@ struct Interrupts {
 #[derive(Default)]
 struct Lines {
     /// What came and was not taken.
-    pending: u64,
+    pending: BTreeSet<u32>,
     /// What pins hold up, one item for each pin that does: as long as one does, it is pending.
-    held: Vec<u64>,
+    held: Vec<u32>,
 }
 
 impl Lines {
-    /// All that is pending.
-    fn pending(&self) -> u64 {
-        self.held.iter().fold(self.pending, |all, line| all | line)
+    fn is_pending(&self, line: u32) -> bool {
+        self.pending.contains(&line) || self.held.contains(&line)
     }
 }
 

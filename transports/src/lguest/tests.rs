@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::features::Features;
-use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, FlatMemory, Pages};
 use polyvirt_core::queue::{Buffer, DriverQueue, QueueError};
 use polyvirt_core::status::Status;
-use polyvirt_core::transport::{self, Interrupts, Transport, TransportError};
+use polyvirt_core::transport::{self, BlockingTransport, Interrupts, Transport, TransportError};
 
 use super::registers::{DeviceDescriptor, HostRing, PAGE, QueueEntry, RING_PAGES};
 use super::{Driver, GuestPlace, HostPlace, attach};
@@ -140,12 +140,18 @@ impl Guest for Machine {
         }
         Ok(())
     }
-    fn wait(&self, lines: u64, _: Duration) -> Result<u64, HypervisorError> {
-        Ok(self.pending.fetch_and(!lines, Ordering::SeqCst) & lines)
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        Ok(self.pending.fetch_and(!(1 << line), Ordering::SeqCst) & 1 << line != 0)
     }
     fn enumerate(&self) -> Result<Vec<GuestPlace>, HypervisorError> {
         let place = |offset| GuestPlace { memory: self.above.clone(), address: RAM as u64, offset };
         Ok(super::registers::descriptors(&self.above).unwrap().into_iter().map(place).collect())
+    }
+}
+
+impl WaitForInterrupt for Machine {
+    fn wait(&self, lines: &[u32], _: Duration) -> Result<bool, HypervisorError> {
+        Ok(lines.iter().any(|line| self.pending.load(Ordering::SeqCst) & 1 << line != 0))
     }
 }
 

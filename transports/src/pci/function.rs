@@ -1,8 +1,8 @@
 //! A function as a driver sees it: configuration space, what is behind base address registers, interrupts.
 
 use alloc::sync::Arc;
+use alloc::vec;
 use alloc::vec::Vec;
-use core::time::Duration;
 
 use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_core::transport::{Interrupts, TransportError};
@@ -192,31 +192,36 @@ impl<G: Functions> Function<G> {
         }
     }
 
-    /// Waits for an interrupt; `isr` reads the interrupt status register, where that says what it was about.
-    pub(super) fn wait(
+    /// The lines on which it interrupts.
+    pub(super) fn lines(&self) -> Vec<u32> {
+        match self.vectors {
+            0 => vec![self.place.pin],
+            vectors => (0..vectors).map(|vector| self.place.line + vector).collect(),
+        }
+    }
+
+    /// Takes its interrupts; `isr` reads the interrupt status register, where that says what they are about.
+    pub(super) fn take_interrupts(
         &self,
-        watchdog: Duration,
         isr: impl FnOnce() -> Result<u8, TransportError>,
     ) -> Result<Interrupts, TransportError> {
-        let bit = |line: u32| 1u64.checked_shl(line).unwrap_or(0);
-        let lines = match self.vectors {
-            0 => bit(self.place.pin),
-            vectors => (0..vectors).fold(0, |lines, vector| lines | bit(self.place.line + vector)),
-        };
-        let came = self.guest.wait(lines, watchdog)?;
-        if came == 0 {
-            return Err(TransportError::Watchdog(watchdog, "an interrupt"));
-        }
-        let config = bit(self.place.line);
-        Ok(match self.vectors {
-            0 => {
+        let mut came = Interrupts::default();
+        match self.vectors {
+            0 if self.guest.take(self.place.pin)? => {
                 let isr = isr()?;
-                Interrupts { queues: isr & ISR_QUEUE != 0, config: isr & ISR_CONFIG != 0 }
+                came = Interrupts { queues: isr & ISR_QUEUE != 0, config: isr & ISR_CONFIG != 0 };
             }
+            0 => {}
             // One message for everything.
-            1 => Interrupts { queues: true, config: true },
-            _ => Interrupts { queues: came & !config != 0, config: came & config != 0 },
-        })
+            1 if self.guest.take(self.place.line)? => came = Interrupts { queues: true, config: true },
+            vectors => {
+                came.config = vectors > 1 && self.guest.take(self.place.line)?;
+                for vector in 1..vectors {
+                    came.queues |= self.guest.take(self.place.line + vector)?;
+                }
+            }
+        }
+        Ok(came)
     }
 }
 

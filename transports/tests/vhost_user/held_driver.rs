@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::write;
 use polyvirt_core::hypervisor::{HypervisorError, Share};
 use polyvirt_core::memory::{Access, Pages};
-use polyvirt_core::transport::{Notify, Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, Notify, Transport, TransportError};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::vhost_user::messages::*;
 use polyvirt_transports::vhost_user::{Connection, Driver, Guest, Options, memory_file};
