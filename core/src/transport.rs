@@ -1,12 +1,14 @@
 //! The driver's view of a transport: the paper's `virtio_config_ops` and `find_vq` (section 3).
 
 mod blocking;
+mod interrupts;
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::time::Duration;
 
 pub use blocking::{BlockingTransport, initialize};
+pub use interrupts::{Interrupts, QueueSet};
 
 use crate::features::Features;
 use crate::hypervisor::{HypervisorError, Share};
@@ -186,15 +188,6 @@ impl Notify for Box<dyn Notify> {
     fn notify_at(&mut self, next: u16) -> Result<(), TransportError> {
         (**self).notify_at(next)
     }
-}
-
-/// What an interrupt was about.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Interrupts {
-    /// Buffers were used in some queue.
-    pub queues: bool,
-    /// The configuration changed, or the device needs a reset.
-    pub config: bool,
 }
 
 /// Why the driver side of a transport gave up.

@@ -14,7 +14,7 @@ use polyvirt_core::memory::{Access, GuestMemory, Lease, MemoryError};
 use polyvirt_core::queue::{Buffer, Chain, DriverQueue};
 use polyvirt_core::shared::Shared;
 use polyvirt_core::transport::{
-    BlockingTransport, Interrupts, Transport, TransportError, driver_ok, initialize, resume, suspend,
+    BlockingTransport, Interrupts, QueueSet, Transport, TransportError, driver_ok, initialize, resume, suspend,
 };
 use polyvirt_core::{Features, Status};
 use polyvirt_hypervisors::xen::{self, Guest, Host};
@@ -204,6 +204,26 @@ fn every_request_comes_back_with_its_bytes_whatever_was_negotiated() {
 }
 
 #[test]
+fn an_interrupt_names_its_queue() {
+    let machine = machine();
+    let mut driver = connect(&machine.guest);
+    let mut requests = Requests::new(&machine.guest);
+    initialize(&mut driver, Features::empty()).unwrap();
+    let mut queues = [0, 1].map(|index| DriverQueue::new(driver.find_vq(index, None).unwrap()).unwrap());
+    driver_ok(&mut driver).unwrap();
+    for turn in 0..20 {
+        let index = turn % 2;
+        let queue = &mut queues[index];
+        requests.send(queue, turn as u32);
+        queue.kick().unwrap();
+        let came = driver.wait(WATCHDOG);
+        assert_eq!(came, Ok(Interrupts { queues: QueueSet::of(index as u16), config: false }));
+        requests.receive(queue);
+        assert!(queue.enable_cb() && requests.open.is_empty());
+    }
+}
+
+#[test]
 fn a_backend_that_restarts_loses_no_request() {
     for index in 0..2 {
         let machine = machine();
@@ -293,7 +313,7 @@ fn the_configuration_is_read_written_and_its_change_is_an_interrupt() {
         if &config[..4] == b"rung" {
             break;
         }
-        assert_eq!(driver.wait(WATCHDOG), Ok(Interrupts { queues: false, config: true }));
+        assert_eq!(driver.wait(WATCHDOG), Ok(Interrupts { queues: QueueSet::NONE, config: true }));
     }
     assert_ne!(driver.config_generation().unwrap(), before);
     driver.write_config(2, b"too long").unwrap();

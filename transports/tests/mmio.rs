@@ -10,7 +10,9 @@ use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, PAGE_SIZE, Pages};
 use polyvirt_core::queue::{Buffer, DriverQueue, Layout, MAX_QUEUE_SIZE, QueueError};
-use polyvirt_core::transport::{BlockingTransport, Transport, TransportError, driver_ok, initialize, read_config};
+use polyvirt_core::transport::{
+    BlockingTransport, QueueSet, Transport, TransportError, driver_ok, initialize, read_config,
+};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::{self, Place, Registers, registers::*};
 
@@ -461,7 +463,7 @@ fn a_driver_comes_up_exchanges_buffers_waits_and_lets_go() {
         assert_eq!(machine.shared(), expected, "descriptors, driver area, device area");
         exchange(&machine, &mut queue);
         let interrupts = driver.wait(Duration::ZERO).unwrap();
-        assert_eq!((interrupts.queues, interrupts.config), (true, false));
+        assert_eq!((interrupts.queues, interrupts.config), (QueueSet::ALL, false));
         assert_eq!(machine.get(INTERRUPT_STATUS), 0, "acknowledged");
         assert!(matches!(driver.wait(Duration::ZERO), Err(TransportError::Watchdog(..))));
         driver.reset().unwrap();
@@ -523,7 +525,7 @@ fn undefined_interrupt_bits_are_neither_told_nor_acknowledged() {
         machine.lie(INTERRUPT_STATUS, status);
         machine.interrupts.lock().unwrap().push(Cause::Config);
         let interrupts = driver.take_interrupts().unwrap();
-        assert_eq!((interrupts.queues, interrupts.config), (false, config));
+        assert_eq!((interrupts.queues, interrupts.config), (QueueSet::NONE, config));
         assert_eq!(machine.log().last(), Some(&last));
     }
 }

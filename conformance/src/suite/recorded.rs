@@ -248,7 +248,7 @@ impl Transport for Recorded {
     }
 
     fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
-        let told = |&came: &Interrupts| (came != Interrupts::default()).then_some(Call::Interrupted(came));
+        let told = |&came: &Interrupts| (!came.is_empty()).then_some(Call::Interrupted(came));
         self.call("take_interrupts", |inner| inner.take_interrupts(), told)
     }
 

@@ -24,7 +24,7 @@ pub trait BlockingTransport: Transport {
     /// may have the same line.
     fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
         let came = self.take_interrupts()?;
-        if came != Interrupts::default() {
+        if !came.is_empty() {
             return Ok(came);
         }
         match self.sleep(watchdog)? {

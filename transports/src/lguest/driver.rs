@@ -13,7 +13,7 @@ use polyvirt_core::hypervisor::{Guest, HypervisorError, Share, WaitForInterrupt}
 use polyvirt_core::memory::{MemoryError, Pages};
 use polyvirt_core::queue::{ByteOrder, Layout, QueueConfig, QueueError};
 use polyvirt_core::status::Status;
-use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue};
 
 use super::registers::{DeviceDescriptor, GuestPlace, PAGE, QueueEntry, RING_ENTRIES, ring_areas};
 
@@ -29,7 +29,7 @@ pub struct Driver<G> {
     /// Its first bytes, as they were when the driver connected: the host has no business changing them.
     descriptor: DeviceDescriptor,
     accepted: Features,
-    /// The interrupt lines of its queues.
+    /// The interrupt lines of its queues, by queue.
     lines: Vec<u32>,
     /// The configuration, as [`Driver::take_interrupts`](Transport::take_interrupts) saw or the driver wrote it last.
     config: Vec<u8>,
@@ -220,11 +220,15 @@ impl<G: Guest<Place = GuestPlace> + 'static> Transport for Driver<G> {
     }
 
     fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
-        let mut queues = false;
-        for &line in &self.lines {
-            queues |= self.guest.take(line)?;
+        let mut queues = QueueSet::NONE;
+        for (index, &line) in (0u16..).zip(&self.lines) {
+            // Nobody keeps a host from giving one line to several queues.
+            if !self.lines[..usize::from(index)].contains(&line) && self.guest.take(line)? {
+                let same = (0..).zip(&self.lines).filter(|&(_, other)| *other == line);
+                same.for_each(|(index, _)| queues |= QueueSet::of(index));
+            }
         }
-        if !queues {
+        if queues.is_empty() {
             return Ok(Interrupts::default());
         }
         // Lines belong to queues, and a change of the page comes on one of them: it shows by comparison only.

@@ -8,7 +8,7 @@ use core::time::Duration;
 use polyvirt_core::hypervisor::{Share, WaitForInterrupt};
 use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueConfig, split};
 use polyvirt_core::transport::{
-    BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue, try_reset,
+    BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue, try_reset,
 };
 use polyvirt_core::{Features, Status};
 
@@ -249,7 +249,9 @@ impl<G: Registers + 'static> Transport for Driver<G> {
         if status != 0 {
             self.write(INTERRUPT_ACK, status)?;
         }
-        Ok(Interrupts { queues: status & USED_BUFFER != 0, config: status & CONFIG_CHANGE != 0 })
+        // It does not tell which.
+        let queues = if status & USED_BUFFER != 0 { QueueSet::ALL } else { QueueSet::NONE };
+        Ok(Interrupts { queues, config: status & CONFIG_CHANGE != 0 })
     }
 
     fn share(&self) -> Arc<dyn Share> {

@@ -271,7 +271,7 @@ impl<G: Functions + 'static> Transport for Driver<G> {
     }
 
     fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
-        self.function.take_interrupts(|| {
+        self.function.take_interrupts(self.queues.keys().copied(), || {
             let mut isr = [0];
             self.function.guest.load(self.isr.space, self.isr.at(0, 1)?, &mut isr)?;
             Ok(isr[0])

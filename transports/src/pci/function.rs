@@ -5,7 +5,7 @@ use alloc::vec;
 use alloc::vec::Vec;
 
 use polyvirt_core::hypervisor::HypervisorError;
-use polyvirt_core::transport::{Interrupts, TransportError};
+use polyvirt_core::transport::{Interrupts, QueueSet, TransportError};
 
 use super::bus::Functions;
 use super::registers::*;
@@ -200,25 +200,25 @@ impl<G: Functions> Function<G> {
         }
     }
 
-    /// Takes its interrupts; `isr` reads the interrupt status register, where that says what they are about.
+    /// Takes its interrupts, of which each vector is about those of `queues` that have it; `isr` reads the interrupt status
+    /// register, where that says what they are about.
     pub(super) fn take_interrupts(
         &self,
+        queues: impl Iterator<Item = u16> + Clone,
         isr: impl FnOnce() -> Result<u8, TransportError>,
     ) -> Result<Interrupts, TransportError> {
-        let mut came = Interrupts::default();
-        match self.vectors {
-            0 if self.guest.take(self.place.pin)? => {
-                let isr = isr()?;
-                came = Interrupts { queues: isr & ISR_QUEUE != 0, config: isr & ISR_CONFIG != 0 };
-            }
-            0 => {}
-            // One message for everything.
-            1 if self.guest.take(self.place.line)? => came = Interrupts { queues: true, config: true },
-            vectors => {
-                came.config = vectors > 1 && self.guest.take(self.place.line)?;
-                for vector in 1..vectors {
-                    came.queues |= self.guest.take(self.place.line + vector)?;
-                }
+        let all = |some| if some { QueueSet::ALL } else { QueueSet::NONE };
+        if self.vectors == 0 {
+            let isr = if self.guest.take(self.place.pin)? { isr()? } else { 0 };
+            return Ok(Interrupts { queues: all(isr & ISR_QUEUE != 0), config: isr & ISR_CONFIG != 0 });
+        }
+        let config = self.guest.take(self.place.line)?;
+        // Where there is one vector, it is for everything.
+        let mut came = Interrupts { queues: all(config && self.vectors == 1), config };
+        for vector in 1..self.vectors {
+            if self.guest.take(self.place.line + vector)? {
+                let has = |index: &u16| u32::from(self.queue_vector(*index)) == vector;
+                queues.clone().filter(has).for_each(|index| came.queues |= QueueSet::of(index));
             }
         }
         Ok(came)

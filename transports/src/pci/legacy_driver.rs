@@ -190,7 +190,7 @@ impl<G: Functions + 'static> Transport for LegacyDriver<G> {
     }
 
     fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
-        self.function.take_interrupts(|| self.read(ISR).map(|[isr]| isr))
+        self.function.take_interrupts(self.queues.keys().copied(), || self.read(ISR).map(|[isr]| isr))
     }
 
     fn share(&self) -> Arc<dyn Share> {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use polyvirt_core::hypervisor::{HypervisorError, Share};
-use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
 use super::events::{Bell, take};
@@ -268,7 +268,7 @@ impl Transport for Driver {
             done => done?,
         }
         let news = &self.session.news;
-        news.called.store(false, Ordering::Release);
+        news.called.store(0, Ordering::Release);
         news.config.store(false, Ordering::Release);
         (self.accepted, self.status) = (Features::empty(), Status::empty());
         self.queues.clear();
@@ -358,11 +358,15 @@ impl Transport for Driver {
         let broken =
             !self.status.contains(Status::DEVICE_NEEDS_RESET) && (self.session.link.is_closed() || self.broken());
         // Not what a poll says, but what is taken: an event may come in between.
-        let mut called = false;
-        self.queues.values().for_each(|queue| called |= take(queue.call.as_fd()) == Ok(true));
+        let mut called = QueueSet::NONE;
+        for (&index, queue) in &self.queues {
+            if take(queue.call.as_fd()) == Ok(true) {
+                called |= QueueSet::of(index);
+            }
+        }
         let _ = news.event.read();
         let interrupts = Interrupts {
-            queues: news.called.swap(false, Ordering::AcqRel) || called,
+            queues: QueueSet::from_bits(news.called.swap(0, Ordering::AcqRel)) | called,
             config: news.config.swap(false, Ordering::AcqRel) || broken,
         };
         if broken {

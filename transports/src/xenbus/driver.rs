@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 use core::time::Duration;
 
 use polyvirt_core::hypervisor::{Share, WaitForInterrupt};
-use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
 use super::registers::{Channel, Description, Domain, GuestPlace, Operation, Reply, Setup, State, encode_request};
@@ -383,9 +383,11 @@ impl<G: Domain + WaitForInterrupt + 'static> Transport for Driver<G> {
     }
 
     fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
-        let mut queues = false;
-        for (_, channel) in self.queues.values() {
-            queues |= self.guest.take(channel.line)?;
+        let mut queues = QueueSet::NONE;
+        for (&index, (_, channel)) in &self.queues {
+            if self.guest.take(channel.line)? {
+                queues |= QueueSet::of(index);
+            }
         }
         self.look()?;
         Ok(Interrupts { queues, config: self.has_news() })
