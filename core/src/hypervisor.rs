@@ -117,6 +117,13 @@ pub trait WaitForInterrupt: Guest {
     fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError>;
 }
 
+/// A guest whose interrupt handler wakes tasks: what futures are made of.
+pub trait WakeOnInterrupt: Guest {
+    /// Has `waker` woken, once, when an interrupt on one of `lines` is pending; at once if one is. Whoever hands over a waker
+    /// for the same lines again replaces the one before.
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError>;
+}
+
 /// Why a hypervisor did not do what it was asked.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum HypervisorError {

@@ -2,6 +2,7 @@
 
 mod blocking;
 mod interrupts;
+mod waking;
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
@@ -9,6 +10,7 @@ use core::time::Duration;
 
 pub use blocking::{BlockingTransport, initialize};
 pub use interrupts::{Interrupts, QueueSet};
+pub use waking::WakingTransport;
 
 use crate::features::Features;
 use crate::hypervisor::{HypervisorError, Share};
@@ -24,7 +26,7 @@ const RESET_POLLS: u32 = 10_000;
 
 /// The driver side of a transport, connected to one device. None of its calls waits for the device: what takes time is
 /// begun by one call, and another tells whether it is done. Waiting is the caller's; who wants to has
-/// [`BlockingTransport`].
+/// [`BlockingTransport`], and whose guest wakes tasks has [`WakingTransport`].
 pub trait Transport: Send {
     /// The virtio device type (chapter 5).
     fn device_type(&self) -> u32;
@@ -49,7 +51,8 @@ pub trait Transport: Send {
     /// Begins to reset the device. Buffers are the driver's again when [`Transport::poll_reset`] says that it is done.
     fn begin_reset(&mut self) -> Result<(), TransportError>;
 
-    /// Whether the reset that was begun is done: until then the driver does nothing else with the device (2.4).
+    /// Whether the reset that was begun is done: until then the driver does nothing else with the device (2.4). Without one,
+    /// whether there is nothing to reset.
     fn poll_reset(&mut self) -> Result<bool, TransportError>;
 
     /// Changes whenever the configuration does; 0 for ever on transports without one (legacy).
@@ -71,7 +74,8 @@ pub trait Transport: Send {
     /// Begins to reset queue `index` alone (VIRTIO_F_RING_RESET).
     fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError>;
 
-    /// Whether the reset of queue `index` that was begun is done: then [`Transport::find_vq`] enables it again.
+    /// Whether the reset of queue `index` that was begun is done: then [`Transport::find_vq`] enables it again. Without one,
+    /// whether the queue is not in use.
     fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError>;
 
     /// Takes what the device interrupted about since this was called last, and acknowledges it. Nothing is lost that came

@@ -1,13 +1,18 @@
 //! What all drivers share.
 
+use core::future::poll_fn;
+use core::task::{Context, Poll};
 use core::time::Duration;
 
 use polyvirt_core::hypervisor::HypervisorError;
 use polyvirt_core::queue::{AddError, Buffer, DriverQueue, QueueError};
-use polyvirt_core::transport::{BlockingTransport, Transport, TransportError, try_reset};
+use polyvirt_core::transport::{BlockingTransport, Transport, TransportError, WakingTransport, try_reset};
 
 /// How long a driver waits for its device before it gives up.
 pub(crate) const WATCHDOG: Duration = Duration::from_secs(10);
+
+/// How often a future looks again, in one turn, for something that a device said is there.
+const TURNS: u32 = 16;
 
 /// Why a driver gave up.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -81,6 +86,32 @@ pub(crate) fn block_on<D: Polled<Transport: BlockingTransport>, R>(
             transport.wait(watchdog)?;
         }
     }
+}
+
+/// As [`block_on`], but a task is woken where that waits. Who drops the future loses nothing: what has not come yet comes to
+/// whoever polls next.
+pub(crate) async fn come<D: Polled<Transport: WakingTransport>, R>(
+    driver: &mut D,
+    arm: impl Fn(&mut D) -> bool,
+    mut poll: impl FnMut(&mut D) -> Result<Option<R>, DriverError>,
+) -> Result<R, DriverError> {
+    let mut step = |context: &mut Context<'_>| {
+        for _ in 0..TURNS {
+            // What came before it is asked for the next interrupt is not the one that is slept for.
+            driver.waits_for().0.take_interrupts()?;
+            if let Some(result) = poll(driver)? {
+                return Ok(Poll::Ready(result));
+            }
+            if arm(driver) {
+                driver.waits_for().0.wake_on_interrupt(context.waker())?;
+                return Ok(Poll::Pending);
+            }
+        }
+        // A device that always has something, but never anything of use: the other tasks have a turn.
+        context.waker().wake_by_ref();
+        Ok(Poll::Pending)
+    };
+    poll_fn(|context| step(context).map_or_else(|error| Poll::Ready(Err(error)), |done| done.map(Ok))).await
 }
 
 /// Adds a buffer to a queue that has room for it.

@@ -1,12 +1,16 @@
 //! Each driver in a kernel that cannot wait: it is polled, and interrupts are taken when they have come.
 
 use std::collections::BTreeSet;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
 use std::thread::yield_now;
+use std::time::Duration;
 
 use polyvirt_core::device::Device;
-use polyvirt_core::hypervisor::{Guest, Host as _, HypervisorError, Share};
+use polyvirt_core::hypervisor::{Guest, Host as _, HypervisorError, Share, WakeOnInterrupt};
 use polyvirt_core::memory::{Access, FlatMemory, Pages};
 use polyvirt_core::transport::{Interrupts, Transport};
 use polyvirt_devices::blk::{self, Answer, MemoryBackend, Operation, RequestId, wire};
@@ -51,6 +55,12 @@ impl Guest for Kernel {
     }
     fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
         self.guest.enumerate()
+    }
+}
+
+impl WakeOnInterrupt for Kernel {
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError> {
+        self.guest.wake_on(lines, waker)
     }
 }
 
@@ -179,4 +189,61 @@ fn what_a_device_may_still_use_does_not_return_to_the_guest_with_its_driver() {
         drop(driver);
         assert_eq!(*kernel.shared.lock().unwrap(), if never { shared } else { BTreeSet::new() });
     }
+}
+
+/// Wakes the thread that runs tasks; one message is enough.
+struct Alarm(SyncSender<()>);
+
+impl Wake for Alarm {
+    fn wake(self: Arc<Self>) {
+        let _ = self.0.try_send(());
+    }
+}
+
+/// Runs the tasks on this thread, which sleeps when none can go on. Returns how often it slept.
+fn run(tasks: Vec<Pin<Box<dyn Future<Output = ()> + '_>>>) -> u32 {
+    let (alarm, alarms) = sync_channel(1);
+    let waker = Waker::from(Arc::new(Alarm(alarm)));
+    let (mut context, mut tasks, mut slept) = (Context::from_waker(&waker), tasks, 0);
+    loop {
+        tasks.retain_mut(|task| task.as_mut().poll(&mut context) == Poll::Pending);
+        if tasks.is_empty() {
+            return slept;
+        }
+        alarms.recv_timeout(Duration::from_secs(60)).expect("an interrupt wakes the tasks");
+        slept += 1;
+    }
+}
+
+#[test]
+fn tasks_of_one_thread_use_their_devices_at_the_same_time() {
+    let device = console::Device::new(80, 25);
+    let far = device.handle();
+    let (_first, _kernel, transport) = plug(Box::new(device));
+    let mut console = console::Driver::start(transport).unwrap();
+    let (_second, _kernel, transport) =
+        plug(Box::new(blk::Device::new(MemoryBackend::new(vec![7; 64 * 512]), blk::Options::default())));
+    let mut disk = blk::Driver::start(transport).unwrap();
+    let (_third, _kernel, transport) = plug(Box::new(rng::Device::new(rng::HostEntropy)));
+    let mut entropy = rng::Driver::start(transport).unwrap();
+
+    let (mut typed, mut random) = ([0; 8], vec![0; 20_000]);
+    let printer = far.clone();
+    let talk = async {
+        // Nothing is typed before the other tasks are done.
+        assert_eq!(console.received(&mut typed).await, Ok(5));
+        console.sent(&[b'y'; 10_000]).await.unwrap();
+    };
+    let read = async {
+        for sector in 0..64 {
+            let id = disk.submit(Operation::Read { sector, len: 512 }).unwrap();
+            let Answer { id: answered, status, data } = disk.answer().await.unwrap();
+            assert_eq!((Some(answered), status, data), (id, wire::OK, vec![7; 512]));
+        }
+        entropy.filled(&mut random).await.unwrap();
+        far.type_in(b"hello");
+    };
+    assert!(run(vec![Box::pin(talk), Box::pin(read)]) > 0, "it slept");
+    assert_eq!((&typed[..5], printer.take_output()), (&b"hello"[..], vec![b'y'; 10_000]));
+    assert!(random.chunks(32).any(|chunk| chunk != [0; 32]));
 }

@@ -1,7 +1,8 @@
 //! Both generations' drivers and devices, by messages and by the pin, on a PCI bus over the loopback.
 
 use std::sync::Arc;
-use std::task::Waker;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use polyvirt_core::Features;
@@ -10,7 +11,8 @@ use polyvirt_core::hypervisor::{Guest as _, Host as _, Share as _};
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_core::queue::{Buffer, ByteOrder, DriverQueue};
 use polyvirt_core::transport::{
-    BlockingTransport, Interrupts, QueueSet, Transport, TransportError, driver_ok, initialize, read_config,
+    BlockingTransport, Interrupts, QueueSet, Transport, TransportError, WakingTransport, driver_ok, initialize,
+    read_config,
 };
 use polyvirt_hypervisors::loopback::{self, Guest};
 use polyvirt_transports::pci::{
@@ -168,5 +170,49 @@ fn a_full_bus_shares_out_its_interrupt_lines_and_every_device_works() {
     for (number, place) in (0..).zip(places) {
         let mut driver = meet(&bus, place, false, Signalling::Messages).unwrap();
         exchange(&bus, &mut *driver, Features::empty(), number, place.lines > 0);
+    }
+}
+
+/// Counts how often it is woken.
+#[derive(Default)]
+struct Count(AtomicU32);
+
+impl Wake for Count {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn an_interrupt_wakes_a_task_once_by_messages_and_by_the_pin() {
+    let (_host, bus) = machine(&[TRANSITIONAL]);
+    let place = bus.enumerate().unwrap()[0];
+    fn woken(bus: &Arc<Bus<Guest>>, driver: &mut (impl BlockingTransport + WakingTransport)) {
+        initialize(driver, Features::empty()).unwrap();
+        let mut queue = DriverQueue::<()>::new(driver.find_vq(1, None).unwrap()).unwrap();
+        driver_ok(driver).unwrap();
+        assert_eq!(driver.poll_reset(), Ok(false), "none was begun");
+        let (pages, count) = (bus.allocate(4096).unwrap(), Arc::new(Count::default()));
+        let address = bus.share(&pages, Access::READ | Access::WRITE).unwrap();
+        let (readable, writable) = (Buffer { address, len: 4 }, Buffer { address: address + 8, len: 4 });
+        for round in 1..=10 {
+            assert_eq!(driver.take_interrupts(), Ok(Interrupts::default()));
+            driver.wake_on_interrupt(&Waker::from(count.clone())).unwrap();
+            assert_eq!(count.0.load(Ordering::SeqCst), 2 * round - 2, "nothing came yet");
+            queue.add_buf(&[readable], &[writable], ()).unwrap();
+            // The device is served within the kick.
+            queue.kick().unwrap();
+            assert_eq!(count.0.load(Ordering::SeqCst), 2 * round - 1);
+            driver.wake_on_interrupt(&Waker::from(count.clone())).unwrap();
+            assert_eq!(count.0.load(Ordering::SeqCst), 2 * round, "it was not taken yet");
+            assert!(driver.take_interrupts().unwrap().queues.contains(1));
+            assert_eq!(queue.get_buf(), Ok(Some(((), 4))));
+            assert!(queue.enable_cb());
+        }
+        bus.unshare(address).unwrap();
+    }
+    for by in [Signalling::Messages, Signalling::Pin] {
+        woken(&bus, &mut Driver::connect(Arc::clone(&bus), place, by).unwrap());
+        woken(&bus, &mut LegacyDriver::connect(Arc::clone(&bus), place, by).unwrap());
     }
 }

@@ -594,6 +594,32 @@ fn a_device_that_never_resets_is_given_up_and_keeps_the_memory() {
 }
 
 #[test]
+fn a_reset_in_progress_is_polled_and_one_that_was_not_begun_takes_no_memory_back() {
+    let machine = Machine::new();
+    let (mut driver, _queue) = running(&machine, Features::RING_RESET);
+    assert_eq!(
+        (driver.poll_vq_reset(0), driver.poll_vq_reset(1), driver.poll_reset()),
+        (Ok(false), Ok(true), Ok(false))
+    );
+    assert_eq!(machine.shared().len(), 3, "the device uses it");
+
+    driver.begin_vq_reset(0).unwrap();
+    machine.lie(QUEUE_RESET, 1);
+    assert_eq!((driver.poll_vq_reset(0), machine.shared().len()), (Ok(false), 3));
+    machine.lies.lock().unwrap().clear();
+    assert_eq!((driver.poll_vq_reset(0), machine.shared().len()), (Ok(true), 0));
+    assert_eq!(driver.poll_vq_reset(0), Ok(true), "it is still");
+
+    driver.find_vq(0, None).unwrap();
+    assert_eq!((driver.poll_vq_reset(0), machine.shared().len()), (Ok(false), 3));
+    driver.begin_reset().unwrap();
+    machine.lie(STATUS, 15);
+    assert_eq!((driver.poll_reset(), machine.shared().len()), (Ok(false), 3));
+    machine.lies.lock().unwrap().clear();
+    assert_eq!((driver.poll_reset(), machine.shared().len()), (Ok(true), 0));
+}
+
+#[test]
 fn a_driver_that_is_dropped_takes_the_rings_away_from_the_device_first() {
     let machine = Machine::new();
     let (driver, _queue) = running(&machine, Features::empty());

@@ -7,9 +7,11 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use polyvirt_core::device::{self, Queues};
-use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
+use polyvirt_core::hypervisor::{
+    BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt, WakeOnInterrupt,
+};
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Pages};
-use polyvirt_core::transport::{BlockingTransport, Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, QueueSet, Transport, TransportError, WakingTransport};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::xenbus::{self, Backend, Channel, Domain, Driver, GuestPlace, HostPlace, Ports, State, Store};
 
@@ -227,6 +229,15 @@ impl WaitForInterrupt for Booted {
     }
 }
 
+impl WakeOnInterrupt for Booted {
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError> {
+        if self.wait(lines, Duration::ZERO)? {
+            waker.wake_by_ref();
+        }
+        Ok(())
+    }
+}
+
 impl Domain for Booted {
     fn store(&self) -> &dyn Store {
         &*self.served.tree
@@ -378,4 +389,35 @@ fn a_reset_opens_the_connection_again_if_the_backend_closes_it_at_any_moment() {
     }
     served.tree.remove(&format!("{BACKEND}/state")).unwrap();
     assert_eq!(driver.reset(), Err(TransportError::Closed), "there is nobody who could come back");
+}
+
+/// Counts how often it is woken.
+struct Count(AtomicU64);
+
+impl Wake for Count {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_task_is_woken_by_what_the_driver_is_told_of_and_once_for_each() {
+    let (served, backend) = serve();
+    let mut driver = Booted::new(&served).connect().unwrap();
+    use_device(&mut driver);
+    let count = Arc::new(Count(AtomicU64::new(0)));
+    let waker = Waker::from(count.clone());
+    assert_eq!(driver.take_interrupts(), Ok(Interrupts::default()));
+    driver.wake_on_interrupt(&waker).unwrap();
+    assert_eq!(count.0.load(Ordering::SeqCst), 0, "nothing came");
+    backend.close();
+    driver.wake_on_interrupt(&waker).unwrap();
+    assert_eq!(count.0.load(Ordering::SeqCst), 1);
+    // The driver has seen it on its own account, which does not take it from who waits.
+    assert!(driver.status().unwrap().contains(Status::DEVICE_NEEDS_RESET));
+    driver.wake_on_interrupt(&waker).unwrap();
+    assert_eq!(count.0.load(Ordering::SeqCst), 2);
+    assert_eq!(driver.take_interrupts(), Ok(Interrupts { queues: QueueSet::NONE, config: true }));
+    driver.wake_on_interrupt(&waker).unwrap();
+    assert_eq!(count.0.load(Ordering::SeqCst), 2, "told once");
 }

@@ -9,10 +9,10 @@ use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
 use polyvirt_core::queue::{AddError, Buffer, DriverQueue};
 use polyvirt_core::shared::Shared;
-use polyvirt_core::transport::{self, BlockingTransport, Transport};
+use polyvirt_core::transport::{self, BlockingTransport, Transport, WakingTransport};
 
 use super::wire::{self, Header, SECTOR_SIZE, Segment};
-use crate::driver::{DriverError, Polled, WATCHDOG, block_on, expect_type, let_go};
+use crate::driver::{DriverError, Polled, WATCHDOG, block_on, come, expect_type, let_go};
 
 /// The most bytes of one request; longer transfers take several.
 const TRANSFER: usize = 256 * 1024;
@@ -230,6 +230,13 @@ impl<T: BlockingTransport> Driver<T> {
         }
         self.answers.extend(others);
         result
+    }
+}
+
+impl<T: WakingTransport> Driver<T> {
+    /// The next answer, in whatever order they come, as soon as there is one.
+    pub async fn answer(&mut self) -> Result<Answer, DriverError> {
+        come(self, Self::arm, Self::poll).await
     }
 }
 

@@ -10,10 +10,10 @@ use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
 use polyvirt_core::queue::{Buffer, DriverQueue};
 use polyvirt_core::shared::Shared;
-use polyvirt_core::transport::{self, BlockingTransport, Transport};
+use polyvirt_core::transport::{self, BlockingTransport, Transport, WakingTransport};
 
 use super::wire;
-use crate::driver::{DriverError, Polled, WATCHDOG, add, block_on, expect_type, let_go};
+use crate::driver::{DriverError, Polled, WATCHDOG, add, block_on, come, expect_type, let_go};
 
 /// Bytes of a buffer.
 const BUFFER: usize = 4096;
@@ -61,6 +61,29 @@ impl<T: BlockingTransport> Driver<T> {
             return self.poll(into);
         }
         block_on(self, Self::arm, |driver| Ok(Some(driver.poll(into)?).filter(|&count| count > 0)))
+    }
+}
+
+impl<T: WakingTransport> Driver<T> {
+    /// Sends all of `bytes`, until they are out. Who drops the future before does not know how much of it is.
+    pub async fn sent(&mut self, bytes: &[u8]) -> Result<(), DriverError> {
+        let mut rest = bytes;
+        loop {
+            // What was submitted before is out first.
+            come(self, Self::arm_sent, |driver| Ok(driver.poll_sent()?.then_some(()))).await?;
+            if rest.is_empty() {
+                return Ok(());
+            }
+            rest = &rest[self.submit(rest)?..];
+        }
+    }
+
+    /// What has come, at most `into.len()` bytes, as soon as something has.
+    pub async fn received(&mut self, into: &mut [u8]) -> Result<usize, DriverError> {
+        if into.is_empty() {
+            return self.poll(into);
+        }
+        come(self, Self::arm, |driver| Ok(Some(driver.poll(into)?).filter(|&count| count > 0))).await
     }
 }
 

@@ -7,10 +7,10 @@ use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
 use polyvirt_core::queue::{Buffer, DriverQueue};
 use polyvirt_core::shared::Shared;
-use polyvirt_core::transport::{self, BlockingTransport, Transport};
+use polyvirt_core::transport::{self, BlockingTransport, Transport, WakingTransport};
 
 use super::wire;
-use crate::driver::{DriverError, Polled, WATCHDOG, add, block_on, expect_type, let_go};
+use crate::driver::{DriverError, Polled, WATCHDOG, add, block_on, come, expect_type, let_go};
 
 /// Bytes asked for at once.
 const BUFFER: usize = 4096;
@@ -39,6 +39,18 @@ impl<T: BlockingTransport> Driver<T> {
         while done < bytes.len() {
             self.submit(bytes.len() - done)?;
             done += block_on(self, Self::arm, |driver| driver.poll(&mut bytes[done..]))?;
+        }
+        Ok(())
+    }
+}
+
+impl<T: WakingTransport> Driver<T> {
+    /// Asks for entropy until `bytes` is full. Who drops the future before has asked for what the next call brings.
+    pub async fn filled(&mut self, bytes: &mut [u8]) -> Result<(), DriverError> {
+        let mut done = 0;
+        while done < bytes.len() {
+            self.submit(bytes.len() - done)?;
+            done += come(self, Self::arm, |driver| driver.poll(&mut bytes[done..])).await?;
         }
         Ok(())
     }

@@ -1,9 +1,10 @@
 //! The guest half: drives devices.
 
 use std::sync::{Arc, PoisonError};
+use std::task::Waker;
 use std::time::Duration;
 
-use polyvirt_core::hypervisor::{self, HypervisorError, Share, WaitForInterrupt};
+use polyvirt_core::hypervisor::{self, HypervisorError, Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::memory::{Access, Pages};
 use polyvirt_transports::mmio::{Place, Registers, registers::PLACE_SIZE};
 use polyvirt_transports::pci::Space;
@@ -67,6 +68,16 @@ impl WaitForInterrupt for Guest {
         let nothing = |state: &mut Lines| !lines.iter().any(|&line| state.is_pending(line));
         let waited = self.bus.interrupts.arrived.wait_timeout_while(state, most, nothing);
         Ok(!waited.unwrap_or_else(PoisonError::into_inner).1.timed_out())
+    }
+}
+
+impl WakeOnInterrupt for Guest {
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError> {
+        self.bus.interrupts.change(|state| {
+            state.sleepers.retain(|(others, _)| others != lines);
+            state.sleepers.push((lines.into(), waker.clone()));
+        });
+        Ok(())
     }
 }
 

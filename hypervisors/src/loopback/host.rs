@@ -70,10 +70,11 @@ impl Interrupt for Line {
 impl Interrupts {
     /// The interrupt of `line`, if there is such a line, is pending.
     pub(super) fn raise(&self, line: u32) {
-        if line < LINES {
-            lock(&self.lines).pending.insert(line);
-        }
-        self.arrived.notify_all();
+        self.change(|lines| {
+            if line < LINES {
+                lines.pending.insert(line);
+            }
+        });
     }
 }
 

@@ -14,7 +14,9 @@ mod host;
 mod pci;
 
 use std::collections::BTreeSet;
+use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Waker;
 
 use polyvirt_core::hypervisor::{BusDevice, Hypervisor, HypervisorError};
 use polyvirt_core::memory::{FlatMemory, Pages};
@@ -78,11 +80,35 @@ struct Lines {
     pending: BTreeSet<u32>,
     /// What pins hold up, one item for each pin that does: as long as one does, it is pending.
     held: Vec<u32>,
+    /// Who is woken when one of their lines is pending.
+    sleepers: Vec<(Vec<u32>, Waker)>,
 }
 
 impl Lines {
     fn is_pending(&self, line: u32) -> bool {
         self.pending.contains(&line) || self.held.contains(&line)
+    }
+
+    /// Who is to be woken, behind the lock: it slept for what is pending now.
+    #[must_use]
+    fn awake(&mut self) -> Vec<Waker> {
+        let sleepers = mem::take(&mut self.sleepers);
+        let (awake, asleep) =
+            sleepers.into_iter().partition::<Vec<_>, _>(|(lines, _)| lines.iter().any(|&line| self.is_pending(line)));
+        self.sleepers = asleep;
+        awake.into_iter().map(|(_, waker)| waker).collect()
+    }
+}
+
+impl Interrupts {
+    /// Changes the lines, and tells whoever waits for them.
+    fn change(&self, change: impl FnOnce(&mut Lines)) {
+        let mut lines = lock(&self.lines);
+        change(&mut lines);
+        let awake = lines.awake();
+        drop(lines);
+        self.arrived.notify_all();
+        awake.into_iter().for_each(Waker::wake);
     }
 }
 

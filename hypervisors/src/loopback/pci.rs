@@ -60,13 +60,11 @@ impl Wires for Function {
     }
 
     fn pin(&self, asserted: bool) {
-        let mut lines = lock(&self.interrupts.lines);
-        match (asserted, lines.held.iter().position(|&held| held == self.pin)) {
+        self.interrupts.change(|lines| match (asserted, lines.held.iter().position(|&held| held == self.pin)) {
             (true, _) => lines.held.push(self.pin),
             (false, Some(held)) => drop(lines.held.swap_remove(held)),
             (false, None) => {}
-        }
-        self.interrupts.arrived.notify_all();
+        });
     }
 
     // Every write is a function call, and so is a kick.

@@ -6,14 +6,17 @@ use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
+use core::task::Waker;
 use core::time::Duration;
 
 use polyvirt_core::features::Features;
-use polyvirt_core::hypervisor::{Guest, HypervisorError, Share, WaitForInterrupt};
+use polyvirt_core::hypervisor::{Guest, HypervisorError, Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::memory::{MemoryError, Pages};
 use polyvirt_core::queue::{ByteOrder, Layout, QueueConfig, QueueError};
 use polyvirt_core::status::Status;
-use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue, WakingTransport,
+};
 
 use super::registers::{DeviceDescriptor, GuestPlace, PAGE, QueueEntry, RING_ENTRIES, ring_areas};
 
@@ -253,6 +256,12 @@ impl<G: WaitForInterrupt<Place = GuestPlace> + 'static> BlockingTransport for Dr
     fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
         self.guest.wait(&[], time)?;
         Ok(())
+    }
+}
+
+impl<G: WakeOnInterrupt<Place = GuestPlace> + 'static> WakingTransport for Driver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        Ok(self.guest.wake_on(&self.lines, waker)?)
     }
 }
 

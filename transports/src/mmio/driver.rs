@@ -1,14 +1,15 @@
 //! The guest's side: a driver's transport over registers.
 
 use alloc::boxed::Box;
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::{Share, WaitForInterrupt};
+use polyvirt_core::hypervisor::{Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueConfig, split};
 use polyvirt_core::transport::{
-    BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue, try_reset,
+    BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue, WakingTransport, try_reset,
 };
 use polyvirt_core::{Features, Status};
 
@@ -27,6 +28,8 @@ pub struct Driver<G: Registers + 'static> {
     features: Features,
     /// The queue whose registers are seen.
     selected: u16,
+    /// The queues whose reset was begun.
+    resetting: BTreeSet<u16>,
     /// The rings that the device may use.
     queues: BTreeMap<u16, Areas>,
 }
@@ -44,7 +47,8 @@ impl<G: Registers + 'static> Driver<G> {
 
     fn meet(guest: Arc<G>, place: G::Place, legacy: bool) -> Result<Self, TransportError> {
         let (features, queues) = (Features::empty(), BTreeMap::new());
-        let mut driver = Self { guest, place, legacy, device_type: 0, features, selected: 0, queues };
+        let mut driver =
+            Self { guest, place, legacy, device_type: 0, features, selected: 0, resetting: BTreeSet::new(), queues };
         driver.expect(MAGIC_VALUE, MAGIC, "the magic value 0x74726976")?;
         match legacy {
             false => driver.expect(VERSION, VERSION_2, "version 2 of virtio-mmio")?,
@@ -162,6 +166,7 @@ impl<G: Registers + 'static> Transport for Driver<G> {
         let done = self.read(STATUS)? == 0;
         if done {
             self.features = Features::empty();
+            self.resetting.clear();
             self.queues.clear();
         }
         Ok(done)
@@ -227,15 +232,21 @@ impl<G: Registers + 'static> Transport for Driver<G> {
             return Err(TransportError::Unsupported("queue reset (VIRTIO_F_RING_RESET was not negotiated)"));
         }
         self.select(index)?;
-        self.write(QUEUE_RESET, 1)
+        self.write(QUEUE_RESET, 1)?;
+        self.resetting.insert(index);
+        Ok(())
     }
 
     fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        if !self.resetting.contains(&index) {
+            return Ok(!self.queues.contains_key(&index));
+        }
         if self.selected != index {
             self.select(index)?;
         }
         let done = self.read(QUEUE_RESET)? == 0;
         if done {
+            self.resetting.remove(&index);
             self.queues.remove(&index);
         }
         Ok(done)
@@ -267,6 +278,12 @@ impl<G: Registers + WaitForInterrupt + 'static> BlockingTransport for Driver<G> 
     fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
         self.guest.wait(&[], time)?;
         Ok(())
+    }
+}
+
+impl<G: Registers + WakeOnInterrupt + 'static> WakingTransport for Driver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        Ok(self.guest.wake_on(&[self.place.line], waker)?)
     }
 }
 

@@ -3,9 +3,10 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::{Guest, HypervisorError, Share, WaitForInterrupt};
+use polyvirt_core::hypervisor::{Guest, HypervisorError, Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::memory::{Access, Pages};
 
 use super::function::{Config, MSIX_LINES};
@@ -182,6 +183,12 @@ impl<G: Machine> Guest for Bus<G> {
 impl<G: Machine + WaitForInterrupt> WaitForInterrupt for Bus<G> {
     fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
         self.machine.wait(lines, most)
+    }
+}
+
+impl<G: Machine + WakeOnInterrupt> WakeOnInterrupt for Bus<G> {
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError> {
+        self.machine.wake_on(lines, waker)
     }
 }
 

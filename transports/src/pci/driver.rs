@@ -1,14 +1,15 @@
 //! The guest's side of the modern interface: a driver's transport over the structures that capabilities lead to.
 
 use alloc::boxed::Box;
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::{Share, WaitForInterrupt};
+use polyvirt_core::hypervisor::{Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueConfig};
 use polyvirt_core::transport::{
-    BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue, try_reset,
+    BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue, WakingTransport, try_reset,
 };
 use polyvirt_core::{Features, Status};
 
@@ -32,6 +33,8 @@ pub struct Driver<G: Functions + 'static> {
     features: Features,
     /// The queue whose registers are seen.
     selected: u16,
+    /// The queues whose reset was begun.
+    resetting: BTreeSet<u16>,
     /// The rings that the device may use.
     queues: BTreeMap<u16, Areas>,
 }
@@ -50,7 +53,19 @@ impl<G: Functions + 'static> Driver<G> {
         let device = structure(&found, CAP_DEVICE, 1)?.map(|(region, _)| region);
         let function = Function::new(guest, place, signalling)?;
         let (features, queues) = (Features::empty(), BTreeMap::new());
-        Ok(Self { function, device_type, common, notify, multiplier, isr, device, features, selected: 0, queues })
+        Ok(Self {
+            function,
+            device_type,
+            common,
+            notify,
+            multiplier,
+            isr,
+            device,
+            features,
+            selected: 0,
+            resetting: BTreeSet::new(),
+            queues,
+        })
     }
 
     /// What the driver talks through.
@@ -194,6 +209,7 @@ impl<G: Functions + 'static> Transport for Driver<G> {
         let done = self.read(common::DEVICE_STATUS)? == [0];
         if done {
             self.features = Features::empty();
+            self.resetting.clear();
             self.queues.clear();
         }
         Ok(done)
@@ -256,15 +272,21 @@ impl<G: Functions + 'static> Transport for Driver<G> {
             return Err(TransportError::Unsupported("queue reset (VIRTIO_F_RING_RESET was not negotiated)"));
         }
         self.select(index)?;
-        self.write_u16(common::QUEUE_RESET, 1)
+        self.write_u16(common::QUEUE_RESET, 1)?;
+        self.resetting.insert(index);
+        Ok(())
     }
 
     fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        if !self.resetting.contains(&index) {
+            return Ok(!self.queues.contains_key(&index));
+        }
         if self.selected != index {
             self.select(index)?;
         }
         let done = self.read_u16(common::QUEUE_RESET)? == 0;
         if done {
+            self.resetting.remove(&index);
             self.queues.remove(&index);
         }
         Ok(done)
@@ -291,6 +313,12 @@ impl<G: Functions + WaitForInterrupt + 'static> BlockingTransport for Driver<G> 
     fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
         self.function.guest.wait(&[], time)?;
         Ok(())
+    }
+}
+
+impl<G: Functions + WakeOnInterrupt + 'static> WakingTransport for Driver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        Ok(self.function.guest.wake_on(&self.function.lines(), waker)?)
     }
 }
 

@@ -3,12 +3,13 @@
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::{Share, WaitForInterrupt};
+use polyvirt_core::hypervisor::{Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueError};
 use polyvirt_core::transport::{
-    BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue, try_reset,
+    BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue, WakingTransport, try_reset,
 };
 use polyvirt_core::{Features, Status};
 
@@ -28,6 +29,8 @@ pub struct LegacyDriver<G: Functions + 'static> {
     /// The first port.
     base: u64,
     features: Features,
+    /// Whether a reset was begun.
+    resetting: bool,
     /// The rings that the device may use.
     queues: BTreeMap<u16, Areas>,
 }
@@ -48,7 +51,7 @@ impl<G: Functions + 'static> LegacyDriver<G> {
             return Err(TransportError::NotADevice { expected: "ports in the first region", found: id.into() });
         };
         let function = Function::new(guest, place, signalling)?;
-        Ok(Self { function, device_type, base, features: Features::empty(), queues: BTreeMap::new() })
+        Ok(Self { function, device_type, base, features: Features::empty(), resetting: false, queues: BTreeMap::new() })
     }
 
     fn read<const N: usize>(&self, register: u64) -> Result<[u8; N], TransportError> {
@@ -109,10 +112,15 @@ impl<G: Functions + 'static> Transport for LegacyDriver<G> {
     }
 
     fn begin_reset(&mut self) -> Result<(), TransportError> {
-        self.write(DEVICE_STATUS, [0])
+        self.write(DEVICE_STATUS, [0])?;
+        self.resetting = true;
+        Ok(())
     }
 
     fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        if !core::mem::take(&mut self.resetting) {
+            return Ok(self.queues.is_empty());
+        }
         // Whoever reads it has waited for the write; no legacy device is slower.
         self.status()?;
         self.features = Features::empty();
@@ -206,6 +214,12 @@ impl<G: Functions + WaitForInterrupt + 'static> BlockingTransport for LegacyDriv
     fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
         self.function.guest.wait(&[], time)?;
         Ok(())
+    }
+}
+
+impl<G: Functions + WakeOnInterrupt + 'static> WakingTransport for LegacyDriver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        Ok(self.function.guest.wake_on(&self.function.lines(), waker)?)
     }
 }
 

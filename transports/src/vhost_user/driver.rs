@@ -276,7 +276,7 @@ impl Transport for Driver {
     }
 
     fn poll_reset(&mut self) -> Result<bool, TransportError> {
-        Ok(true)
+        Ok(self.queues.is_empty())
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -349,8 +349,8 @@ impl Transport for Driver {
         Ok(())
     }
 
-    fn poll_vq_reset(&mut self, _index: u16) -> Result<bool, TransportError> {
-        Ok(true)
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        Ok(!self.queues.contains_key(&index))
     }
 
     fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {

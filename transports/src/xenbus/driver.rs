@@ -6,10 +6,13 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::{Share, WaitForInterrupt};
-use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue};
+use polyvirt_core::hypervisor::{Share, WaitForInterrupt, WakeOnInterrupt};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue, WakingTransport,
+};
 use polyvirt_core::{Features, Status};
 
 use super::registers::{Channel, Description, Domain, GuestPlace, Operation, Reply, Setup, State, encode_request};
@@ -317,7 +320,7 @@ impl<G: Domain + WaitForInterrupt + 'static> Transport for Driver<G> {
     }
 
     fn poll_reset(&mut self) -> Result<bool, TransportError> {
-        Ok(true)
+        Ok(self.queues.is_empty())
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -378,8 +381,8 @@ impl<G: Domain + WaitForInterrupt + 'static> Transport for Driver<G> {
         Ok(())
     }
 
-    fn poll_vq_reset(&mut self, _index: u16) -> Result<bool, TransportError> {
-        Ok(true)
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        Ok(!self.queues.contains_key(&index))
     }
 
     fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
@@ -423,6 +426,18 @@ impl<G: Domain + WaitForInterrupt + 'static> BlockingTransport for Driver<G> {
     fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
         self.guest.wait(&[], time)?;
         Ok(())
+    }
+}
+
+impl<G: Domain + WaitForInterrupt + WakeOnInterrupt + 'static> WakingTransport for Driver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        // A change may have come while an answer was waited for.
+        if self.news() != self.told {
+            waker.wake_by_ref();
+            return Ok(());
+        }
+        let queues = self.queues.values().map(|(_, channel)| channel.line);
+        Ok(self.guest.wake_on(&queues.chain(self.lines.all()).collect::<Vec<_>>(), waker)?)
     }
 }
 
