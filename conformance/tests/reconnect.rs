@@ -6,13 +6,14 @@ use std::sync::Arc;
 
 use polyvirt_core::Status;
 use polyvirt_core::hypervisor::{Guest, Host};
+use polyvirt_core::transport::{BlockingTransport as _, Transport as _};
 use polyvirt_devices::blk::{self, wire};
 use polyvirt_devices::rng;
 use polyvirt_hypervisors::xen;
 use polyvirt_transports::xenbus;
 
 /// A disk of 64 sectors on the Xen model: the machine, the backend's handle, the disk and its driver.
-fn disk() -> Option<(xen::Host, xenbus::Backend, blk::MemoryHandle, blk::Driver)> {
+fn disk() -> Option<(xen::Host, xenbus::Backend, blk::MemoryHandle, blk::Driver<xenbus::Driver<xen::Guest>>)> {
     let (mut host, guest) = match xen::start(16 << 20) {
         Ok(halves) => halves,
         Err(reason) => {
@@ -28,7 +29,7 @@ fn disk() -> Option<(xen::Host, xenbus::Backend, blk::MemoryHandle, blk::Driver)
     let guest = Arc::new(guest);
     let place = guest.enumerate().unwrap().remove(0);
     let transport = xenbus::Driver::connect(guest, place).unwrap();
-    Some((host, connection, disk, blk::Driver::new(Box::new(transport)).unwrap()))
+    Some((host, connection, disk, blk::Driver::new(transport).unwrap()))
 }
 
 #[test]

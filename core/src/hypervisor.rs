@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | memory | [`Share::share`] | [`Host::memory`] |
 //! | kick | [`Guest::notify`] | [`BusDevice::kick`] |
-//! | interrupt | [`Guest::wait`] | [`Host::interrupt`] |
+//! | interrupt | [`Guest::take`] | [`Host::interrupt`] |
 //! | discovery | [`Guest::enumerate`] | [`Host::plug`] |
 //!
 //! A port implements these and nothing else: it names no device and touches no ring.
@@ -101,12 +101,27 @@ pub trait Guest: Share {
     /// Kick: rings `doorbell` (an address, a port, a queue's page: the transport knows) with `value`.
     fn notify(&self, doorbell: u64, value: u32) -> Result<(), HypervisorError>;
 
-    /// Interrupt: waits until one of the interrupts in `lines` (a bit each) is pending, and acknowledges it: the result
-    /// says which were. Returns 0 when `watchdog` runs out. An interrupt that came before is not lost.
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError>;
+    /// Interrupt: whether the one on `line` is pending; if so it is taken, acknowledged. Never waits. An interrupt that came
+    /// before is not lost: it stays pending until it is taken.
+    fn take(&self, line: u32) -> Result<bool, HypervisorError>;
 
     /// Discovery: what is there.
     fn enumerate(&self) -> Result<Vec<Self::Place>, HypervisorError>;
+}
+
+/// A guest that can also wait: what calls that block are made of. Drivers that are polled, or run by an interrupt handler,
+/// do without it.
+pub trait WaitForInterrupt: Guest {
+    /// Waits until an interrupt on one of `lines` is pending, and leaves it to [`Guest::take`]. False if none was within
+    /// `most`; without lines, that is how long it waits.
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError>;
+}
+
+/// A guest whose interrupt handler wakes tasks: what futures are made of.
+pub trait WakeOnInterrupt: Guest {
+    /// Has `waker` woken, once, when an interrupt on one of `lines` is pending; at once if one is. Whoever hands over a waker
+    /// for the same lines again replaces the one before.
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError>;
 }
 
 /// Why a hypervisor did not do what it was asked.

@@ -10,6 +10,7 @@ pub struct Shared {
     share: Arc<dyn Share>,
     pages: Pages,
     address: u64,
+    leaked: bool,
 }
 
 impl Shared {
@@ -17,7 +18,13 @@ impl Shared {
     pub fn new(share: &Arc<dyn Share>, len: usize, access: Access) -> Result<Self, HypervisorError> {
         let pages = share.allocate(len)?;
         let address = share.share(&pages, access)?;
-        Ok(Self { share: share.clone(), pages, address })
+        Ok(Self { share: share.clone(), pages, address, leaked: false })
+    }
+
+    /// Keeps the memory from the guest for ever: for a device that could not be made to let go of it.
+    pub fn leak(&mut self) {
+        self.leaked = true;
+        core::mem::forget(self.pages.clone());
     }
 
     /// The memory.
@@ -33,6 +40,9 @@ impl Shared {
 
 impl Drop for Shared {
     fn drop(&mut self) {
+        if self.leaked {
+            return;
+        }
         if let Err(error) = self.share.unshare(self.address) {
             tracing::debug!(%error, "memory stays shared");
         }

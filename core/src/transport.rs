@@ -1,8 +1,16 @@
 //! The driver's view of a transport: the paper's `virtio_config_ops` and `find_vq` (section 3).
 
+mod blocking;
+mod interrupts;
+mod waking;
+
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::time::Duration;
+
+pub use blocking::{BlockingTransport, initialize};
+pub use interrupts::{Interrupts, QueueSet};
+pub use waking::WakingTransport;
 
 use crate::features::Features;
 use crate::hypervisor::{HypervisorError, Share};
@@ -13,7 +21,12 @@ use crate::status::Status;
 /// How many times a configuration that keeps changing is read before the driver gives up.
 pub const CONFIG_READ_ATTEMPTS: u32 = 64;
 
-/// The driver side of a transport, connected to one device.
+/// How often a driver that is dropped looks whether its device is reset.
+const RESET_POLLS: u32 = 10_000;
+
+/// The driver side of a transport, connected to one device. None of its calls waits for the device: what takes time is
+/// begun by one call, and another tells whether it is done. Waiting is the caller's; who wants to has
+/// [`BlockingTransport`], and whose guest wakes tasks has [`WakingTransport`].
 pub trait Transport: Send {
     /// The virtio device type (chapter 5).
     fn device_type(&self) -> u32;
@@ -32,11 +45,15 @@ pub trait Transport: Send {
     /// The device status.
     fn status(&mut self) -> Result<Status, TransportError>;
 
-    /// Writes the device status; not 0, which is [`Transport::reset`].
+    /// Writes the device status; not 0, which is [`Transport::begin_reset`].
     fn set_status(&mut self, status: Status) -> Result<(), TransportError>;
 
-    /// Resets the device and waits until it says so. Buffers are the driver's again afterwards.
-    fn reset(&mut self) -> Result<(), TransportError>;
+    /// Begins to reset the device. Buffers are the driver's again when [`Transport::poll_reset`] says that it is done.
+    fn begin_reset(&mut self) -> Result<(), TransportError>;
+
+    /// Whether the reset that was begun is done: until then the driver does nothing else with the device (2.4). Without one,
+    /// whether there is nothing to reset.
+    fn poll_reset(&mut self) -> Result<bool, TransportError>;
 
     /// Changes whenever the configuration does; 0 for ever on transports without one (legacy).
     fn config_generation(&mut self) -> Result<u32, TransportError>;
@@ -54,14 +71,89 @@ pub trait Transport: Send {
     /// features accepted before. Where the host allocates rings, `size` must be none or the host's.
     fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError>;
 
-    /// Resets queue `index` alone (VIRTIO_F_RING_RESET); [`Transport::find_vq`] enables it again.
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError>;
+    /// Begins to reset queue `index` alone (VIRTIO_F_RING_RESET).
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError>;
 
-    /// Waits for an interrupt of the device and acknowledges it; [`TransportError::Watchdog`] if none comes.
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError>;
+    /// Whether the reset of queue `index` that was begun is done: then [`Transport::find_vq`] enables it again. Without one,
+    /// whether the queue is not in use.
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError>;
+
+    /// Takes what the device interrupted about since this was called last, and acknowledges it. Nothing is lost that came
+    /// before the call: an interrupt handler may call it, and so may who only looks now and then.
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError>;
 
     /// Where rings and buffers are allocated and shared.
     fn share(&self) -> Arc<dyn Share>;
+}
+
+impl<T: Transport + ?Sized> Transport for Box<T> {
+    fn device_type(&self) -> u32 {
+        (**self).device_type()
+    }
+
+    fn is_legacy(&self) -> bool {
+        (**self).is_legacy()
+    }
+
+    fn device_features(&mut self) -> Result<Features, TransportError> {
+        (**self).device_features()
+    }
+
+    fn set_driver_features(&mut self, features: Features) -> Result<(), TransportError> {
+        (**self).set_driver_features(features)
+    }
+
+    fn status(&mut self) -> Result<Status, TransportError> {
+        (**self).status()
+    }
+
+    fn set_status(&mut self, status: Status) -> Result<(), TransportError> {
+        (**self).set_status(status)
+    }
+
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        (**self).begin_reset()
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        (**self).poll_reset()
+    }
+
+    fn config_generation(&mut self) -> Result<u32, TransportError> {
+        (**self).config_generation()
+    }
+
+    fn read_config(&mut self, offset: u32, data: &mut [u8]) -> Result<(), TransportError> {
+        (**self).read_config(offset, data)
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), TransportError> {
+        (**self).write_config(offset, data)
+    }
+
+    fn queue_max_size(&mut self, index: u16) -> Result<u16, TransportError> {
+        (**self).queue_max_size(index)
+    }
+
+    fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
+        (**self).find_vq(index, size)
+    }
+
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
+        (**self).begin_vq_reset(index)
+    }
+
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        (**self).poll_vq_reset(index)
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        (**self).take_interrupts()
+    }
+
+    fn share(&self) -> Arc<dyn Share> {
+        (**self).share()
+    }
 }
 
 /// What [`Transport::find_vq`] returns: a ring in memory and a doorbell.
@@ -100,15 +192,6 @@ impl Notify for Box<dyn Notify> {
     fn notify_at(&mut self, next: u16) -> Result<(), TransportError> {
         (**self).notify_at(next)
     }
-}
-
-/// What an interrupt was about.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Interrupts {
-    /// Buffers were used in some queue.
-    pub queues: bool,
-    /// The configuration changed, or the device needs a reset.
-    pub config: bool,
 }
 
 /// Why the driver side of a transport gave up.
@@ -156,11 +239,23 @@ pub enum TransportError {
     Unsupported(&'static str),
 }
 
-/// Initializes the device up to the point where queues are set up (3.1.1, steps 1 to 6): reset, ACKNOWLEDGE, DRIVER,
-/// features, FEATURES_OK. Returns what was accepted: `wanted` where the device offers it, and VERSION_1 always on a
-/// modern interface. The caller sets up queues and then calls [`driver_ok`].
-pub fn initialize(transport: &mut (impl Transport + ?Sized), wanted: Features) -> Result<Features, TransportError> {
-    transport.reset()?;
+/// Resets the device as far as that goes without waiting: looks often, but not for ever. False if it is not done yet: then
+/// the device may still use whatever was shared with it. For who is dropped; all others wait, or look again.
+pub fn try_reset(transport: &mut (impl Transport + ?Sized)) -> Result<bool, TransportError> {
+    transport.begin_reset()?;
+    for _ in 0..RESET_POLLS {
+        if transport.poll_reset()? {
+            return Ok(true);
+        }
+        core::hint::spin_loop();
+    }
+    Ok(false)
+}
+
+/// Initializes a device that was reset, up to the point where queues are set up (3.1.1, steps 2 to 6): ACKNOWLEDGE,
+/// DRIVER, features, FEATURES_OK. Returns what was accepted: `wanted` where the device offers it, and VERSION_1 always on
+/// a modern interface. The caller sets up queues and then calls [`driver_ok`].
+pub fn negotiate(transport: &mut (impl Transport + ?Sized), wanted: Features) -> Result<Features, TransportError> {
     transport.set_status(Status::ACKNOWLEDGE)?;
     transport.set_status(Status::ACKNOWLEDGE | Status::DRIVER)?;
     let offered = transport.device_features()?;

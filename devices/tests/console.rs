@@ -7,7 +7,7 @@ use polyvirt_core::hypervisor::{Guest as _, Host as _};
 use polyvirt_core::memory::{Access, FlatMemory};
 use polyvirt_core::queue::{Buffer, DriverQueue};
 use polyvirt_core::shared::Shared;
-use polyvirt_core::transport::{self, Transport};
+use polyvirt_core::transport::{self, BlockingTransport, Transport};
 use polyvirt_core::{Features, Status};
 use polyvirt_devices::console::{self, wire};
 use polyvirt_hypervisors::loopback;
@@ -51,7 +51,7 @@ impl Sender {
         Self { _host: host, transport, queue, far, buffer }
     }
 
-    fn begin(transport: &mut dyn Transport, format: Features) -> DriverQueue<usize> {
+    fn begin(transport: &mut dyn BlockingTransport, format: Features) -> DriverQueue<usize> {
         let wanted = Features::SUSPEND | Features::EVENT_IDX | format;
         transport::initialize(transport, wanted).unwrap();
         let queue = DriverQueue::new(transport.find_vq(wire::TRANSMIT, None).unwrap()).unwrap();

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use polyvirt_core::device::Device;
 use polyvirt_core::hypervisor::{Guest as _, Host as _};
 use polyvirt_core::memory::FlatMemory;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::BlockingTransport;
 use polyvirt_devices::blk::{self, MemoryBackend, wire};
 use polyvirt_devices::{DriverError, console, rng};
 use polyvirt_hypervisors::loopback;
@@ -15,7 +15,7 @@ use polyvirt_transports::mmio;
 type Memory = Arc<FlatMemory>;
 
 /// The driver's end of `device`, and what has to live as long.
-fn plug(device: Box<dyn Device<Memory>>) -> (loopback::Host, Box<dyn Transport>) {
+fn plug(device: Box<dyn Device<Memory>>) -> (loopback::Host, Box<dyn BlockingTransport>) {
     let (mut host, guest) = loopback::start(16 << 20).unwrap();
     let memory = host.memory();
     mmio::attach(&mut host, memory, device).unwrap();

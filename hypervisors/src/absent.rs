@@ -57,11 +57,17 @@ impl<P> hypervisor::Guest for Guest<P> {
         match self.0 {}
     }
 
-    fn wait(&self, _lines: u64, _watchdog: Duration) -> Result<u64, HypervisorError> {
+    fn take(&self, _line: u32) -> Result<bool, HypervisorError> {
         match self.0 {}
     }
 
     fn enumerate(&self) -> Result<Vec<P>, HypervisorError> {
+        match self.0 {}
+    }
+}
+
+impl<P> hypervisor::WaitForInterrupt for Guest<P> {
+    fn wait(&self, _lines: &[u32], _most: Duration) -> Result<bool, HypervisorError> {
         match self.0 {}
     }
 }

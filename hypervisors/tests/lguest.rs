@@ -15,7 +15,7 @@ use polyvirt_core::hypervisor::{Guest as _, Host as _, HypervisorError, Share as
 use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
 use polyvirt_core::queue::{Buffer, Chain, DriverQueue};
 use polyvirt_core::status::Status;
-use polyvirt_core::transport::{self, Transport as _, TransportError};
+use polyvirt_core::transport::{self, BlockingTransport as _, Transport as _, TransportError};
 use polyvirt_hypervisors::lguest::{self, Guest, Host};
 use polyvirt_transports::lguest::{Driver, attach};
 

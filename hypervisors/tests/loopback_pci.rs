@@ -1,7 +1,8 @@
 //! Both generations' drivers and devices, by messages and by the pin, on a PCI bus over the loopback.
 
 use std::sync::Arc;
-use std::task::Waker;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use polyvirt_core::Features;
@@ -9,7 +10,10 @@ use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::hypervisor::{Guest as _, Host as _, Share as _};
 use polyvirt_core::memory::{Access, GuestMemory};
 use polyvirt_core::queue::{Buffer, ByteOrder, DriverQueue};
-use polyvirt_core::transport::{Interrupts, Transport, TransportError, driver_ok, initialize, read_config};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, QueueSet, Transport, TransportError, WakingTransport, driver_ok, initialize,
+    read_config,
+};
 use polyvirt_hypervisors::loopback::{self, Guest};
 use polyvirt_transports::pci::{
     self, Bus, Driver, Generation, GuestPlace, LegacyDriver, Machine as _, Signalling, attach,
@@ -60,8 +64,8 @@ fn machine(generations: &[Generation]) -> (Host, Arc<Bus<Guest>>) {
     (host, Arc::new(Bus::new(Arc::new(guest))))
 }
 
-/// Has a request echoed on every queue, told by an interrupt.
-fn exchange(bus: &Arc<Bus<Guest>>, driver: &mut dyn Transport, features: Features, number: u8) {
+/// Has a request echoed on every queue, told by an interrupt: one that says which queue, if it is `named`.
+fn exchange(bus: &Arc<Bus<Guest>>, driver: &mut dyn BlockingTransport, features: Features, number: u8, named: bool) {
     initialize(driver, features).unwrap();
     let found: Vec<_> = (0..3).map(|index| driver.find_vq(index, None).unwrap()).collect();
     driver_ok(driver).unwrap();
@@ -79,7 +83,7 @@ fn exchange(bus: &Arc<Bus<Guest>>, driver: &mut dyn Transport, features: Feature
             queue.add_buf(&[readable], &[writable], index).unwrap();
             queue.kick().unwrap();
             let Interrupts { queues, .. } = driver.wait(WATCHDOG).unwrap();
-            assert!(queues);
+            assert_eq!(queues, if named { QueueSet::of(index as u16) } else { QueueSet::ALL });
             assert_eq!(queue.get_buf(), Ok(Some((index, 4))));
             let mut echo = [0; 4];
             pages.read(8, &mut echo).unwrap();
@@ -97,7 +101,7 @@ fn meet(
     place: GuestPlace,
     legacy: bool,
     by: Signalling,
-) -> Result<Box<dyn Transport>, TransportError> {
+) -> Result<Box<dyn BlockingTransport>, TransportError> {
     Ok(match legacy {
         false => Box::new(Driver::connect(Arc::clone(bus), place, by)?),
         true => Box::new(LegacyDriver::connect(Arc::clone(bus), place, by)?),
@@ -122,9 +126,16 @@ fn every_driver_works_with_every_device_that_has_its_interface_by_messages_and_b
                 Ok(mut driver) => {
                     assert!(has, "{generation:?} has no such interface");
                     assert_eq!((driver.device_type(), driver.is_legacy()), (42, legacy));
-                    exchange(&bus, &mut *driver, Features::EVENT_IDX, number);
+                    let named = by == Signalling::Messages;
+                    exchange(&bus, &mut *driver, Features::EVENT_IDX, number, named);
                     if !legacy {
-                        exchange(&bus, &mut *driver, Features::RING_PACKED | Features::NOTIFICATION_DATA, number);
+                        exchange(
+                            &bus,
+                            &mut *driver,
+                            Features::RING_PACKED | Features::NOTIFICATION_DATA,
+                            number,
+                            named,
+                        );
                     }
                 }
                 Err(error) => assert!(!has, "{generation:?}: {error}"),
@@ -145,7 +156,7 @@ fn devices_stay_where_they_were_placed_when_they_are_found_again() {
     // The first is in use as before, the second is free.
     let status = driver.status().unwrap();
     assert_eq!(status.bits(), 15);
-    exchange(&bus, &mut *meet(&bus, places[1], true, Signalling::Pin).unwrap(), Features::empty(), 1);
+    exchange(&bus, &mut *meet(&bus, places[1], true, Signalling::Pin).unwrap(), Features::empty(), 1, false);
     drop(found);
 }
 
@@ -158,6 +169,50 @@ fn a_full_bus_shares_out_its_interrupt_lines_and_every_device_works() {
     assert_eq!(places.iter().filter(|place| place.lines > 0).count(), 15);
     for (number, place) in (0..).zip(places) {
         let mut driver = meet(&bus, place, false, Signalling::Messages).unwrap();
-        exchange(&bus, &mut *driver, Features::empty(), number);
+        exchange(&bus, &mut *driver, Features::empty(), number, place.lines > 0);
+    }
+}
+
+/// Counts how often it is woken.
+#[derive(Default)]
+struct Count(AtomicU32);
+
+impl Wake for Count {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn an_interrupt_wakes_a_task_once_by_messages_and_by_the_pin() {
+    let (_host, bus) = machine(&[TRANSITIONAL]);
+    let place = bus.enumerate().unwrap()[0];
+    fn woken(bus: &Arc<Bus<Guest>>, driver: &mut (impl BlockingTransport + WakingTransport)) {
+        initialize(driver, Features::empty()).unwrap();
+        let mut queue = DriverQueue::<()>::new(driver.find_vq(1, None).unwrap()).unwrap();
+        driver_ok(driver).unwrap();
+        assert_eq!(driver.poll_reset(), Ok(false), "none was begun");
+        let (pages, count) = (bus.allocate(4096).unwrap(), Arc::new(Count::default()));
+        let address = bus.share(&pages, Access::READ | Access::WRITE).unwrap();
+        let (readable, writable) = (Buffer { address, len: 4 }, Buffer { address: address + 8, len: 4 });
+        for round in 1..=10 {
+            assert_eq!(driver.take_interrupts(), Ok(Interrupts::default()));
+            driver.wake_on_interrupt(&Waker::from(count.clone())).unwrap();
+            assert_eq!(count.0.load(Ordering::SeqCst), 2 * round - 2, "nothing came yet");
+            queue.add_buf(&[readable], &[writable], ()).unwrap();
+            // The device is served within the kick.
+            queue.kick().unwrap();
+            assert_eq!(count.0.load(Ordering::SeqCst), 2 * round - 1);
+            driver.wake_on_interrupt(&Waker::from(count.clone())).unwrap();
+            assert_eq!(count.0.load(Ordering::SeqCst), 2 * round, "it was not taken yet");
+            assert!(driver.take_interrupts().unwrap().queues.contains(1));
+            assert_eq!(queue.get_buf(), Ok(Some(((), 4))));
+            assert!(queue.enable_cb());
+        }
+        bus.unshare(address).unwrap();
+    }
+    for by in [Signalling::Messages, Signalling::Pin] {
+        woken(&bus, &mut Driver::connect(Arc::clone(&bus), place, by).unwrap());
+        woken(&bus, &mut LegacyDriver::connect(Arc::clone(&bus), place, by).unwrap());
     }
 }

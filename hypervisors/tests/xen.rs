@@ -2,6 +2,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::Waker;
@@ -12,7 +13,9 @@ use polyvirt_core::hypervisor::{Guest as _, Host as _, HypervisorError, Share};
 use polyvirt_core::memory::{Access, GuestMemory, Lease, MemoryError};
 use polyvirt_core::queue::{Buffer, Chain, DriverQueue};
 use polyvirt_core::shared::Shared;
-use polyvirt_core::transport::{Interrupts, Transport, TransportError, driver_ok, initialize, resume, suspend};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, QueueSet, Transport, TransportError, driver_ok, initialize, resume, suspend,
+};
 use polyvirt_core::{Features, Status};
 use polyvirt_hypervisors::xen::{self, Guest, Host};
 use polyvirt_transports::xenbus::{self, Backend, Domain, Driver};
@@ -201,6 +204,26 @@ fn every_request_comes_back_with_its_bytes_whatever_was_negotiated() {
 }
 
 #[test]
+fn an_interrupt_names_its_queue() {
+    let machine = machine();
+    let mut driver = connect(&machine.guest);
+    let mut requests = Requests::new(&machine.guest);
+    initialize(&mut driver, Features::empty()).unwrap();
+    let mut queues = [0, 1].map(|index| DriverQueue::new(driver.find_vq(index, None).unwrap()).unwrap());
+    driver_ok(&mut driver).unwrap();
+    for turn in 0..20 {
+        let index = turn % 2;
+        let queue = &mut queues[index];
+        requests.send(queue, turn as u32);
+        queue.kick().unwrap();
+        let came = driver.wait(WATCHDOG);
+        assert_eq!(came, Ok(Interrupts { queues: QueueSet::of(index as u16), config: false }));
+        requests.receive(queue);
+        assert!(queue.enable_cb() && requests.open.is_empty());
+    }
+}
+
+#[test]
 fn a_backend_that_restarts_loses_no_request() {
     for index in 0..2 {
         let machine = machine();
@@ -290,7 +313,7 @@ fn the_configuration_is_read_written_and_its_change_is_an_interrupt() {
         if &config[..4] == b"rung" {
             break;
         }
-        assert_eq!(driver.wait(WATCHDOG), Ok(Interrupts { queues: false, config: true }));
+        assert_eq!(driver.wait(WATCHDOG), Ok(Interrupts { queues: QueueSet::NONE, config: true }));
     }
     assert_ne!(driver.config_generation().unwrap(), before);
     driver.write_config(2, b"too long").unwrap();
@@ -456,12 +479,13 @@ fn granted_memory_is_not_handed_out_again_before_it_is_taken_back() {
 }
 
 #[test]
-fn channels_and_watches_have_64_lines_and_give_them_back() {
+fn channels_and_watches_have_as_many_lines_as_there_are_and_give_them_back() {
     let (_host, guest) = xen::start(RAM).unwrap();
     let watch = guest.watch("data").unwrap();
     assert_eq!(guest.watch("data"), Ok(watch), "the same path, the same line");
-    let channels: Vec<_> = (1..64).map(|_| guest.open_channel().unwrap()).collect();
-    assert_eq!(guest.open_channel(), Err(HypervisorError::Exhausted("interrupt lines")));
+    let channels: Vec<_> = (1..200).map(|_| guest.open_channel().unwrap()).collect();
+    let lines: BTreeSet<_> = channels.iter().map(|channel| channel.line).chain([watch]).collect();
+    assert_eq!(lines.len(), 200);
     guest.close_channel(channels[30]).unwrap();
     assert_eq!(guest.open_channel().unwrap().line, channels[30].line);
     assert!(guest.close_channel(xenbus::Channel { port: 4000, line: 1 }).is_err());

@@ -7,10 +7,12 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use polyvirt_core::device::{Device, Queues};
-use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, PAGE_SIZE, Pages};
 use polyvirt_core::queue::{Buffer, DriverQueue, Layout, MAX_QUEUE_SIZE, QueueError};
-use polyvirt_core::transport::{Transport, TransportError, driver_ok, initialize, read_config};
+use polyvirt_core::transport::{
+    BlockingTransport, QueueSet, Transport, TransportError, driver_ok, initialize, read_config,
+};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::{self, Place, Registers, registers::*};
 
@@ -160,11 +162,17 @@ impl Guest for Machine {
     fn notify(&self, doorbell: u64, value: u32) -> Result<(), HypervisorError> {
         self.store(doorbell, &value.to_le_bytes())
     }
-    fn wait(&self, lines: u64, _: Duration) -> Result<u64, HypervisorError> {
-        Ok(if lines == 1 << PLACE.line && !self.interrupts().is_empty() { lines } else { 0 })
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        Ok(line == PLACE.line && !self.interrupts().is_empty())
     }
     fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
         Ok(vec![PLACE])
+    }
+}
+
+impl WaitForInterrupt for Machine {
+    fn wait(&self, _: &[u32], _: Duration) -> Result<bool, HypervisorError> {
+        Ok(false)
     }
 }
 
@@ -455,7 +463,7 @@ fn a_driver_comes_up_exchanges_buffers_waits_and_lets_go() {
         assert_eq!(machine.shared(), expected, "descriptors, driver area, device area");
         exchange(&machine, &mut queue);
         let interrupts = driver.wait(Duration::ZERO).unwrap();
-        assert_eq!((interrupts.queues, interrupts.config), (true, false));
+        assert_eq!((interrupts.queues, interrupts.config), (QueueSet::ALL, false));
         assert_eq!(machine.get(INTERRUPT_STATUS), 0, "acknowledged");
         assert!(matches!(driver.wait(Duration::ZERO), Err(TransportError::Watchdog(..))));
         driver.reset().unwrap();
@@ -516,8 +524,8 @@ fn undefined_interrupt_bits_are_neither_told_nor_acknowledged() {
     ] {
         machine.lie(INTERRUPT_STATUS, status);
         machine.interrupts.lock().unwrap().push(Cause::Config);
-        let interrupts = driver.wait(Duration::ZERO).unwrap();
-        assert_eq!((interrupts.queues, interrupts.config), (false, config));
+        let interrupts = driver.take_interrupts().unwrap();
+        assert_eq!((interrupts.queues, interrupts.config), (QueueSet::NONE, config));
         assert_eq!(machine.log().last(), Some(&last));
     }
 }
@@ -583,6 +591,32 @@ fn a_device_that_never_resets_is_given_up_and_keeps_the_memory() {
     assert_eq!(machine.shared().len(), 3);
     drop(driver);
     assert_eq!(machine.shared().len(), 3, "the device may still write there");
+}
+
+#[test]
+fn a_reset_in_progress_is_polled_and_one_that_was_not_begun_takes_no_memory_back() {
+    let machine = Machine::new();
+    let (mut driver, _queue) = running(&machine, Features::RING_RESET);
+    assert_eq!(
+        (driver.poll_vq_reset(0), driver.poll_vq_reset(1), driver.poll_reset()),
+        (Ok(false), Ok(true), Ok(false))
+    );
+    assert_eq!(machine.shared().len(), 3, "the device uses it");
+
+    driver.begin_vq_reset(0).unwrap();
+    machine.lie(QUEUE_RESET, 1);
+    assert_eq!((driver.poll_vq_reset(0), machine.shared().len()), (Ok(false), 3));
+    machine.lies.lock().unwrap().clear();
+    assert_eq!((driver.poll_vq_reset(0), machine.shared().len()), (Ok(true), 0));
+    assert_eq!(driver.poll_vq_reset(0), Ok(true), "it is still");
+
+    driver.find_vq(0, None).unwrap();
+    assert_eq!((driver.poll_vq_reset(0), machine.shared().len()), (Ok(false), 3));
+    driver.begin_reset().unwrap();
+    machine.lie(STATUS, 15);
+    assert_eq!((driver.poll_reset(), machine.shared().len()), (Ok(false), 3));
+    machine.lies.lock().unwrap().clear();
+    assert_eq!((driver.poll_reset(), machine.shared().len()), (Ok(true), 0));
 }
 
 #[test]

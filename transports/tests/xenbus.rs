@@ -7,9 +7,11 @@ use std::task::{Wake, Waker};
 use std::time::Duration;
 
 use polyvirt_core::device::{self, Queues};
-use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{
+    BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt, WakeOnInterrupt,
+};
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Pages};
-use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, QueueSet, Transport, TransportError, WakingTransport};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::xenbus::{self, Backend, Channel, Domain, Driver, GuestPlace, HostPlace, Ports, State, Store};
 
@@ -179,6 +181,14 @@ impl Booted {
         Arc::new(Self { served: served.clone(), lines, pending, meanwhile })
     }
 
+    /// The other side does something.
+    fn turn(&self) {
+        if let Some(state) = self.meanwhile.lock().unwrap().pop() {
+            self.served.tree.frontend(state);
+        }
+        self.served.poll();
+    }
+
     fn connect(self: &Arc<Self>) -> Result<Driver<Self>, TransportError> {
         let place = self.enumerate().unwrap().remove(0);
         Driver::connect(self.clone(), place)
@@ -203,15 +213,28 @@ impl Guest for Booted {
     fn notify(&self, _: u64, _: u32) -> Result<(), HypervisorError> {
         Ok(())
     }
-    fn wait(&self, lines: u64, _: Duration) -> Result<u64, HypervisorError> {
-        if let Some(state) = self.meanwhile.lock().unwrap().pop() {
-            self.served.tree.frontend(state);
-        }
-        self.served.poll();
-        Ok(self.pending.fetch_and(!lines, Ordering::SeqCst) & lines)
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        self.turn();
+        Ok(self.pending.fetch_and(!(1 << line), Ordering::SeqCst) & 1 << line != 0)
     }
     fn enumerate(&self) -> Result<Vec<GuestPlace>, HypervisorError> {
         Ok(vec![GuestPlace { frontend: FRONTEND.into(), backend: BACKEND.into() }])
+    }
+}
+
+impl WaitForInterrupt for Booted {
+    fn wait(&self, lines: &[u32], _: Duration) -> Result<bool, HypervisorError> {
+        self.turn();
+        Ok(lines.iter().any(|line| self.pending.load(Ordering::SeqCst) & 1 << line != 0))
+    }
+}
+
+impl WakeOnInterrupt for Booted {
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError> {
+        if self.wait(lines, Duration::ZERO)? {
+            waker.wake_by_ref();
+        }
+        Ok(())
     }
 }
 
@@ -366,4 +389,35 @@ fn a_reset_opens_the_connection_again_if_the_backend_closes_it_at_any_moment() {
     }
     served.tree.remove(&format!("{BACKEND}/state")).unwrap();
     assert_eq!(driver.reset(), Err(TransportError::Closed), "there is nobody who could come back");
+}
+
+/// Counts how often it is woken.
+struct Count(AtomicU64);
+
+impl Wake for Count {
+    fn wake(self: Arc<Self>) {
+        self.0.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn a_task_is_woken_by_what_the_driver_is_told_of_and_once_for_each() {
+    let (served, backend) = serve();
+    let mut driver = Booted::new(&served).connect().unwrap();
+    use_device(&mut driver);
+    let count = Arc::new(Count(AtomicU64::new(0)));
+    let waker = Waker::from(count.clone());
+    assert_eq!(driver.take_interrupts(), Ok(Interrupts::default()));
+    driver.wake_on_interrupt(&waker).unwrap();
+    assert_eq!(count.0.load(Ordering::SeqCst), 0, "nothing came");
+    backend.close();
+    driver.wake_on_interrupt(&waker).unwrap();
+    assert_eq!(count.0.load(Ordering::SeqCst), 1);
+    // The driver has seen it on its own account, which does not take it from who waits.
+    assert!(driver.status().unwrap().contains(Status::DEVICE_NEEDS_RESET));
+    driver.wake_on_interrupt(&waker).unwrap();
+    assert_eq!(count.0.load(Ordering::SeqCst), 2);
+    assert_eq!(driver.take_interrupts(), Ok(Interrupts { queues: QueueSet::NONE, config: true }));
+    driver.wake_on_interrupt(&waker).unwrap();
+    assert_eq!(count.0.load(Ordering::SeqCst), 2, "told once");
 }

@@ -1,7 +1,7 @@
 //! The block device: when a write is durable, and what a reset leaves with the backend.
 
 use polyvirt_core::Features;
-use polyvirt_core::transport::{Transport, read_config};
+use polyvirt_core::transport::{BlockingTransport, Transport, read_config};
 
 use super::blk::{CONFIG_WCE, F_FLUSH, case, good, need, on_disk, pattern, sectors};
 use super::sample::{BLK_IN, BLK_OUT, ensure, ensure_eq, offer, serve};

@@ -2,7 +2,7 @@
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::BlockingTransport;
 
 use super::indirect::need_indirect;
 use super::sample::{Attack, POISON, Sample, Tolerance, attack, blk_header, descriptor, ensure_eq, entries};

@@ -3,7 +3,7 @@
 use std::sync::mpsc;
 
 use polyvirt_core::Features;
-use polyvirt_core::transport::{CONFIG_READ_ATTEMPTS, Transport, TransportError, read_config};
+use polyvirt_core::transport::{BlockingTransport, CONFIG_READ_ATTEMPTS, Transport, TransportError, read_config};
 
 use super::init::serve_next;
 use super::sample::{ensure, ensure_eq, revive, serve};

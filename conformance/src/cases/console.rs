@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use polyvirt_core::Features;
-use polyvirt_core::transport::{Transport, read_config};
+use polyvirt_core::transport::{BlockingTransport, Transport, read_config};
 
 use super::sample::{POISON, ensure, ensure_eq};
 use crate::raw::{Memory, Ring};

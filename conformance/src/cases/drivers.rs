@@ -1,7 +1,7 @@
 //! The ordinary drivers of the devices: that they work, and what they write.
 
 use polyvirt_core::Features;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::BlockingTransport;
 use polyvirt_devices::{DriverError, blk, console, rng};
 
 use super::played::{Play, Played};
@@ -36,7 +36,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// The transport as a driver gets it, with a device that the case plays, and whose rings have no indirect tables.
-fn played(session: &Session) -> (Box<dyn Transport>, Play) {
+fn played(session: &Session) -> (Box<dyn BlockingTransport>, Play) {
     let (transport, play) = Played::new(session.transport.clone(), Features::INDIRECT_DESC);
     (Box::new(transport), play)
 }

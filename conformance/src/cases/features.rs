@@ -1,7 +1,7 @@
 //! Feature bits and their negotiation.
 
 use polyvirt_core::queue::split::layout::INDIRECT;
-use polyvirt_core::transport::{Transport, TransportError, initialize};
+use polyvirt_core::transport::{BlockingTransport, Transport, TransportError, initialize};
 use polyvirt_core::{Features, Status};
 
 use super::sample::{Sample, descriptor, ensure, ensure_eq, revive, serve};

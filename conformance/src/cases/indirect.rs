@@ -3,7 +3,7 @@
 use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
 use polyvirt_core::queue::split::layout::Descriptor;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 
 use super::chains::{NOWHERE, PACKED_REFUSED, REFUSED, memory_end, ring};
 use super::ring::cut;

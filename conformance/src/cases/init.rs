@@ -1,6 +1,6 @@
 //! Status, initialization, reset.
 
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 use polyvirt_core::{Features, Status};
 
 use super::features::framing;

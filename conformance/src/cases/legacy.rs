@@ -3,7 +3,7 @@
 //! The spec has no numbered statements about it.
 
 use polyvirt_core::queue::Layout;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers as mmio;
 use polyvirt_transports::pci::registers::*;

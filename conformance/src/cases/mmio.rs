@@ -1,6 +1,6 @@
 //! virtio-mmio, register by register.
 
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers::*;
 

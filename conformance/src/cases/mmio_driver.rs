@@ -2,7 +2,7 @@
 
 use polyvirt_core::Features;
 use polyvirt_core::queue::MAX_QUEUE_SIZE;
-use polyvirt_core::transport::{Transport, driver_ok, initialize};
+use polyvirt_core::transport::{BlockingTransport, Transport, driver_ok, initialize};
 use polyvirt_transports::mmio::registers::*;
 
 use super::mmio::case;

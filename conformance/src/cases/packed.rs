@@ -3,7 +3,7 @@
 use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
 use polyvirt_core::queue::packed::layout::{AVAILABLE, EVENTS_AT, EVENTS_ON, Position, Tail, USED};
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 
 use super::chains::{PACKED_REFUSED, ring};
 use super::indirect::need_indirect;

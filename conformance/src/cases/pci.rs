@@ -1,6 +1,6 @@
 //! virtio-pci, field by field: identity, capabilities, base address registers, common configuration.
 
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::pci::registers::*;
 

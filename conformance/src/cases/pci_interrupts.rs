@@ -1,7 +1,7 @@
 //! How a virtio-pci device interrupts: vectors, masks and pending bits; the pin and the interrupt status.
 
 use polyvirt_core::Features;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 use polyvirt_transports::pci::registers::*;
 
 use super::pci::{no_bus_master, serve_silently};

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use polyvirt_core::hypervisor::{HypervisorError, Share};
 use polyvirt_core::memory::{Access, Pages};
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
 use crate::raw::{Descriptor, Made, Ring, WRITE};
@@ -140,8 +140,12 @@ impl Transport for Played {
         self.inner.set_status(status.difference(Status::DRIVER_OK))
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
-        self.inner.reset()
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        self.inner.begin_reset()
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        self.inner.poll_reset()
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -175,16 +179,30 @@ impl Transport for Played {
         Ok(Virtqueue { config, descriptors, driver, device, notify })
     }
 
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
-        self.inner.reset_vq(index)
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
+        self.inner.begin_vq_reset(index)
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
-        self.inner.wait(watchdog)
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        self.inner.poll_vq_reset(index)
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        self.inner.take_interrupts()
     }
 
     fn share(&self) -> Arc<dyn Share> {
         Arc::new(Shares { inner: self.inner.share(), play: self.play.clone() })
+    }
+}
+
+impl BlockingTransport for Played {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        self.inner.sleep(most)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.inner.pause(time)
     }
 }
 

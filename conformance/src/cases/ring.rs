@@ -2,7 +2,7 @@
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 
 use super::init::serve_next;
 use super::sample::{

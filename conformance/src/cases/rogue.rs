@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::{BlockingTransport, Transport};
 
 use super::chains::{PACKED_REFUSED, REFUSED};
 use super::sample::{Attack, POISON, Sample, Tolerance, attack, ensure, only_allowed, revive};

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use polyvirt_core::Features;
 use polyvirt_core::memory::{Access, Accessed};
-use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, Transport, TransportError};
 
 use crate::raw::{Descriptor, Memory, Ring, link};
 use crate::suite::{BLK, CONSOLE, Finding, Mark, Objection, Session, Verdict};

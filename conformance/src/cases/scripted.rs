@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyvirt_core::hypervisor::Share;
-use polyvirt_core::transport::{Interrupts, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
 use crate::suite::Recorded;
@@ -63,8 +63,12 @@ impl Transport for Scripted {
         self.inner.set_status(status)
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
-        self.inner.reset()
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        self.inner.begin_reset()
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        self.inner.poll_reset()
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -98,15 +102,29 @@ impl Transport for Scripted {
         self.inner.find_vq(index, size)
     }
 
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
-        self.inner.reset_vq(index)
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
+        self.inner.begin_vq_reset(index)
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
-        self.inner.wait(watchdog)
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        self.inner.poll_vq_reset(index)
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        self.inner.take_interrupts()
     }
 
     fn share(&self) -> Arc<dyn Share> {
         self.inner.share()
+    }
+}
+
+impl BlockingTransport for Scripted {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        self.inner.sleep(most)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.inner.pause(time)
     }
 }

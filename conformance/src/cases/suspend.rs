@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use polyvirt_core::transport::{self, Transport};
+use polyvirt_core::transport::{self, BlockingTransport, Transport};
 use polyvirt_core::{Features, Status};
 
 use super::config::{change, changed, changing, shown_by};

@@ -1,14 +1,15 @@
 //! Ports that are broken on purpose: an honest one, with something between its mechanisms and who uses them.
 
+use std::collections::BTreeSet;
 use std::marker::PhantomData;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
 use std::thread::Builder;
 use std::time::Duration;
 
-use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, GuestMemory, MemoryError, Pages, Segment};
 use polyvirt_transports::mmio::Registers;
 use polyvirt_transports::pci::{AddressMap, Doorbell, Machine, Message, Platform, Root, SharedDevice, Wires};
@@ -56,7 +57,10 @@ impl<P: Port> Flawed<P> {
         let (host, guest) = P::start(ram)?;
         let late = (flaw == Some(Flaw::Late)).then(|| deliver_late(&guest)).transpose()?;
         let end = P::memory_end(ram);
-        Ok((FlawedHost { host, flaw, end, asserted: Arc::default() }, Arc::new(FlawedGuest { guest, flaw, late })))
+        Ok((
+            FlawedHost { host, flaw, end, asserted: Arc::default() },
+            Arc::new(FlawedGuest { guest, flaw, late, heard: Mutex::default() }),
+        ))
     }
 }
 
@@ -235,6 +239,14 @@ pub struct FlawedGuest<G> {
     guest: Arc<G>,
     flaw: Option<Flaw>,
     late: Option<Sender<(u64, u32)>>,
+    /// What came while somebody waited, and was not taken.
+    heard: Mutex<BTreeSet<u32>>,
+}
+
+impl<G> FlawedGuest<G> {
+    fn heard(&self) -> MutexGuard<'_, BTreeSet<u32>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// A thread that rings what it is sent, a moment later, until the guest or the sender is gone.
@@ -286,15 +298,33 @@ impl<G: Guest> Guest for FlawedGuest<G> {
         }
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        if self.flaw == Some(Flaw::Forgetful) {
-            self.guest.wait(lines, Duration::ZERO)?;
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        match self.flaw {
+            Some(Flaw::Forgetful) => Ok(self.heard().remove(&line)),
+            _ => self.guest.take(line),
         }
-        self.guest.wait(lines, watchdog)
     }
 
     fn enumerate(&self) -> Result<Vec<G::Place>, HypervisorError> {
         self.guest.enumerate()
+    }
+}
+
+impl<G: WaitForInterrupt> WaitForInterrupt for FlawedGuest<G> {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        if self.flaw != Some(Flaw::Forgetful) {
+            return self.guest.wait(lines, most);
+        }
+        // What came before is lost.
+        lines.iter().try_for_each(|&line| self.guest.take(line).map(drop))?;
+        self.guest.wait(lines, most)?;
+        let mut heard = self.heard();
+        for &line in lines {
+            if self.guest.take(line)? {
+                heard.insert(line);
+            }
+        }
+        Ok(lines.iter().any(|line| heard.contains(line)))
     }
 }
 

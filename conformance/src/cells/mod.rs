@@ -19,9 +19,9 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
-use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt};
+use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, WaitForInterrupt};
 use polyvirt_core::memory::{Access, GuestMemory};
-use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, TransportError};
 use polyvirt_transports::pci::{Machine, Platform};
 
 pub use devices::Kind;
@@ -92,7 +92,7 @@ pub trait Port: 'static {
     /// Its host half.
     type Host: Host + Send + 'static;
     /// Its guest half.
-    type Guest: Guest + 'static;
+    type Guest: WaitForInterrupt + 'static;
 
     /// Whether a guest whose host half is gone may be ended while the next machine starts already: it takes long, and
     /// nothing of it is anybody else's.
@@ -132,7 +132,7 @@ pub trait Wire<H: Host, G: Guest>: 'static {
 }
 
 /// The driver side of a transport, and the device's registers if it has any.
-pub type Connection = (Box<dyn Transport>, Option<Box<dyn RegisterFile>>);
+pub type Connection = (Box<dyn BlockingTransport>, Option<Box<dyn RegisterFile>>);
 
 /// What a saboteur puts in front of an honest device, to prove that the suite sees it.
 pub trait Sabotage<M: GuestMemory>: Send + Sync {
@@ -153,7 +153,7 @@ pub trait Sabotage<M: GuestMemory>: Send + Sync {
     }
 
     /// In place of the driver's transport.
-    fn driver(&self, honest: Box<dyn Transport>) -> Box<dyn Transport> {
+    fn driver(&self, honest: Box<dyn BlockingTransport>) -> Box<dyn BlockingTransport> {
         honest
     }
 

@@ -5,10 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
-use polyvirt_core::hypervisor::{Guest, Host, HypervisorError, Share};
+use polyvirt_core::hypervisor::{Guest, Host, HypervisorError, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, GuestMemory, Pages};
 use polyvirt_core::queue::ByteOrder;
-use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, TransportError};
 use polyvirt_transports::pci::registers::{BAR_64, BAR_COUNT, BAR_IO, BARS, region};
 use polyvirt_transports::pci::{
     self, Bus, Functions, Generation, GuestPlace, HostPlace, LegacyDriver, Machine, Message, Platform, Signalling,
@@ -68,7 +68,7 @@ pub(super) type GuestOn<P> = Bus<FlawedGuest<<P as Port>::Guest>>;
 /// virtio-pci: a modern device, which interrupts by messages.
 pub struct Pci;
 
-impl<H: Host<Place = HostPlace>, G: Functions + 'static> Wire<H, G> for Pci {
+impl<H: Host<Place = HostPlace>, G: Functions + WaitForInterrupt + 'static> Wire<H, G> for Pci {
     const NAME: &'static str = "pci";
     const LEGACY: bool = false;
 
@@ -88,7 +88,7 @@ impl<H: Host<Place = HostPlace>, G: Functions + 'static> Wire<H, G> for Pci {
 /// virtio-pci: a transitional device through its legacy interface, which interrupts by its pin.
 pub struct PciLegacy;
 
-impl<H: Host<Place = HostPlace>, G: Functions + 'static> Wire<H, G> for PciLegacy {
+impl<H: Host<Place = HostPlace>, G: Functions + WaitForInterrupt + 'static> Wire<H, G> for PciLegacy {
     const NAME: &'static str = "pci-legacy";
     const LEGACY: bool = true;
     const LINES: usize = 4;
@@ -112,7 +112,7 @@ pub(crate) const MEMORY: u64 = 0xf << 60;
 /// Offsets from here on are ports.
 pub(crate) const PORTS: u64 = 0xe << 60;
 
-fn observed<G: Functions + 'static>(
+fn observed<G: Functions + WaitForInterrupt + 'static>(
     guest: &Arc<G>,
     place: GuestPlace,
     legacy: bool,
@@ -202,12 +202,18 @@ impl<G: Functions> Guest for Observed<G> {
         self.guest.notify(doorbell, value)
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        self.guest.wait(lines, watchdog)
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        self.guest.take(line)
     }
 
     fn enumerate(&self) -> Result<Vec<GuestPlace>, HypervisorError> {
         self.guest.enumerate()
+    }
+}
+
+impl<G: Functions + WaitForInterrupt> WaitForInterrupt for Observed<G> {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        self.guest.wait(lines, most)
     }
 }
 
@@ -233,7 +239,7 @@ impl<G: Functions> Functions for Observed<G> {
     }
 }
 
-impl<G: Functions + 'static> RegisterFile for Arc<Observed<G>> {
+impl<G: Functions + WaitForInterrupt + 'static> RegisterFile for Arc<Observed<G>> {
     fn load(&self, offset: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
         self.perform(RegisterAccess { offset, len: data.len(), value: 0, write: false }, data)
     }
@@ -255,7 +261,7 @@ impl<G: Functions + 'static> RegisterFile for Arc<Observed<G>> {
         self.notes.tamper(change);
     }
 
-    fn connect(&self) -> Result<Box<dyn Transport>, TransportError> {
+    fn connect(&self) -> Result<Box<dyn BlockingTransport>, TransportError> {
         Ok(match self.legacy {
             false => Box::new(pci::Driver::connect(Arc::clone(self), self.place, Signalling::Messages)?),
             true => Box::new(LegacyDriver::connect(Arc::clone(self), self.place, Signalling::Pin)?),

@@ -4,10 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use polyvirt_core::device::Device;
-use polyvirt_core::hypervisor::{Guest, Host, HypervisorError, Share};
+use polyvirt_core::hypervisor::{Guest, Host, HypervisorError, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, GuestMemory, Pages};
 use polyvirt_core::queue::ByteOrder;
-use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, TransportError};
 use polyvirt_transports::mmio::Registers;
 use polyvirt_transports::{lguest, mmio, xenbus};
 
@@ -18,7 +18,7 @@ use crate::suite::{RegisterAccess, RegisterFile};
 /// virtio-mmio.
 pub struct Mmio;
 
-impl<H: Host<Place = mmio::Place>, G: Registers + 'static> Wire<H, G> for Mmio {
+impl<H: Host<Place = mmio::Place>, G: Registers + WaitForInterrupt + 'static> Wire<H, G> for Mmio {
     const NAME: &'static str = "mmio";
     const LEGACY: bool = false;
 
@@ -38,7 +38,7 @@ impl<H: Host<Place = mmio::Place>, G: Registers + 'static> Wire<H, G> for Mmio {
 /// virtio-mmio of version 1.
 pub struct MmioLegacy;
 
-impl<H: Host<Place = mmio::Place>, G: Registers + 'static> Wire<H, G> for MmioLegacy {
+impl<H: Host<Place = mmio::Place>, G: Registers + WaitForInterrupt + 'static> Wire<H, G> for MmioLegacy {
     const NAME: &'static str = "mmio-legacy";
     const LEGACY: bool = true;
 
@@ -55,7 +55,7 @@ impl<H: Host<Place = mmio::Place>, G: Registers + 'static> Wire<H, G> for MmioLe
     }
 }
 
-fn observed<G: Registers + 'static>(
+fn observed<G: Registers + WaitForInterrupt + 'static>(
     guest: &Arc<G>,
     place: mmio::Place,
     legacy: bool,
@@ -71,7 +71,7 @@ pub struct LguestPage;
 impl<H, G> Wire<H, G> for LguestPage
 where
     H: Host<Place = lguest::registers::HostPlace>,
-    G: Guest<Place = lguest::registers::GuestPlace> + 'static,
+    G: WaitForInterrupt<Place = lguest::registers::GuestPlace> + 'static,
 {
     const NAME: &'static str = "lguest";
     const LEGACY: bool = true;
@@ -92,7 +92,7 @@ where
 /// xenstore and event channels.
 pub struct Xenbus;
 
-impl<H: Host<Place = xenbus::HostPlace>, G: xenbus::Domain + 'static> Wire<H, G> for Xenbus {
+impl<H: Host<Place = xenbus::HostPlace>, G: xenbus::Domain + WaitForInterrupt + 'static> Wire<H, G> for Xenbus {
     const NAME: &'static str = "xenbus";
     const LEGACY: bool = false;
 
@@ -155,12 +155,18 @@ impl<G: Registers> Guest for Observed<G> {
         })
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        self.guest.wait(lines, watchdog)
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        self.guest.take(line)
     }
 
     fn enumerate(&self) -> Result<Vec<mmio::Place>, HypervisorError> {
         self.guest.enumerate()
+    }
+}
+
+impl<G: Registers + WaitForInterrupt> WaitForInterrupt for Observed<G> {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        self.guest.wait(lines, most)
     }
 }
 
@@ -174,7 +180,7 @@ impl<G: Registers> Registers for Observed<G> {
     }
 }
 
-impl<G: Registers + 'static> RegisterFile for Arc<Observed<G>> {
+impl<G: Registers + WaitForInterrupt + 'static> RegisterFile for Arc<Observed<G>> {
     fn load(&self, offset: u64, data: &mut [u8]) -> Result<(), HypervisorError> {
         self.guest.load(self.place.base.wrapping_add(offset), data)
     }
@@ -195,7 +201,7 @@ impl<G: Registers + 'static> RegisterFile for Arc<Observed<G>> {
         self.notes.tamper(change);
     }
 
-    fn connect(&self) -> Result<Box<dyn Transport>, TransportError> {
+    fn connect(&self) -> Result<Box<dyn BlockingTransport>, TransportError> {
         let driver = match self.legacy {
             false => mmio::Driver::connect(Arc::clone(self), self.place),
             true => mmio::Driver::connect_legacy(Arc::clone(self), self.place),

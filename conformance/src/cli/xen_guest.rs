@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use polyvirt_core::hypervisor::{Guest as _, HypervisorError};
+use polyvirt_core::hypervisor::{Guest as _, HypervisorError, WaitForInterrupt as _};
 use polyvirt_devices::DriverError;
 use polyvirt_devices::blk::Driver;
 use polyvirt_hypervisors::xen::{self, Guest};
@@ -35,7 +35,7 @@ pub(super) fn run(args: &XenGuestArgs, output: &mut Output) -> Result<u8, CliErr
     let guest = Arc::new(xen::drive().map_err(xen)?);
     let place = find(&guest).map_err(xen)?;
     let transport = xenbus::Driver::connect(guest, place).map_err(|error| CliError::Mistake(error.to_string()))?;
-    let mut disk = Driver::new(Box::new(transport)).map_err(driver)?;
+    let mut disk = Driver::new(transport).map_err(driver)?;
     tell(format!("read {}\n", sum(&mut disk).map_err(driver)?))?;
 
     let sector = disk.geometry().capacity / 2;
@@ -61,14 +61,14 @@ fn find(guest: &Guest) -> Result<GuestPlace, HypervisorError> {
             return Ok(place);
         }
         let plugged = guest.watch("device/virtio")?;
-        if guest.wait(1 << plugged, WATCHDOG)? == 0 {
+        if !guest.wait(&[plugged], WATCHDOG)? || !guest.take(plugged)? {
             return Err(HypervisorError::Unavailable("no device in device/virtio".into()));
         }
     }
 }
 
 /// The SHA-256 of the whole disk.
-fn sum(disk: &mut Driver) -> Result<String, DriverError> {
+fn sum(disk: &mut Driver<xenbus::Driver<Guest>>) -> Result<String, DriverError> {
     let mut hasher = Sha256::new();
     let mut chunk = vec![0; CHUNK];
     let sectors = disk.geometry().capacity;

@@ -10,7 +10,7 @@ use polyvirt_core::Features;
 use polyvirt_core::hypervisor::{HypervisorError, Share};
 use polyvirt_core::memory::{Access, Pages};
 use polyvirt_core::queue::{Layout, QueueConfig};
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Status, memory::MemoryError};
 use polyvirt_transports::vhost_user::messages::*;
 use polyvirt_transports::vhost_user::{Connection, ConnectionError, Message};
@@ -463,7 +463,11 @@ impl Transport for Undriven {
         Err(SPEAKS)
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        Err(SPEAKS)
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
         Err(SPEAKS)
     }
 
@@ -487,16 +491,30 @@ impl Transport for Undriven {
         Err(SPEAKS)
     }
 
-    fn reset_vq(&mut self, _: u16) -> Result<(), TransportError> {
+    fn begin_vq_reset(&mut self, _: u16) -> Result<(), TransportError> {
         Err(SPEAKS)
     }
 
-    fn wait(&mut self, _: Duration) -> Result<Interrupts, TransportError> {
+    fn poll_vq_reset(&mut self, _: u16) -> Result<bool, TransportError> {
+        Err(SPEAKS)
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
         Err(SPEAKS)
     }
 
     fn share(&self) -> Arc<dyn Share> {
         self.share.clone()
+    }
+}
+
+impl BlockingTransport for Undriven {
+    fn sleep(&mut self, _: Duration) -> Result<bool, TransportError> {
+        Err(SPEAKS)
+    }
+
+    fn pause(&mut self, _: Duration) -> Result<(), TransportError> {
+        Err(SPEAKS)
     }
 }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use polyvirt_conformance::suite::{NO_VARIANT, Target, Variant};
+use polyvirt_core::transport::BlockingTransport;
 use polyvirt_devices::DriverError;
 use polyvirt_devices::blk::Driver;
 
@@ -12,7 +13,7 @@ use super::carry::{Disk, carry, failed};
 use super::{Image, ImageError};
 use crate::report::ImageResult;
 
-impl Disk for Driver {
+impl<T: BlockingTransport> Disk for Driver<T> {
     type Error = DriverError;
 
     fn sectors(&self) -> u64 {
@@ -47,7 +48,7 @@ fn in_session(target: &dyn Target, image: &Image, served: &Path) -> Option<Image
         Err(reason) if reason == NO_VARIANT => return None,
         Err(reason) => return Some(failed(&reason, 0.0)),
     };
-    let result = match Driver::new(Box::new(session.transport)) {
+    let result = match Driver::new(session.transport) {
         Ok(mut driver) => carry(image, served, &mut driver),
         Err(error) => failed(&error.to_string(), 0.0),
     };

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use polyvirt_core::transport::{Transport, TransportError, driver_ok, initialize};
+use polyvirt_core::transport::{BlockingTransport, Transport, TransportError, driver_ok, initialize};
 use polyvirt_core::{Features, Status};
 
 use super::Ring;
@@ -105,7 +105,7 @@ impl Session {
     pub fn wait_interrupt(&mut self) -> Result<(), Objection> {
         loop {
             match self.transport.wait(self.watchdog) {
-                Ok(interrupts) if interrupts.queues => return Ok(()),
+                Ok(interrupts) if !interrupts.queues.is_empty() => return Ok(()),
                 Ok(_) => {}
                 Err(TransportError::Watchdog(..)) => {
                     return Err(Objection::failed(
@@ -137,7 +137,7 @@ impl Session {
     /// Whether an interrupt is pending, which is taken.
     pub fn interrupted(&mut self) -> Result<bool, Objection> {
         match self.transport.wait(Duration::ZERO) {
-            Ok(interrupts) => Ok(interrupts.queues || interrupts.config),
+            Ok(interrupts) => Ok(!interrupts.is_empty()),
             Err(TransportError::Watchdog(..)) => Ok(false),
             Err(error) => Err(error.into()),
         }

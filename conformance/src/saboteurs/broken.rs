@@ -7,7 +7,7 @@ use polyvirt_core::Features;
 use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::memory::GuestMemory;
 use polyvirt_core::queue::{Chain, Queue};
-use polyvirt_core::transport::Transport;
+use polyvirt_core::transport::BlockingTransport;
 
 use super::Memory;
 use crate::cases::scripted::{Script, Scripted};
@@ -275,7 +275,7 @@ impl Device<Memory> for AllOrNothing {
 pub(super) struct LongFeatures;
 
 impl Sabotage<Memory> for LongFeatures {
-    fn driver(&self, honest: Box<dyn Transport>) -> Box<dyn Transport> {
+    fn driver(&self, honest: Box<dyn BlockingTransport>) -> Box<dyn BlockingTransport> {
         Box::new(Scripted::new(
             Recorded::new(honest, Trace::default()),
             Script { offered: Some(Features::VERSION_1), ..Script::default() },

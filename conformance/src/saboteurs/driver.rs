@@ -6,7 +6,7 @@ use std::time::Duration;
 use polyvirt_core::hypervisor::Share;
 use polyvirt_core::memory::Pages;
 use polyvirt_core::queue::Layout;
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::registers::*;
 
@@ -220,13 +220,13 @@ impl Transports {
 }
 
 impl Sabotage<Memory> for Transports {
-    fn driver(&self, honest: Box<dyn Transport>) -> Box<dyn Transport> {
+    fn driver(&self, honest: Box<dyn BlockingTransport>) -> Box<dyn BlockingTransport> {
         Box::new(Clumsy { honest, broken: *self, status: Status::empty() })
     }
 }
 
 struct Clumsy {
-    honest: Box<dyn Transport>,
+    honest: Box<dyn BlockingTransport>,
     broken: Transports,
     status: Status,
 }
@@ -262,8 +262,12 @@ impl Transport for Clumsy {
         Ok(())
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
-        if self.broken.no_reset { Ok(()) } else { self.honest.reset() }
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        if self.broken.no_reset { Ok(()) } else { self.honest.begin_reset() }
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        if self.broken.no_reset { Ok(true) } else { self.honest.poll_reset() }
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -305,16 +309,30 @@ impl Transport for Clumsy {
         Ok(found)
     }
 
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
-        self.honest.reset_vq(index)
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
+        self.honest.begin_vq_reset(index)
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
-        self.honest.wait(watchdog)
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        self.honest.poll_vq_reset(index)
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        self.honest.take_interrupts()
     }
 
     fn share(&self) -> Arc<dyn Share> {
         self.honest.share()
+    }
+}
+
+impl BlockingTransport for Clumsy {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        self.honest.sleep(most)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.honest.pause(time)
     }
 }
 

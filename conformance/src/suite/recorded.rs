@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use polyvirt_core::hypervisor::Share;
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
 /// The most calls that a trace keeps; the oldest go first.
@@ -129,7 +129,7 @@ impl Trace {
 /// A transport whose calls are written down: a handle, so that a case can keep one while a driver uses another.
 #[derive(Clone)]
 pub struct Recorded {
-    inner: Arc<Mutex<Box<dyn Transport>>>,
+    inner: Arc<Mutex<Box<dyn BlockingTransport>>>,
     trace: Trace,
     hidden: Features,
     device_type: u32,
@@ -138,7 +138,7 @@ pub struct Recorded {
 
 impl Recorded {
     /// Writes down the calls of `inner` in `trace`.
-    pub fn new(inner: Box<dyn Transport>, trace: Trace) -> Self {
+    pub fn new(inner: Box<dyn BlockingTransport>, trace: Trace) -> Self {
         let (device_type, legacy) = (inner.device_type(), inner.is_legacy());
         Self { inner: Arc::new(Mutex::new(inner)), trace, hidden: Features::empty(), device_type, legacy }
     }
@@ -152,7 +152,7 @@ impl Recorded {
     fn call<T>(
         &self,
         name: &'static str,
-        work: impl FnOnce(&mut dyn Transport) -> Result<T, TransportError>,
+        work: impl FnOnce(&mut dyn BlockingTransport) -> Result<T, TransportError>,
         told: impl FnOnce(&T) -> Option<Call>,
     ) -> Result<T, TransportError> {
         let result = work(&mut **lock(&self.inner));
@@ -175,7 +175,8 @@ impl Transport for Recorded {
 
     fn device_features(&mut self) -> Result<Features, TransportError> {
         let hidden = self.hidden;
-        let offered = |inner: &mut dyn Transport| inner.device_features().map(|offered| offered.difference(hidden));
+        let offered =
+            |inner: &mut dyn BlockingTransport| inner.device_features().map(|offered| offered.difference(hidden));
         self.call("device_features", offered, |&offered| Some(Call::DeviceFeatures(offered)))
     }
 
@@ -193,9 +194,13 @@ impl Transport for Recorded {
         self.call("set_status", |inner| inner.set_status(status), |()| None)
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
         self.trace.push(Call::Reset);
-        self.call("reset", |inner| inner.reset(), |()| None)
+        self.call("begin_reset", |inner| inner.begin_reset(), |()| None)
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        self.call("poll_reset", |inner| inner.poll_reset(), |_| None)
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -233,17 +238,47 @@ impl Transport for Recorded {
         })
     }
 
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
         self.trace.push(Call::ResetVq(index));
-        self.call("reset_vq", |inner| inner.reset_vq(index), |()| None)
+        self.call("begin_vq_reset", |inner| inner.begin_vq_reset(index), |()| None)
+    }
+
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        self.call("poll_vq_reset", |inner| inner.poll_vq_reset(index), |_| None)
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        let told = |&came: &Interrupts| (!came.is_empty()).then_some(Call::Interrupted(came));
+        self.call("take_interrupts", |inner| inner.take_interrupts(), told)
+    }
+
+    fn share(&self) -> Arc<dyn Share> {
+        lock(&self.inner).share()
+    }
+}
+
+/// Each is one call to whoever reads the trace.
+impl BlockingTransport for Recorded {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        self.call("sleep", |inner| inner.sleep(most), |_| None)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.call("pause", |inner| inner.pause(time), |()| None)
     }
 
     fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
         self.call("wait", |inner| inner.wait(watchdog), |&interrupts| Some(Call::Interrupted(interrupts)))
     }
 
-    fn share(&self) -> Arc<dyn Share> {
-        lock(&self.inner).share()
+    fn reset(&mut self) -> Result<(), TransportError> {
+        self.trace.push(Call::Reset);
+        self.call("reset", |inner| inner.reset(), |()| None)
+    }
+
+    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+        self.trace.push(Call::ResetVq(index));
+        self.call("reset_vq", |inner| inner.reset_vq(index), |()| None)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use polyvirt_core::hypervisor::HypervisorError;
-use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, TransportError};
 
 use super::role::{MakeRole, honest};
 use super::{Cell, Objection, Probe, Recorded, Trace};
@@ -52,7 +52,7 @@ pub struct Session {
 impl Session {
     /// A session over `transport`, with nothing else known; `machine` is kept until it ends. Drivers get rings of the
     /// cell's format.
-    pub fn new(cell: Cell, transport: Box<dyn Transport>, machine: Box<dyn Any + Send>) -> Self {
+    pub fn new(cell: Cell, transport: Box<dyn BlockingTransport>, machine: Box<dyn Any + Send>) -> Self {
         let trace = Trace::default();
         Self {
             cell,
@@ -73,7 +73,7 @@ impl Session {
     }
 
     /// Puts a driver in the way that is broken on purpose: `wrap` gets what it should have used.
-    pub(crate) fn break_driver(&mut self, wrap: impl FnOnce(Box<dyn Transport>) -> Box<dyn Transport>) {
+    pub(crate) fn break_driver(&mut self, wrap: impl FnOnce(Box<dyn BlockingTransport>) -> Box<dyn BlockingTransport>) {
         let honest = Box::new(self.transport.clone());
         self.transport = Recorded::new(wrap(honest), Trace::default());
     }
@@ -114,7 +114,7 @@ pub trait RegisterFile: Send {
     fn tamper(&self, change: fn(RegisterAccess) -> Vec<RegisterAccess>);
 
     /// Meets the device once more, as a driver does that has just found it.
-    fn connect(&self) -> Result<Box<dyn Transport>, TransportError>;
+    fn connect(&self) -> Result<Box<dyn BlockingTransport>, TransportError>;
 }
 
 /// An access to a register by the driver side of a transport.

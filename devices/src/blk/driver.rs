@@ -9,10 +9,10 @@ use polyvirt_core::Features;
 use polyvirt_core::memory::Access;
 use polyvirt_core::queue::{AddError, Buffer, DriverQueue};
 use polyvirt_core::shared::Shared;
-use polyvirt_core::transport::{self, Transport};
+use polyvirt_core::transport::{self, BlockingTransport, Transport, WakingTransport};
 
 use super::wire::{self, Header, SECTOR_SIZE, Segment};
-use crate::driver::{DriverError, WATCHDOG, expect_type};
+use crate::driver::{DriverError, Polled, WATCHDOG, block_on, come, expect_type, let_go};
 
 /// The most bytes of one request; longer transfers take several.
 const TRANSFER: usize = 256 * 1024;
@@ -92,8 +92,8 @@ pub struct Answer {
 }
 
 /// The driver of a block device.
-pub struct Driver {
-    transport: Box<dyn Transport>,
+pub struct Driver<T: Transport = Box<dyn BlockingTransport>> {
+    transport: T,
     queue: DriverQueue<Token>,
     slots: Vec<Slot>,
     free: Vec<usize>,
@@ -106,131 +106,24 @@ pub struct Driver {
     watchdog: Duration,
 }
 
-impl Driver {
-    /// Takes the device behind `transport` into use.
-    pub fn new(mut transport: Box<dyn Transport>) -> Result<Self, DriverError> {
-        expect_type(&*transport, wire::DEVICE_TYPE)?;
-        let features = transport::initialize(&mut *transport, Self::wanted())?;
-        let geometry = read_geometry(&mut *transport, features)?;
-        let longest = read_limits(&mut *transport, features)?;
-        let queue = DriverQueue::new(transport.find_vq(0, None)?)?;
-        transport::driver_ok(&mut *transport)?;
-        Ok(Self {
-            transport,
-            queue,
-            slots: Vec::new(),
-            free: Vec::new(),
-            geometry,
-            longest,
-            features,
-            next_id: 0,
-            answers: VecDeque::new(),
-            watchdog: WATCHDOG,
-        })
+impl<T: BlockingTransport> Driver<T> {
+    /// Resets the device behind `transport`, waits until it is, and takes it into use.
+    pub fn new(mut transport: T) -> Result<Self, DriverError> {
+        expect_type(&transport, wire::DEVICE_TYPE)?;
+        transport.reset()?;
+        Self::start(transport)
     }
 
-    fn wanted() -> Features {
-        wire::RO
-            | wire::BLK_SIZE
-            | wire::FLUSH_FEATURE
-            | wire::DISCARD_FEATURE
-            | wire::WRITE_ZEROES_FEATURE
-            | Features::EVENT_IDX
-            | Features::RING_PACKED
-            | Features::RING_RESET
-    }
-
-    /// How long to wait for an answer before giving up.
-    pub fn set_watchdog(&mut self, watchdog: Duration) {
-        self.watchdog = watchdog;
-    }
-
-    /// What the configuration said at the beginning, or at the last [`Driver::refresh`].
-    pub const fn geometry(&self) -> Geometry {
-        self.geometry
-    }
-
-    /// The features accepted.
-    pub const fn features(&self) -> Features {
-        self.features
-    }
-
-    /// The transport, for what is not the driver's business.
-    pub fn transport(&mut self) -> &mut dyn Transport {
-        &mut *self.transport
-    }
-
-    /// Reads the configuration again, after it changed.
-    pub fn refresh(&mut self) -> Result<Geometry, DriverError> {
-        self.geometry = read_geometry(&mut *self.transport, self.features)?;
-        Ok(self.geometry)
-    }
-
-    /// Resets the device and takes it into use again. What was in flight is asked for again, so no request is lost.
+    /// Resets the device, waits until it is, and takes it into use again. What was in flight is asked for again, so no
+    /// request is lost.
     pub fn recover(&mut self) -> Result<(), DriverError> {
-        transport::initialize(&mut *self.transport, self.features)?;
-        let size = self.queue.size();
-        self.queue.restart(self.transport.find_vq(0, Some(size))?)?;
-        transport::driver_ok(&mut *self.transport)?;
-        self.queue.kick()?;
-        Ok(())
-    }
-
-    /// Begins `operation`; none if as many requests as possible are in flight.
-    pub fn submit(&mut self, operation: Operation<'_>) -> Result<Option<RequestId>, DriverError> {
-        let Some(index) = self.slot()? else { return Ok(None) };
-        let (kind, sector, out, data_in) = self.encode(index, operation)?;
-        let slot = &self.slots[index];
-        let header = Header { kind, sector }.to_bytes();
-        // All of these are inside their pages.
-        let _ = slot.header.pages().write(0, &header);
-        let _ = slot.status.pages().write(0, &[u8::MAX]);
-        let piece = |memory: &Shared, len: usize| Buffer { address: memory.address(), len: len as u32 };
-        let readable = [piece(&slot.header, header.len()), piece(&slot.data_out, out)];
-        let writable = [piece(&slot.data_in, data_in), piece(&slot.status, 1)];
-        let readable = &readable[..if out > 0 { 2 } else { 1 }];
-        let writable = &writable[if data_in > 0 { 0 } else { 1 }..];
-        let id = RequestId(self.next_id);
-        match self.queue.add_buf(readable, writable, Token { id, slot: index, data_in }) {
-            Ok(()) => {}
-            Err(AddError::Full(token)) => {
-                self.free.push(token.slot);
-                return Ok(None);
-            }
-            Err(AddError::Pieces { .. }) => {
-                return Err(DriverError::Unsupported("the queue is too short for a request"));
-            }
-            Err(AddError::Broken(reason)) => return Err(reason.into()),
-            Err(AddError::Notify(error)) => return Err(error.into()),
-        }
-        self.next_id += 1;
-        // The request is in flight whether or not the doorbell worked: waiting for it tells what is wrong, and
-        // `recover` asks for it again.
-        if let Err(error) = self.queue.kick() {
-            tracing::debug!(%error, "the device was not kicked");
-        }
-        Ok(Some(id))
-    }
-
-    /// The next answer, in whatever order they come; none if there is none yet.
-    pub fn poll(&mut self) -> Result<Option<Answer>, DriverError> {
-        if let Some(answer) = self.answers.pop_front() {
-            return Ok(Some(answer));
-        }
-        let Some((token, _)) = self.queue.get_buf()? else { return Ok(None) };
-        Ok(Some(self.finish(token)))
+        self.transport.reset()?;
+        self.restart()
     }
 
     /// Waits for the next answer.
     pub fn wait(&mut self) -> Result<Answer, DriverError> {
-        loop {
-            if let Some(answer) = self.poll()? {
-                return Ok(answer);
-            }
-            if self.queue.enable_cb() {
-                self.transport.wait(self.watchdog)?;
-            }
-        }
+        block_on(self, Self::arm, Self::poll)
     }
 
     /// Reads from `sector` on until `into` is full.
@@ -338,6 +231,135 @@ impl Driver {
         self.answers.extend(others);
         result
     }
+}
+
+impl<T: WakingTransport> Driver<T> {
+    /// The next answer, in whatever order they come, as soon as there is one.
+    pub async fn answer(&mut self) -> Result<Answer, DriverError> {
+        come(self, Self::arm, Self::poll).await
+    }
+}
+
+impl<T: Transport> Driver<T> {
+    /// Takes the device behind `transport` into use, whose reset is done.
+    pub fn start(mut transport: T) -> Result<Self, DriverError> {
+        expect_type(&transport, wire::DEVICE_TYPE)?;
+        let features = transport::negotiate(&mut transport, Self::wanted())?;
+        let geometry = read_geometry(&mut transport, features)?;
+        let longest = read_limits(&mut transport, features)?;
+        let queue = DriverQueue::new(transport.find_vq(0, None)?)?;
+        transport::driver_ok(&mut transport)?;
+        Ok(Self {
+            transport,
+            queue,
+            slots: Vec::new(),
+            free: Vec::new(),
+            geometry,
+            longest,
+            features,
+            next_id: 0,
+            answers: VecDeque::new(),
+            watchdog: WATCHDOG,
+        })
+    }
+
+    /// Takes the device into use again, after it was reset through [`Driver::transport`]. What was in flight is asked for
+    /// again, so no request is lost.
+    pub fn restart(&mut self) -> Result<(), DriverError> {
+        transport::negotiate(&mut self.transport, self.features)?;
+        let size = self.queue.size();
+        self.queue.restart(self.transport.find_vq(0, Some(size))?)?;
+        transport::driver_ok(&mut self.transport)?;
+        self.queue.kick()?;
+        Ok(())
+    }
+
+    fn wanted() -> Features {
+        wire::RO
+            | wire::BLK_SIZE
+            | wire::FLUSH_FEATURE
+            | wire::DISCARD_FEATURE
+            | wire::WRITE_ZEROES_FEATURE
+            | Features::EVENT_IDX
+            | Features::RING_PACKED
+            | Features::RING_RESET
+    }
+
+    /// How long calls that wait do so before they give up.
+    pub fn set_watchdog(&mut self, watchdog: Duration) {
+        self.watchdog = watchdog;
+    }
+
+    /// What the configuration said at the beginning, or at the last [`Driver::refresh`].
+    pub const fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    /// The features accepted.
+    pub const fn features(&self) -> Features {
+        self.features
+    }
+
+    /// The transport, for what is not the driver's business.
+    pub fn transport(&mut self) -> &mut T {
+        &mut self.transport
+    }
+
+    /// Reads the configuration again, after it changed.
+    pub fn refresh(&mut self) -> Result<Geometry, DriverError> {
+        self.geometry = read_geometry(&mut self.transport, self.features)?;
+        Ok(self.geometry)
+    }
+
+    /// Begins `operation`; none if as many requests as possible are in flight.
+    pub fn submit(&mut self, operation: Operation<'_>) -> Result<Option<RequestId>, DriverError> {
+        let Some(index) = self.slot()? else { return Ok(None) };
+        let (kind, sector, out, data_in) = self.encode(index, operation)?;
+        let slot = &self.slots[index];
+        let header = Header { kind, sector }.to_bytes();
+        // All of these are inside their pages.
+        let _ = slot.header.pages().write(0, &header);
+        let _ = slot.status.pages().write(0, &[u8::MAX]);
+        let piece = |memory: &Shared, len: usize| Buffer { address: memory.address(), len: len as u32 };
+        let readable = [piece(&slot.header, header.len()), piece(&slot.data_out, out)];
+        let writable = [piece(&slot.data_in, data_in), piece(&slot.status, 1)];
+        let readable = &readable[..if out > 0 { 2 } else { 1 }];
+        let writable = &writable[if data_in > 0 { 0 } else { 1 }..];
+        let id = RequestId(self.next_id);
+        match self.queue.add_buf(readable, writable, Token { id, slot: index, data_in }) {
+            Ok(()) => {}
+            Err(AddError::Full(token)) => {
+                self.free.push(token.slot);
+                return Ok(None);
+            }
+            Err(AddError::Pieces { .. }) => {
+                return Err(DriverError::Unsupported("the queue is too short for a request"));
+            }
+            Err(AddError::Broken(reason)) => return Err(reason.into()),
+            Err(AddError::Notify(error)) => return Err(error.into()),
+        }
+        self.next_id += 1;
+        // The request is in flight whether or not the doorbell worked: waiting for it tells what is wrong, and
+        // `recover` asks for it again.
+        if let Err(error) = self.queue.kick() {
+            tracing::debug!(%error, "the device was not kicked");
+        }
+        Ok(Some(id))
+    }
+
+    /// The next answer, in whatever order they come; none if there is none yet.
+    pub fn poll(&mut self) -> Result<Option<Answer>, DriverError> {
+        if let Some(answer) = self.answers.pop_front() {
+            return Ok(Some(answer));
+        }
+        let Some((token, _)) = self.queue.get_buf()? else { return Ok(None) };
+        Ok(Some(self.finish(token)))
+    }
+
+    /// Asks for an interrupt when an answer comes. False if one has come already.
+    pub fn arm(&mut self) -> bool {
+        self.answers.is_empty() && self.queue.enable_cb()
+    }
 
     fn finish(&mut self, token: Token) -> Answer {
         let slot = &self.slots[token.slot];
@@ -401,11 +423,21 @@ impl Driver {
     }
 }
 
-impl Drop for Driver {
+impl<T: Transport> Polled for Driver<T> {
+    type Transport = T;
+
+    fn waits_for(&mut self) -> (&mut T, Duration) {
+        (&mut self.transport, self.watchdog)
+    }
+}
+
+impl<T: Transport> Drop for Driver<T> {
     fn drop(&mut self) {
-        // The device must not write to memory that goes back to the guest.
-        if let Err(error) = self.transport.reset() {
-            tracing::debug!(%error, "the device was not reset");
+        if !let_go(&mut self.transport) {
+            let all = |slot: &mut Slot| {
+                [&mut slot.header, &mut slot.status, &mut slot.data_out, &mut slot.data_in].map(Shared::leak)
+            };
+            self.slots.iter_mut().map(all).for_each(drop);
         }
     }
 }
@@ -421,7 +453,7 @@ fn split(sector: u64, count: u32, flags: u32, longest: u32) -> impl Iterator<Ite
 }
 
 /// How long segments may be. A device that says nothing of it gets them whole.
-fn read_limits(transport: &mut dyn Transport, features: Features) -> Result<[u32; 2], DriverError> {
+fn read_limits(transport: &mut impl Transport, features: Features) -> Result<[u32; 2], DriverError> {
     let mut limits = [u32::MAX; 2];
     let fields = [
         (wire::DISCARD_FEATURE, wire::config::MAX_DISCARD_SECTORS),
@@ -440,7 +472,7 @@ fn read_limits(transport: &mut dyn Transport, features: Features) -> Result<[u32
     Ok(limits)
 }
 
-fn read_geometry(transport: &mut dyn Transport, features: Features) -> Result<Geometry, DriverError> {
+fn read_geometry(transport: &mut impl Transport, features: Features) -> Result<Geometry, DriverError> {
     let mut capacity = [0; 8];
     transport::read_config(transport, wire::config::CAPACITY as u32, &mut capacity)?;
     let block_size = if features.contains(wire::BLK_SIZE) {

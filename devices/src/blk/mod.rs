@@ -19,7 +19,7 @@ pub mod wire;
 pub use backend::{Backend, Completion, IN_FLIGHT, RANGE, Request, TRANSFER};
 #[cfg(feature = "std")]
 pub use device::{Device, Options};
-pub use driver::{Driver, Geometry, Operation, RequestId};
+pub use driver::{Answer, Driver, Geometry, Operation, RequestId};
 #[cfg(feature = "std")]
 pub use file::{FileBackend, FileHandle};
 #[cfg(feature = "std")]

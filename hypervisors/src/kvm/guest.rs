@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use polyvirt_core::hypervisor::{self, HypervisorError, Share};
+use polyvirt_core::hypervisor::{self, HypervisorError, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, Pages};
 use polyvirt_transports::mmio::{Place, Registers};
 
@@ -73,9 +73,8 @@ impl Guest {
 
     /// Whether what drives the guest is not at `address`.
     fn allowed(&self, call: &'static str, address: u64, len: usize) -> Result<(), HypervisorError> {
-        let end = address.saturating_add(len as u64);
         let own = [(self.hands, self.hands + hands::LEN as u64), (abi::DONE, abi::HANDS_END)];
-        match own.iter().any(|&(from, to)| address < to && end > from) {
+        match own.iter().any(|&(from, to)| address < to && address.saturating_add(len as u64) > from) {
             true => Err(HypervisorError::Refused { call, reason: format!("{address:#x} is what drives the guest") }),
             false => Ok(()),
         }
@@ -103,18 +102,25 @@ impl hypervisor::Guest for Guest {
         self.store(doorbell, &value.to_le_bytes())
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        let begun = Instant::now();
-        loop {
-            let pending = self.with_vcpu(|vcpu| vcpu.wait(&self.bus, lines))?;
-            if pending != 0 || begun.elapsed() >= watchdog {
-                return Ok(pending);
-            }
-        }
+    /// The vCPU runs for it, but briefly: only then do interrupts reach it.
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        self.with_vcpu(|vcpu| vcpu.take(&self.bus, line))
     }
 
     fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
         self.with_vcpu(|_| Ok(self.bus.places()))
+    }
+}
+
+impl WaitForInterrupt for Guest {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        let begun = Instant::now();
+        loop {
+            let pending = self.with_vcpu(|vcpu| vcpu.wait(&self.bus, lines))?;
+            if pending || begun.elapsed() >= most {
+                return Ok(pending);
+            }
+        }
     }
 }
 

@@ -260,6 +260,11 @@ impl Hands {
         get(&self.memory, MAILBOX, VALUE)
     }
 
+    /// The interrupts among `lines` that came. The vCPU must not run meanwhile.
+    pub(super) fn pending(&self, lines: u64) -> Result<u64, MemoryError> {
+        Ok(get(&self.memory, MAILBOX, PENDING)? & lines)
+    }
+
     /// The interrupts among `lines` that came; they are taken out, the others stay. The vCPU must not run meanwhile.
     pub(super) fn take_pending(&self, lines: u64) -> Result<u64, MemoryError> {
         let pending = get(&self.memory, MAILBOX, PENDING)?;

@@ -119,12 +119,6 @@ impl Bus {
         self.devices.write().unwrap_or_else(PoisonError::into_inner).push((place, device));
     }
 
-    /// Which of `lines` are up, where a line is a message: that came once, and one function may hold the line on when another
-    /// has taken it.
-    pub(super) fn held(&self, lines: u64) -> u64 {
-        self.pins.lock().unwrap_or_else(PoisonError::into_inner).held() & lines
-    }
-
     /// Where devices are.
     pub(super) fn places(&self) -> Vec<Place> {
         self.devices.read().unwrap_or_else(PoisonError::into_inner).iter().map(|&(place, _)| place).collect()

@@ -1,5 +1,7 @@
 //! The processor of the guest: it runs for as long as its hands take for one command.
 
+use std::sync::PoisonError;
+
 use kvm_bindings::kvm_sregs;
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use nix::errno::Errno;
@@ -104,15 +106,35 @@ impl Vcpu {
         }
     }
 
-    /// Takes what is pending among `lines`; if nothing is, spins a while for it.
-    pub(super) fn wait(&mut self, bus: &Bus, lines: u64) -> Result<u64, String> {
-        let pending = self.hands.take_pending(lines).map_err(text)?;
-        if pending != 0 {
-            return Ok(pending);
+    /// Takes the interrupt of `line`, if it is pending.
+    pub(super) fn take(&mut self, bus: &Bus, line: u32) -> Result<bool, String> {
+        let line = mask(&[line]);
+        if self.hands.take_pending(line).map_err(text)? != 0 {
+            return Ok(true);
         }
-        self.run(bus, Command::Wait, SPIN_ROUNDS, lines)?;
-        Ok(self.hands.take_pending(lines).map_err(text)? | bus.held(lines))
+        self.run(bus, Command::Wait, 1, line)?;
+        Ok(self.hands.take_pending(line).map_err(text)? | held(bus, line) != 0)
     }
+
+    /// Whether anything is pending among `lines`; if nothing is, spins a while for it.
+    pub(super) fn wait(&mut self, bus: &Bus, lines: &[u32]) -> Result<bool, String> {
+        let lines = mask(lines);
+        if self.hands.pending(lines).map_err(text)? == 0 {
+            self.run(bus, Command::Wait, SPIN_ROUNDS, lines)?;
+        }
+        Ok(self.hands.pending(lines).map_err(text)? | held(bus, lines) != 0)
+    }
+}
+
+/// The bits that the hands have for `lines`. There are no other lines than those.
+fn mask(lines: &[u32]) -> u64 {
+    lines.iter().fold(0, |mask, &line| mask | 1u64.checked_shl(line).unwrap_or(0))
+}
+
+/// Which of `lines` are up, where a line is a message: that came once, and one function may hold the line on when another has
+/// taken it.
+fn held(bus: &Bus, lines: u64) -> u64 {
+    bus.pins.lock().unwrap_or_else(PoisonError::into_inner).held() & lines
 }
 
 fn text(error: MemoryError) -> String {

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use polyvirt_core::hypervisor::{self, HypervisorError, Share};
+use polyvirt_core::hypervisor::{self, HypervisorError, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, Pages, Words};
 use polyvirt_transports::lguest::GuestPlace;
 use polyvirt_transports::lguest::registers::descriptors;
@@ -61,16 +61,17 @@ impl Guest {
         Ok(self.words.load(register, Ordering::Relaxed))
     }
 
-    /// Acknowledges the interrupts of `lines` that the payload took since they were last acknowledged.
-    fn acknowledge(&self, lines: u64) -> Option<u64> {
+    /// Whether the payload took interrupts of `line` since they were last acknowledged, which they are if `acknowledge`.
+    fn taken(&self, line: u32, acknowledge: bool) -> bool {
         let mut acknowledged = self.acknowledged.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut pending = 0;
-        for (line, before) in acknowledged.iter_mut().enumerate().filter(|(line, _)| lines & 1 << line != 0) {
-            let taken = self.words.load::<u32>(hands::TAKEN as usize / 4 + line, Ordering::Acquire);
-            pending |= u64::from(taken != *before) << line;
+        let line = line as usize;
+        let Some(before) = acknowledged.get_mut(line) else { return false };
+        let taken = self.words.load::<u32>(hands::TAKEN as usize / 4 + line, Ordering::Acquire);
+        let pending = taken != *before;
+        if acknowledge {
             *before = taken;
         }
-        (pending != 0).then_some(pending)
+        pending
     }
 }
 
@@ -88,6 +89,15 @@ impl Share for Guest {
     }
 }
 
+impl WaitForInterrupt for Guest {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        // A time beyond what the clock counts to never runs out.
+        let deadline = Instant::now().checked_add(most);
+        let pending = || lines.iter().any(|&line| self.taken(line, false));
+        Ok(self.launcher.wait(deadline, |_| pending().then_some(()))?.is_some())
+    }
+}
+
 impl hypervisor::Guest for Guest {
     type Place = GuestPlace;
 
@@ -95,10 +105,9 @@ impl hypervisor::Guest for Guest {
         self.hypercall(LHCALL_NOTIFY, [doorbell, 0, 0]).map(drop)
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        // A watchdog beyond what the clock counts to never runs out.
-        let deadline = Instant::now().checked_add(watchdog);
-        Ok(self.launcher.wait(deadline, |_| self.acknowledge(lines))?.unwrap_or(0))
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        let now = Some(Instant::now());
+        Ok(self.launcher.wait(now, |_| self.taken(line, true).then_some(()))?.is_some())
     }
 
     fn enumerate(&self) -> Result<Vec<GuestPlace>, HypervisorError> {

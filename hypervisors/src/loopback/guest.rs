@@ -1,9 +1,10 @@
 //! The guest half: drives devices.
 
 use std::sync::{Arc, PoisonError};
+use std::task::Waker;
 use std::time::Duration;
 
-use polyvirt_core::hypervisor::{self, HypervisorError, Share};
+use polyvirt_core::hypervisor::{self, HypervisorError, Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::memory::{Access, Pages};
 use polyvirt_transports::mmio::{Place, Registers, registers::PLACE_SIZE};
 use polyvirt_transports::pci::Space;
@@ -49,18 +50,34 @@ impl hypervisor::Guest for Guest {
         self.store(doorbell, &value.to_le_bytes())
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        let state = lock(&self.bus.interrupts.lines);
-        let nothing = |state: &mut Lines| state.pending() & lines == 0;
-        let waited = self.bus.interrupts.arrived.wait_timeout_while(state, watchdog, nothing);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let came = state.pending() & lines;
-        state.pending &= !came;
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        let mut state = lock(&self.bus.interrupts.lines);
+        let came = state.is_pending(line);
+        state.pending.remove(&line);
         Ok(came)
     }
 
     fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
         Ok(lock(&self.bus.devices).iter().map(|&(place, _)| place).collect())
+    }
+}
+
+impl WaitForInterrupt for Guest {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        let state = lock(&self.bus.interrupts.lines);
+        let nothing = |state: &mut Lines| !lines.iter().any(|&line| state.is_pending(line));
+        let waited = self.bus.interrupts.arrived.wait_timeout_while(state, most, nothing);
+        Ok(!waited.unwrap_or_else(PoisonError::into_inner).1.timed_out())
+    }
+}
+
+impl WakeOnInterrupt for Guest {
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError> {
+        self.bus.interrupts.change(|state| {
+            state.sleepers.retain(|(others, _)| others != lines);
+            state.sleepers.push((lines.into(), waker.clone()));
+        });
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use polyvirt_core::hypervisor::{self, BusDevice, Cause, HypervisorError, Interru
 use polyvirt_core::memory::FlatMemory;
 use polyvirt_transports::mmio::{Place, registers::PLACE_SIZE};
 
-use super::{Bus, DEVICES, Interrupts, SharedDevice, lock};
+use super::{Bus, DEVICES, Interrupts, LINES, SharedDevice, lock};
 
 /// The host half.
 pub struct Host {
@@ -34,7 +34,7 @@ impl hypervisor::Host for Host {
     }
 
     fn interrupt(&self, place: &Place) -> Arc<dyn Interrupt> {
-        Arc::new(Line(self.bus.interrupts.clone(), 1 << place.line))
+        Arc::new(Line(self.bus.interrupts.clone(), place.line))
     }
 
     fn plug(&mut self, place: Place, device: Box<dyn BusDevice>) -> Result<(), HypervisorError> {
@@ -58,8 +58,8 @@ pub(super) fn poll_when_woken(device: &SharedDevice) {
     });
 }
 
-/// A device's interrupt line, and its bit.
-struct Line(Arc<Interrupts>, u64);
+/// A device's interrupt line.
+struct Line(Arc<Interrupts>, u32);
 
 impl Interrupt for Line {
     fn raise(&self, _cause: Cause) {
@@ -68,10 +68,13 @@ impl Interrupt for Line {
 }
 
 impl Interrupts {
-    /// The interrupts of `lines` are pending.
-    pub(super) fn raise(&self, lines: u64) {
-        lock(&self.lines).pending |= lines;
-        self.arrived.notify_all();
+    /// The interrupt of `line`, if there is such a line, is pending.
+    pub(super) fn raise(&self, line: u32) {
+        self.change(|lines| {
+            if line < LINES {
+                lines.pending.insert(line);
+            }
+        });
     }
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | memory | flat: both halves see the same bytes at the same addresses |
 //! | kick | a function call |
-//! | interrupt | a bit and a condition variable |
+//! | interrupt | a set and a condition variable |
 //! | discovery | a list |
 //!
 //! The bus carries virtio-mmio: a register access is a function call too. `pci.rs` is what a PCI bus asks for besides.
@@ -13,7 +13,10 @@ mod guest;
 mod host;
 mod pci;
 
+use std::collections::BTreeSet;
+use std::mem;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::Waker;
 
 use polyvirt_core::hypervisor::{BusDevice, Hypervisor, HypervisorError};
 use polyvirt_core::memory::{FlatMemory, Pages};
@@ -29,6 +32,9 @@ use crate::flat_share::FlatShare;
 pub const RAM: u64 = 0x8000_0000;
 /// Guest-physical address of the first device, above all RAM.
 pub const DEVICES: u64 = 1 << 48;
+
+/// How many interrupt lines there are.
+const LINES: u32 = 256;
 
 /// The two halves, as types.
 pub struct Loopback;
@@ -48,7 +54,7 @@ pub fn start(ram: usize) -> Result<(Host, Guest), HypervisorError> {
     let ram = Pages::allocate(ram);
     let memory = Arc::new(FlatMemory::new([(RAM, ram.clone())]));
     let bus = Arc::<Bus>::default();
-    Ok((Host { memory, bus: bus.clone(), lines: 0..u64::BITS }, Guest { share: FlatShare::new(RAM, ram), bus }))
+    Ok((Host { memory, bus: bus.clone(), lines: 0..LINES }, Guest { share: FlatShare::new(RAM, ram), bus }))
 }
 
 /// What the halves have in common.
@@ -61,7 +67,7 @@ struct Bus {
 
 type SharedDevice = Arc<Mutex<Box<dyn BusDevice>>>;
 
-/// Interrupts, a bit each.
+/// Interrupts, by line.
 #[derive(Default)]
 struct Interrupts {
     lines: Mutex<Lines>,
@@ -71,15 +77,38 @@ struct Interrupts {
 #[derive(Default)]
 struct Lines {
     /// What came and was not taken.
-    pending: u64,
+    pending: BTreeSet<u32>,
     /// What pins hold up, one item for each pin that does: as long as one does, it is pending.
-    held: Vec<u64>,
+    held: Vec<u32>,
+    /// Who is woken when one of their lines is pending.
+    sleepers: Vec<(Vec<u32>, Waker)>,
 }
 
 impl Lines {
-    /// All that is pending.
-    fn pending(&self) -> u64 {
-        self.held.iter().fold(self.pending, |all, line| all | line)
+    fn is_pending(&self, line: u32) -> bool {
+        self.pending.contains(&line) || self.held.contains(&line)
+    }
+
+    /// Who is to be woken, behind the lock: it slept for what is pending now.
+    #[must_use]
+    fn awake(&mut self) -> Vec<Waker> {
+        let sleepers = mem::take(&mut self.sleepers);
+        let (awake, asleep) =
+            sleepers.into_iter().partition::<Vec<_>, _>(|(lines, _)| lines.iter().any(|&line| self.is_pending(line)));
+        self.sleepers = asleep;
+        awake.into_iter().map(|(_, waker)| waker).collect()
+    }
+}
+
+impl Interrupts {
+    /// Changes the lines, and tells whoever waits for them.
+    fn change(&self, change: impl FnOnce(&mut Lines)) {
+        let mut lines = lock(&self.lines);
+        change(&mut lines);
+        let awake = lines.awake();
+        drop(lines);
+        self.arrived.notify_all();
+        awake.into_iter().for_each(Waker::wake);
     }
 }
 

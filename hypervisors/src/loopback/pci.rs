@@ -26,7 +26,7 @@ impl Platform for Host {
 
     fn wires(&mut self, function: u8, _queues: u16, vectors: u16) -> Result<Arc<dyn Wires>, HypervisorError> {
         let messages = Mutex::new(vec![Message::default(); vectors.into()]);
-        let pin = 1 << pin_line(function >> 3);
+        let pin = pin_line(function >> 3);
         Ok(Arc::new(Function { interrupts: Arc::clone(&self.bus.interrupts), messages, pin }))
     }
 
@@ -41,8 +41,8 @@ struct Function {
     interrupts: Arc<Interrupts>,
     /// By vector.
     messages: Mutex<Vec<Message>>,
-    /// The bit of its pin's line.
-    pin: u64,
+    /// Its pin's line.
+    pin: u32,
 }
 
 impl Wires for Function {
@@ -55,18 +55,16 @@ impl Wires for Function {
     fn signal(&self, vector: u16) {
         let message = lock(&self.messages).get(usize::from(vector)).copied().unwrap_or_default();
         if message.address == MESSAGES {
-            self.interrupts.raise(1u64.checked_shl(message.data).unwrap_or(0));
+            self.interrupts.raise(message.data);
         }
     }
 
     fn pin(&self, asserted: bool) {
-        let mut lines = lock(&self.interrupts.lines);
-        match (asserted, lines.held.iter().position(|&held| held == self.pin)) {
+        self.interrupts.change(|lines| match (asserted, lines.held.iter().position(|&held| held == self.pin)) {
             (true, _) => lines.held.push(self.pin),
             (false, Some(held)) => drop(lines.held.swap_remove(held)),
             (false, None) => {}
-        }
-        self.interrupts.arrived.notify_all();
+        });
     }
 
     // Every write is a function call, and so is a kick.

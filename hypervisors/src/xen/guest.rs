@@ -12,7 +12,7 @@ use super::abi::{Calls, PAGE_SHIFT};
 use super::kernel::{Domain, Lines};
 use super::lock;
 
-/// The guest half. Each open event channel and each watch has a bit in [`wait`](hypervisor::Guest::wait): 64 in all.
+/// The guest half. Each open event channel and each watch has a line of its own.
 pub struct Guest {
     domain: Domain,
     host: u16,
@@ -68,8 +68,8 @@ impl hypervisor::Guest for Guest {
         self.calls().send(u32::try_from(doorbell).unwrap_or(u32::MAX))
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        Ok(self.lines.wait(lines, watchdog))
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        Ok(self.lines.take_pending(line))
     }
 
     fn enumerate(&self) -> Result<Vec<GuestPlace>, HypervisorError> {
@@ -87,14 +87,20 @@ impl hypervisor::Guest for Guest {
     }
 }
 
+impl hypervisor::WaitForInterrupt for Guest {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        Ok(self.lines.wait(lines, most))
+    }
+}
+
 impl xenbus::Domain for Guest {
     fn store(&self) -> &dyn Store {
         &*self.domain.store
     }
 
     fn open_channel(&self) -> Result<Channel, HypervisorError> {
-        let line = self.lines.take()?;
-        let port = self.calls().alloc_unbound(self.host).inspect_err(|_| self.lines.give_back(line))?;
+        let line = self.lines.open();
+        let port = self.calls().alloc_unbound(self.host).inspect_err(|_| self.lines.close(line))?;
         lock(&self.domain.listeners).insert(port, self.lines.waker(line));
         Ok(Channel { port, line })
     }
@@ -102,7 +108,7 @@ impl xenbus::Domain for Guest {
     fn close_channel(&self, channel: Channel) -> Result<(), HypervisorError> {
         lock(&self.domain.listeners).remove(&channel.port);
         self.calls().close(channel.port)?;
-        self.lines.give_back(channel.line);
+        self.lines.close(channel.line);
         Ok(())
     }
 
@@ -113,8 +119,8 @@ impl xenbus::Domain for Guest {
             self.lines.waker(line).wake();
             return Ok(line);
         }
-        let line = self.lines.take()?;
-        self.domain.store.watch(path, self.lines.waker(line)).inspect_err(|_| self.lines.give_back(line))?;
+        let line = self.lines.open();
+        self.domain.store.watch(path, self.lines.waker(line)).inspect_err(|_| self.lines.close(line))?;
         watches.insert(path.into(), line);
         Ok(line)
     }

@@ -8,8 +8,6 @@ use std::task::{Wake, Waker};
 use std::thread::{JoinHandle, spawn};
 use std::time::Duration;
 
-use polyvirt_core::hypervisor::HypervisorError;
-
 use super::abi::Calls;
 use super::lock;
 use super::store::Client;
@@ -51,56 +49,53 @@ impl Drop for Domain {
     }
 }
 
-/// What the guest half can wait for, a bit each.
+/// What the guest half can wait for, by number.
 #[derive(Default)]
 pub(super) struct Lines {
-    state: Mutex<State>,
+    /// Whether it is pending, for each line that is open.
+    open: Mutex<BTreeMap<u32, bool>>,
     arrived: Condvar,
 }
 
-#[derive(Default)]
-struct State {
-    used: u64,
-    pending: u64,
-}
-
 impl Lines {
-    /// As [`Guest::wait`](polyvirt_core::hypervisor::Guest::wait).
-    pub(super) fn wait(&self, lines: u64, watchdog: Duration) -> u64 {
-        let state = lock(&self.state);
-        let waited = self.arrived.wait_timeout_while(state, watchdog, |state| state.pending & lines == 0);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let came = state.pending & lines;
-        state.pending &= !came;
-        came
+    /// As [`WaitForInterrupt::wait`](polyvirt_core::hypervisor::WaitForInterrupt::wait).
+    pub(super) fn wait(&self, lines: &[u32], most: Duration) -> bool {
+        let nothing = |open: &mut BTreeMap<u32, bool>| !lines.iter().any(|line| open.get(line) == Some(&true));
+        let waited = self.arrived.wait_timeout_while(lock(&self.open), most, nothing);
+        !waited.unwrap_or_else(PoisonError::into_inner).1.timed_out()
     }
 
-    /// A bit that is free.
-    pub(super) fn take(&self) -> Result<u32, HypervisorError> {
-        let mut state = lock(&self.state);
-        let line = state.used.trailing_ones();
-        state.used |= 1u64.checked_shl(line).ok_or(HypervisorError::Exhausted("interrupt lines"))?;
-        Ok(line)
+    /// Whether the line was pending, which it is not any more.
+    pub(super) fn take_pending(&self, line: u32) -> bool {
+        lock(&self.open).get_mut(&line).is_some_and(std::mem::take)
     }
 
-    pub(super) fn give_back(&self, line: u32) {
-        let mut state = lock(&self.state);
-        state.used &= !(1 << line);
-        state.pending &= !(1 << line);
+    /// The lowest line that is free.
+    pub(super) fn open(&self) -> u32 {
+        let mut open = lock(&self.open);
+        let line = open.keys().zip(0..).find(|&(&used, free)| used != free).map_or(open.len() as u32, |(_, free)| free);
+        open.insert(line, false);
+        line
     }
 
-    /// Makes the bit pending.
+    pub(super) fn close(&self, line: u32) {
+        lock(&self.open).remove(&line);
+    }
+
+    /// Makes the line pending.
     pub(super) fn waker(self: &Arc<Self>, line: u32) -> Waker {
-        Waker::from(Arc::new(Line(self.clone(), 1 << line)))
+        Waker::from(Arc::new(Line(self.clone(), line)))
     }
 }
 
-/// Makes its bit pending.
-struct Line(Arc<Lines>, u64);
+/// Makes its line pending.
+struct Line(Arc<Lines>, u32);
 
 impl Wake for Line {
     fn wake(self: Arc<Self>) {
-        lock(&self.0.state).pending |= self.1;
+        if let Some(pending) = lock(&self.0.open).get_mut(&self.1) {
+            *pending = true;
+        }
         self.0.arrived.notify_all();
     }
 }

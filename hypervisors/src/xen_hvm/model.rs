@@ -4,10 +4,11 @@
 //! It has one processor, the ranges as Xen enforces them, configuration ports that Xen decodes itself, and a local
 //! interrupt controller with a line for each bit.
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use polyvirt_core::hypervisor::{self, HypervisorError, Share};
+use polyvirt_core::hypervisor::{self, HypervisorError, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, FlatMemory, Pages};
 use polyvirt_transports::mmio::{Place, Registers};
 use polyvirt_transports::pci::registers::{CONFIG_ADDRESS, CONFIG_DATA};
@@ -45,8 +46,8 @@ struct State {
     ranges: Vec<Range>,
     /// What the processor waits for.
     slot: Slot,
-    /// Interrupt lines, a bit each.
-    pending: u64,
+    /// Interrupt lines: the vectors of messages.
+    pending: BTreeSet<u32>,
     invalidations: usize,
     stopped: bool,
 }
@@ -139,7 +140,7 @@ impl Calls for Model {
 
     fn inject_msi(&self, message: Message) -> Result<(), HypervisorError> {
         if message.address == MESSAGES {
-            self.change(|state| state.pending |= 1u64.checked_shl(message.data).unwrap_or(0));
+            self.change(|state| state.pending.insert(message.data & 0xff));
         }
         Ok(())
     }
@@ -235,18 +236,22 @@ impl hypervisor::Guest for Guest {
         self.store(doorbell, &value.to_le_bytes())
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        let state = self.model.lock();
-        let waited = self.model.changed.wait_timeout_while(state, watchdog, |state| state.pending & lines == 0);
-        let (mut state, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let came = state.pending & lines;
-        state.pending &= !came;
-        Ok(came)
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        Ok(self.model.lock().pending.remove(&line))
     }
 
     /// None: everything is on the bus.
     fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
         Ok(Vec::new())
+    }
+}
+
+impl WaitForInterrupt for Guest {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        let state = self.model.lock();
+        let nothing = |state: &mut State| !lines.iter().any(|line| state.pending.contains(line));
+        let waited = self.model.changed.wait_timeout_while(state, most, nothing);
+        Ok(!waited.unwrap_or_else(PoisonError::into_inner).1.timed_out())
     }
 }
 

@@ -6,16 +6,22 @@ use alloc::sync::Arc;
 use alloc::vec;
 use alloc::vec::Vec;
 use core::ops::Range;
+use core::task::Waker;
 use core::time::Duration;
 
 use polyvirt_core::features::Features;
-use polyvirt_core::hypervisor::{Guest, HypervisorError, Share};
+use polyvirt_core::hypervisor::{Guest, HypervisorError, Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::memory::{MemoryError, Pages};
 use polyvirt_core::queue::{ByteOrder, Layout, QueueConfig, QueueError};
 use polyvirt_core::status::Status;
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue, WakingTransport,
+};
 
 use super::registers::{DeviceDescriptor, GuestPlace, PAGE, QueueEntry, RING_ENTRIES, ring_areas};
+
+/// How many interrupt lines there are.
+const LINES: u16 = 32;
 
 /// A device, met through the device page.
 pub struct Driver<G> {
@@ -26,9 +32,9 @@ pub struct Driver<G> {
     /// Its first bytes, as they were when the driver connected: the host has no business changing them.
     descriptor: DeviceDescriptor,
     accepted: Features,
-    /// The interrupt lines of its queues.
-    lines: u64,
-    /// The configuration, as [`Driver::wait`](Transport::wait) saw or the driver wrote it last.
+    /// The interrupt lines of its queues, by queue.
+    lines: Vec<u32>,
+    /// The configuration, as [`Driver::take_interrupts`](Transport::take_interrupts) saw or the driver wrote it last.
     config: Vec<u8>,
     needed_reset: bool,
 }
@@ -46,15 +52,16 @@ impl<G: Guest<Place = GuestPlace> + 'static> Driver<G> {
             page,
             descriptor,
             accepted: Features::empty(),
-            lines: 0,
+            lines: Vec::new(),
             config: vec![0; descriptor.config_len.into()],
             needed_reset: false,
         };
         for index in 0..u16::from(descriptor.queues) {
             let line = driver.queue(index)?.line;
-            let bit = 1u64.checked_shl(line.into());
-            driver.lines |=
-                bit.ok_or(TransportError::NotADevice { expected: "an interrupt line", found: line.into() })?;
+            if line >= LINES {
+                return Err(TransportError::NotADevice { expected: "an interrupt line", found: line.into() });
+            }
+            driver.lines.push(line.into());
         }
         driver.page.read(descriptor.config().start, &mut driver.config).map_err(broken)?;
         Ok(driver)
@@ -126,17 +133,17 @@ impl<G: Guest<Place = GuestPlace> + 'static> Transport for Driver<G> {
         self.write_status(status)
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
-        self.write_status(Status::empty())?;
-        // The NOTIFY returns when the launcher has done it.
-        match self.status()?.bits() {
-            0 => {
-                self.accepted = Features::empty();
-                self.needed_reset = false;
-                Ok(())
-            }
-            found => Err(TransportError::NotADevice { expected: "status 0 after a reset", found: found.into() }),
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        self.write_status(Status::empty())
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        let done = self.status()?.is_empty();
+        if done {
+            self.accepted = Features::empty();
+            self.needed_reset = false;
         }
+        Ok(done)
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -207,13 +214,25 @@ impl<G: Guest<Place = GuestPlace> + 'static> Transport for Driver<G> {
         Ok(Virtqueue { config, descriptors, driver, device, notify })
     }
 
-    fn reset_vq(&mut self, _index: u16) -> Result<(), TransportError> {
+    fn begin_vq_reset(&mut self, _index: u16) -> Result<(), TransportError> {
         Err(TransportError::Unsupported("reset of a single queue"))
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
-        if self.guest.wait(self.lines, watchdog)? == 0 {
-            return Err(TransportError::Watchdog(watchdog, "an interrupt"));
+    fn poll_vq_reset(&mut self, _index: u16) -> Result<bool, TransportError> {
+        Err(TransportError::Unsupported("reset of a single queue"))
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        let mut queues = QueueSet::NONE;
+        for (index, &line) in (0u16..).zip(&self.lines) {
+            // Nobody keeps a host from giving one line to several queues.
+            if !self.lines[..usize::from(index)].contains(&line) && self.guest.take(line)? {
+                let same = (0..).zip(&self.lines).filter(|&(_, other)| *other == line);
+                same.for_each(|(index, _)| queues |= QueueSet::of(index));
+            }
+        }
+        if queues.is_empty() {
+            return Ok(Interrupts::default());
         }
         // Lines belong to queues, and a change of the page comes on one of them: it shows by comparison only.
         let mut config = vec![0; self.config.len()];
@@ -221,11 +240,28 @@ impl<G: Guest<Place = GuestPlace> + 'static> Transport for Driver<G> {
         let needs_reset = self.status()?.contains(Status::DEVICE_NEEDS_RESET);
         let changed = config != self.config || needs_reset && !self.needed_reset;
         (self.config, self.needed_reset) = (config, needs_reset);
-        Ok(Interrupts { queues: true, config: changed })
+        Ok(Interrupts { queues, config: changed })
     }
 
     fn share(&self) -> Arc<dyn Share> {
         Arc::<G>::clone(&self.guest)
+    }
+}
+
+impl<G: WaitForInterrupt<Place = GuestPlace> + 'static> BlockingTransport for Driver<G> {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        Ok(self.guest.wait(&self.lines, most)?)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.guest.wait(&[], time)?;
+        Ok(())
+    }
+}
+
+impl<G: WakeOnInterrupt<Place = GuestPlace> + 'static> WakingTransport for Driver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        Ok(self.guest.wake_on(&self.lines, waker)?)
     }
 }
 

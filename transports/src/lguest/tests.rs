@@ -12,11 +12,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::features::Features;
-use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share};
+use polyvirt_core::hypervisor::{BusDevice, Cause, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, FlatMemory, Pages};
 use polyvirt_core::queue::{Buffer, DriverQueue, QueueError};
 use polyvirt_core::status::Status;
-use polyvirt_core::transport::{self, Interrupts, Transport, TransportError};
+use polyvirt_core::transport::{self, BlockingTransport, Interrupts, QueueSet, Transport, TransportError};
 
 use super::registers::{DeviceDescriptor, HostRing, PAGE, QueueEntry, RING_PAGES};
 use super::{Driver, GuestPlace, HostPlace, attach};
@@ -140,12 +140,18 @@ impl Guest for Machine {
         }
         Ok(())
     }
-    fn wait(&self, lines: u64, _: Duration) -> Result<u64, HypervisorError> {
-        Ok(self.pending.fetch_and(!lines, Ordering::SeqCst) & lines)
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        Ok(self.pending.fetch_and(!(1 << line), Ordering::SeqCst) & 1 << line != 0)
     }
     fn enumerate(&self) -> Result<Vec<GuestPlace>, HypervisorError> {
         let place = |offset| GuestPlace { memory: self.above.clone(), address: RAM as u64, offset };
         Ok(super::registers::descriptors(&self.above).unwrap().into_iter().map(place).collect())
+    }
+}
+
+impl WaitForInterrupt for Machine {
+    fn wait(&self, lines: &[u32], _: Duration) -> Result<bool, HypervisorError> {
+        Ok(lines.iter().any(|line| self.pending.load(Ordering::SeqCst) & 1 << line != 0))
     }
 }
 
@@ -218,7 +224,7 @@ impl Device<Arc<FlatMemory>> for Toy {
 }
 
 /// Sends `bytes` through `queue` and returns what comes back.
-fn round_trip(driver: &mut Driver<Machine>, queue: &mut DriverQueue<()>, bytes: &[u8]) -> Vec<u8> {
+fn round_trip(driver: &mut Driver<Machine>, index: u16, queue: &mut DriverQueue<()>, bytes: &[u8]) -> Vec<u8> {
     let share = driver.share();
     let pages = share.allocate(PAGE).unwrap();
     let address = share.share(&pages, Access::READ | Access::WRITE).unwrap();
@@ -226,7 +232,7 @@ fn round_trip(driver: &mut Driver<Machine>, queue: &mut DriverQueue<()>, bytes: 
     let len = bytes.len() as u32;
     queue.add_buf(&[Buffer { address, len }], &[Buffer { address: address + 2048, len }], ()).unwrap();
     assert!(queue.kick().unwrap());
-    assert_eq!(driver.wait(NOW), Ok(Interrupts { queues: true, config: false }));
+    assert_eq!(driver.wait(NOW), Ok(Interrupts { queues: QueueSet::of(index), config: false }));
     assert_eq!(queue.get_buf().unwrap(), Some(((), len)));
     assert!(queue.enable_cb());
     let mut back = vec![0; bytes.len()];
@@ -273,7 +279,7 @@ fn a_driver_negotiates_and_its_buffers_come_back() {
     transport::driver_ok(&mut driver).unwrap();
     assert_eq!(*record.accepted.lock().unwrap(), Some(accepted));
     for turn in 0..40 {
-        assert_eq!(round_trip(&mut driver, &mut queues[turn % 2], b"lguest"), b"tseugl");
+        assert_eq!(round_trip(&mut driver, turn as u16 % 2, &mut queues[turn % 2], b"lguest"), b"tseugl");
         *machine.allocated.lock().unwrap() = 0;
     }
     assert_eq!(driver.wait(NOW), Err(TransportError::Watchdog(NOW, "an interrupt")));
@@ -288,7 +294,7 @@ fn a_reset_clears_status_features_and_rings_and_the_device_works_again() {
         assert_eq!(record.resets.load(Ordering::SeqCst), 2 * resets - 1);
         let mut queue = DriverQueue::new(driver.find_vq(1, None).unwrap()).unwrap();
         transport::driver_ok(&mut driver).unwrap();
-        assert_eq!(round_trip(&mut driver, &mut queue, b"ab"), b"ba");
+        assert_eq!(round_trip(&mut driver, 1, &mut queue, b"ab"), b"ba");
         assert_eq!(driver.status(), Ok(READY));
         driver.reset().unwrap();
         assert_eq!(driver.status(), Ok(Status::empty()));
@@ -372,7 +378,7 @@ fn a_change_of_the_configuration_is_in_the_page_before_its_interrupt() {
     assert!(driver.wait(NOW).is_err(), "no news");
     record.news.store(true, Ordering::SeqCst);
     machine.poll();
-    assert_eq!(driver.wait(NOW), Ok(Interrupts { queues: true, config: true }));
+    assert_eq!(driver.wait(NOW), Ok(Interrupts { queues: QueueSet::of(0), config: true }));
     let mut news = [0];
     driver.read_config(4, &mut news).unwrap();
     assert_eq!(news, [1]);
@@ -388,7 +394,7 @@ fn a_ring_that_the_driver_breaks_shows_in_the_status_until_a_reset() {
     transport::driver_ok(&mut driver).unwrap();
     virtqueue.driver.write(2, &129u16.to_le_bytes()).unwrap();
     virtqueue.notify.notify().unwrap();
-    assert_eq!(driver.wait(NOW), Ok(Interrupts { queues: true, config: true }));
+    assert_eq!(driver.wait(NOW), Ok(Interrupts { queues: QueueSet::of(0), config: true }));
     assert_eq!(driver.status(), Ok(READY | Status::DEVICE_NEEDS_RESET));
     // Not the driver's to clear.
     driver.set_status(READY).unwrap();
@@ -398,7 +404,7 @@ fn a_ring_that_the_driver_breaks_shows_in_the_status_until_a_reset() {
     transport::initialize(&mut driver, Features::empty()).unwrap();
     let mut queue = DriverQueue::new(driver.find_vq(1, None).unwrap()).unwrap();
     transport::driver_ok(&mut driver).unwrap();
-    assert_eq!(round_trip(&mut driver, &mut queue, b"ab"), b"ba");
+    assert_eq!(round_trip(&mut driver, 1, &mut queue, b"ab"), b"ba");
 }
 
 #[test]
@@ -410,7 +416,7 @@ fn what_the_guest_does_to_the_rest_of_the_page_changes_nothing_for_the_device() 
     transport::driver_ok(&mut driver).unwrap();
     machine.above.fill(0, 4, 0xff).unwrap();
     machine.above.fill(5, 28, 0xff).unwrap();
-    assert_eq!(round_trip(&mut driver, &mut queue, b"ab"), b"ba");
+    assert_eq!(round_trip(&mut driver, 1, &mut queue, b"ab"), b"ba");
     machine.above.write(DeviceDescriptor::STATUS, &[0xff]).unwrap();
     machine.notify(RAM as u64, 0).unwrap();
     let status = driver.status().unwrap();

@@ -1,31 +1,35 @@
 //! The guest's side: a driver's transport over registers.
 
 use alloc::boxed::Box;
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::Share;
+use polyvirt_core::hypervisor::{Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueConfig, split};
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue, WakingTransport, try_reset,
+};
 use polyvirt_core::{Features, Status};
 
 use super::registers::*;
 use crate::areas::Areas;
 
-/// How often a register is read until the device did what it was asked, and how long the driver waits in between.
-const ATTEMPTS: u32 = 1000;
-const PAUSE: Duration = Duration::from_millis(1);
-
 /// The driver side, connected to the device at a place.
 ///
-/// Dropping it while queues are in use resets the device, so that their memory can return to the guest.
+/// Dropping it while queues are in use resets the device, so that their memory can return to the guest; not that of a device
+/// which takes its time, for which a caller waits before.
 pub struct Driver<G: Registers + 'static> {
     guest: Arc<G>,
     place: Place,
     legacy: bool,
     device_type: u32,
     features: Features,
+    /// The queue whose registers are seen.
+    selected: u16,
+    /// The queues whose reset was begun.
+    resetting: BTreeSet<u16>,
     /// The rings that the device may use.
     queues: BTreeMap<u16, Areas>,
 }
@@ -43,7 +47,8 @@ impl<G: Registers + 'static> Driver<G> {
 
     fn meet(guest: Arc<G>, place: G::Place, legacy: bool) -> Result<Self, TransportError> {
         let (features, queues) = (Features::empty(), BTreeMap::new());
-        let mut driver = Self { guest, place, legacy, device_type: 0, features, queues };
+        let mut driver =
+            Self { guest, place, legacy, device_type: 0, features, selected: 0, resetting: BTreeSet::new(), queues };
         driver.expect(MAGIC_VALUE, MAGIC, "the magic value 0x74726976")?;
         match legacy {
             false => driver.expect(VERSION, VERSION_2, "version 2 of virtio-mmio")?,
@@ -83,15 +88,9 @@ impl<G: Registers + 'static> Driver<G> {
         }
     }
 
-    /// Waits until `register` reads 0.
-    fn settle(&self, register: u64, what: &'static str) -> Result<(), TransportError> {
-        for _ in 0..ATTEMPTS {
-            if self.read(register)? == 0 {
-                return Ok(());
-            }
-            self.guest.wait(0, PAUSE)?;
-        }
-        Err(TransportError::Watchdog(PAUSE * ATTEMPTS, what))
+    fn select(&mut self, index: u16) -> Result<(), TransportError> {
+        self.selected = index;
+        self.write(QUEUE_SEL, index.into())
     }
 
     fn configure(&self, config: &QueueConfig) -> Result<(), TransportError> {
@@ -159,12 +158,18 @@ impl<G: Registers + 'static> Transport for Driver<G> {
         self.write(STATUS, status.bits().into())
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
-        self.write(STATUS, 0)?;
-        self.settle(STATUS, "the reset")?;
-        self.features = Features::empty();
-        self.queues.clear();
-        Ok(())
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        self.write(STATUS, 0)
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        let done = self.read(STATUS)? == 0;
+        if done {
+            self.features = Features::empty();
+            self.resetting.clear();
+            self.queues.clear();
+        }
+        Ok(done)
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -192,12 +197,12 @@ impl<G: Registers + 'static> Transport for Driver<G> {
     }
 
     fn queue_max_size(&mut self, index: u16) -> Result<u16, TransportError> {
-        self.write(QUEUE_SEL, index.into())?;
+        self.select(index)?;
         Ok(self.read(QUEUE_SIZE_MAX)?.min(MAX_QUEUE_SIZE.into()) as u16)
     }
 
     fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
-        self.write(QUEUE_SEL, index.into())?;
+        self.select(index)?;
         let in_use = if self.legacy { LEGACY_QUEUE_PAGE } else { QUEUE_READY };
         self.expect(in_use, 0, "a queue that is not in use")?;
         let max = self.queue_max_size(index)?;
@@ -222,31 +227,63 @@ impl<G: Registers + 'static> Transport for Driver<G> {
         Ok(virtqueue)
     }
 
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
         if self.legacy || !self.features.contains(Features::RING_RESET) {
             return Err(TransportError::Unsupported("queue reset (VIRTIO_F_RING_RESET was not negotiated)"));
         }
-        self.write(QUEUE_SEL, index.into())?;
+        self.select(index)?;
         self.write(QUEUE_RESET, 1)?;
-        self.settle(QUEUE_RESET, "the reset of a queue")?;
-        self.queues.remove(&index);
+        self.resetting.insert(index);
         Ok(())
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
-        let line = 1u64.checked_shl(self.place.line).unwrap_or(0);
-        if self.guest.wait(line, watchdog)? == 0 {
-            return Err(TransportError::Watchdog(watchdog, "an interrupt"));
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        if !self.resetting.contains(&index) {
+            return Ok(!self.queues.contains_key(&index));
+        }
+        if self.selected != index {
+            self.select(index)?;
+        }
+        let done = self.read(QUEUE_RESET)? == 0;
+        if done {
+            self.resetting.remove(&index);
+            self.queues.remove(&index);
+        }
+        Ok(done)
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        if !self.guest.take(self.place.line)? {
+            return Ok(Interrupts::default());
         }
         let status = self.read(INTERRUPT_STATUS)? & (USED_BUFFER | CONFIG_CHANGE);
         if status != 0 {
             self.write(INTERRUPT_ACK, status)?;
         }
-        Ok(Interrupts { queues: status & USED_BUFFER != 0, config: status & CONFIG_CHANGE != 0 })
+        // It does not tell which.
+        let queues = if status & USED_BUFFER != 0 { QueueSet::ALL } else { QueueSet::NONE };
+        Ok(Interrupts { queues, config: status & CONFIG_CHANGE != 0 })
     }
 
     fn share(&self) -> Arc<dyn Share> {
         self.guest.clone()
+    }
+}
+
+impl<G: Registers + WaitForInterrupt + 'static> BlockingTransport for Driver<G> {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        Ok(self.guest.wait(&[self.place.line], most)?)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.guest.wait(&[], time)?;
+        Ok(())
+    }
+}
+
+impl<G: Registers + WakeOnInterrupt + 'static> WakingTransport for Driver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        Ok(self.guest.wake_on(&[self.place.line], waker)?)
     }
 }
 
@@ -255,9 +292,10 @@ impl<G: Registers + 'static> Drop for Driver<G> {
         if self.queues.is_empty() {
             return;
         }
-        if let Err(error) = self.reset() {
+        let reset = try_reset(self);
+        if reset != Ok(true) {
             // Better lost than given to someone else while the device writes to it.
-            tracing::warn!(%error, "the device may still use its rings: their memory is not taken back");
+            tracing::warn!(?reset, "the device may still use its rings: their memory is not taken back");
             core::mem::forget(core::mem::take(&mut self.queues));
         }
     }

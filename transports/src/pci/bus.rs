@@ -3,9 +3,10 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ops::Range;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::{Guest, HypervisorError, Share};
+use polyvirt_core::hypervisor::{Guest, HypervisorError, Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::memory::{Access, Pages};
 
 use super::function::{Config, MSIX_LINES};
@@ -156,8 +157,8 @@ impl<G: Machine> Guest for Bus<G> {
         self.machine.notify(doorbell, value)
     }
 
-    fn wait(&self, lines: u64, watchdog: Duration) -> Result<u64, HypervisorError> {
-        self.machine.wait(lines, watchdog)
+    fn take(&self, line: u32) -> Result<bool, HypervisorError> {
+        self.machine.take(line)
     }
 
     /// Finds the virtio devices of the bus, and places all functions.
@@ -176,6 +177,18 @@ impl<G: Machine> Guest for Bus<G> {
             line += lines;
         }
         Ok(places)
+    }
+}
+
+impl<G: Machine + WaitForInterrupt> WaitForInterrupt for Bus<G> {
+    fn wait(&self, lines: &[u32], most: Duration) -> Result<bool, HypervisorError> {
+        self.machine.wait(lines, most)
+    }
+}
+
+impl<G: Machine + WakeOnInterrupt> WakeOnInterrupt for Bus<G> {
+    fn wake_on(&self, lines: &[u32], waker: &Waker) -> Result<(), HypervisorError> {
+        self.machine.wake_on(lines, waker)
     }
 }
 

@@ -1,13 +1,16 @@
 //! The guest's side of the modern interface: a driver's transport over the structures that capabilities lead to.
 
 use alloc::boxed::Box;
-use alloc::collections::BTreeMap;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::sync::Arc;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::Share;
+use polyvirt_core::hypervisor::{Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueConfig};
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue, WakingTransport, try_reset,
+};
 use polyvirt_core::{Features, Status};
 
 use super::bus::Functions;
@@ -15,13 +18,10 @@ use super::function::{Function, Region, Signalling, width};
 use super::registers::*;
 use crate::areas::Areas;
 
-/// How often a register is read until the device did what it was asked, and how long the driver waits in between.
-const ATTEMPTS: u32 = 1000;
-const PAUSE: Duration = Duration::from_millis(1);
-
 /// The driver side, connected to the modern interface of the function at a place.
 ///
-/// Dropping it while queues are in use resets the device, so that their memory can return to the guest.
+/// Dropping it while queues are in use resets the device, so that their memory can return to the guest; not that of a device
+/// which takes its time, for which a caller waits before.
 pub struct Driver<G: Functions + 'static> {
     function: Function<G>,
     device_type: u32,
@@ -31,6 +31,10 @@ pub struct Driver<G: Functions + 'static> {
     isr: Region,
     device: Option<Region>,
     features: Features,
+    /// The queue whose registers are seen.
+    selected: u16,
+    /// The queues whose reset was begun.
+    resetting: BTreeSet<u16>,
     /// The rings that the device may use.
     queues: BTreeMap<u16, Areas>,
 }
@@ -49,7 +53,19 @@ impl<G: Functions + 'static> Driver<G> {
         let device = structure(&found, CAP_DEVICE, 1)?.map(|(region, _)| region);
         let function = Function::new(guest, place, signalling)?;
         let (features, queues) = (Features::empty(), BTreeMap::new());
-        Ok(Self { function, device_type, common, notify, multiplier, isr, device, features, queues })
+        Ok(Self {
+            function,
+            device_type,
+            common,
+            notify,
+            multiplier,
+            isr,
+            device,
+            features,
+            selected: 0,
+            resetting: BTreeSet::new(),
+            queues,
+        })
     }
 
     /// What the driver talks through.
@@ -79,21 +95,6 @@ impl<G: Functions + 'static> Driver<G> {
         self.write(register, value.to_le_bytes())
     }
 
-    /// Waits until `read` gives 0.
-    fn settle(
-        &self,
-        what: &'static str,
-        read: impl Fn(&Self) -> Result<u16, TransportError>,
-    ) -> Result<(), TransportError> {
-        for _ in 0..ATTEMPTS {
-            if read(self)? == 0 {
-                return Ok(());
-            }
-            self.function.guest.wait(0, PAUSE)?;
-        }
-        Err(TransportError::Watchdog(PAUSE * ATTEMPTS, what))
-    }
-
     /// Maps an event to `vector`, and makes sure that the device did (4.1.5.1.2.2).
     fn map(&self, register: u64, vector: u16) -> Result<(), TransportError> {
         if self.function.vectors == 0 {
@@ -104,6 +105,11 @@ impl<G: Functions + 'static> Driver<G> {
             mapped if mapped == vector => Ok(()),
             mapped => Err(TransportError::NotADevice { expected: "the vector that was mapped", found: mapped.into() }),
         }
+    }
+
+    fn select(&mut self, index: u16) -> Result<(), TransportError> {
+        self.selected = index;
+        self.write_u16(common::QUEUE_SELECT, index)
     }
 
     fn configure(&self, config: &QueueConfig) -> Result<(), TransportError> {
@@ -195,12 +201,18 @@ impl<G: Functions + 'static> Transport for Driver<G> {
         self.write(common::DEVICE_STATUS, [status.bits()])
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
-        self.write(common::DEVICE_STATUS, [0])?;
-        self.settle("the reset", |driver| driver.read(common::DEVICE_STATUS).map(|[status]| status.into()))?;
-        self.features = Features::empty();
-        self.queues.clear();
-        Ok(())
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        self.write(common::DEVICE_STATUS, [0])
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        let done = self.read(common::DEVICE_STATUS)? == [0];
+        if done {
+            self.features = Features::empty();
+            self.resetting.clear();
+            self.queues.clear();
+        }
+        Ok(done)
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -228,12 +240,12 @@ impl<G: Functions + 'static> Transport for Driver<G> {
     }
 
     fn queue_max_size(&mut self, index: u16) -> Result<u16, TransportError> {
-        self.write_u16(common::QUEUE_SELECT, index)?;
+        self.select(index)?;
         Ok(self.read_u16(common::QUEUE_SIZE)?.min(MAX_QUEUE_SIZE))
     }
 
     fn find_vq(&mut self, index: u16, size: Option<u16>) -> Result<Virtqueue, TransportError> {
-        self.write_u16(common::QUEUE_SELECT, index)?;
+        self.select(index)?;
         match self.read_u16(common::QUEUE_ENABLE)? {
             0 => {}
             found => {
@@ -255,19 +267,33 @@ impl<G: Functions + 'static> Transport for Driver<G> {
         Ok(virtqueue)
     }
 
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
         if !self.features.contains(Features::RING_RESET) {
             return Err(TransportError::Unsupported("queue reset (VIRTIO_F_RING_RESET was not negotiated)"));
         }
-        self.write_u16(common::QUEUE_SELECT, index)?;
+        self.select(index)?;
         self.write_u16(common::QUEUE_RESET, 1)?;
-        self.settle("the reset of a queue", |driver| driver.read_u16(common::QUEUE_RESET))?;
-        self.queues.remove(&index);
+        self.resetting.insert(index);
         Ok(())
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
-        self.function.wait(watchdog, || {
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        if !self.resetting.contains(&index) {
+            return Ok(!self.queues.contains_key(&index));
+        }
+        if self.selected != index {
+            self.select(index)?;
+        }
+        let done = self.read_u16(common::QUEUE_RESET)? == 0;
+        if done {
+            self.resetting.remove(&index);
+            self.queues.remove(&index);
+        }
+        Ok(done)
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        self.function.take_interrupts(self.queues.keys().copied(), || {
             let mut isr = [0];
             self.function.guest.load(self.isr.space, self.isr.at(0, 1)?, &mut isr)?;
             Ok(isr[0])
@@ -279,14 +305,32 @@ impl<G: Functions + 'static> Transport for Driver<G> {
     }
 }
 
+impl<G: Functions + WaitForInterrupt + 'static> BlockingTransport for Driver<G> {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        Ok(self.function.guest.wait(&self.function.lines(), most)?)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.function.guest.wait(&[], time)?;
+        Ok(())
+    }
+}
+
+impl<G: Functions + WakeOnInterrupt + 'static> WakingTransport for Driver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        Ok(self.function.guest.wake_on(&self.function.lines(), waker)?)
+    }
+}
+
 impl<G: Functions + 'static> Drop for Driver<G> {
     fn drop(&mut self) {
         if self.queues.is_empty() {
             return;
         }
-        if let Err(error) = self.reset() {
+        let reset = try_reset(self);
+        if reset != Ok(true) {
             // Better lost than given to someone else while the device writes to it.
-            tracing::warn!(%error, "the device may still use its rings: their memory is not taken back");
+            tracing::warn!(?reset, "the device may still use its rings: their memory is not taken back");
             core::mem::forget(core::mem::take(&mut self.queues));
         }
     }

@@ -1,11 +1,11 @@
 //! A function as a driver sees it: configuration space, what is behind base address registers, interrupts.
 
 use alloc::sync::Arc;
+use alloc::vec;
 use alloc::vec::Vec;
-use core::time::Duration;
 
 use polyvirt_core::hypervisor::HypervisorError;
-use polyvirt_core::transport::{Interrupts, TransportError};
+use polyvirt_core::transport::{Interrupts, QueueSet, TransportError};
 
 use super::bus::Functions;
 use super::registers::*;
@@ -192,31 +192,36 @@ impl<G: Functions> Function<G> {
         }
     }
 
-    /// Waits for an interrupt; `isr` reads the interrupt status register, where that says what it was about.
-    pub(super) fn wait(
+    /// The lines on which it interrupts.
+    pub(super) fn lines(&self) -> Vec<u32> {
+        match self.vectors {
+            0 => vec![self.place.pin],
+            vectors => (0..vectors).map(|vector| self.place.line + vector).collect(),
+        }
+    }
+
+    /// Takes its interrupts, of which each vector is about those of `queues` that have it; `isr` reads the interrupt status
+    /// register, where that says what they are about.
+    pub(super) fn take_interrupts(
         &self,
-        watchdog: Duration,
+        queues: impl Iterator<Item = u16> + Clone,
         isr: impl FnOnce() -> Result<u8, TransportError>,
     ) -> Result<Interrupts, TransportError> {
-        let bit = |line: u32| 1u64.checked_shl(line).unwrap_or(0);
-        let lines = match self.vectors {
-            0 => bit(self.place.pin),
-            vectors => (0..vectors).fold(0, |lines, vector| lines | bit(self.place.line + vector)),
-        };
-        let came = self.guest.wait(lines, watchdog)?;
-        if came == 0 {
-            return Err(TransportError::Watchdog(watchdog, "an interrupt"));
+        let all = |some| if some { QueueSet::ALL } else { QueueSet::NONE };
+        if self.vectors == 0 {
+            let isr = if self.guest.take(self.place.pin)? { isr()? } else { 0 };
+            return Ok(Interrupts { queues: all(isr & ISR_QUEUE != 0), config: isr & ISR_CONFIG != 0 });
         }
-        let config = bit(self.place.line);
-        Ok(match self.vectors {
-            0 => {
-                let isr = isr()?;
-                Interrupts { queues: isr & ISR_QUEUE != 0, config: isr & ISR_CONFIG != 0 }
+        let config = self.guest.take(self.place.line)?;
+        // Where there is one vector, it is for everything.
+        let mut came = Interrupts { queues: all(config && self.vectors == 1), config };
+        for vector in 1..self.vectors {
+            if self.guest.take(self.place.line + vector)? {
+                let has = |index: &u16| u32::from(self.queue_vector(*index)) == vector;
+                queues.clone().filter(has).for_each(|index| came.queues |= QueueSet::of(index));
             }
-            // One message for everything.
-            1 => Interrupts { queues: true, config: true },
-            _ => Interrupts { queues: came & !config != 0, config: came & config != 0 },
-        })
+        }
+        Ok(came)
     }
 }
 

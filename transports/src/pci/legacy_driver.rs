@@ -3,11 +3,14 @@
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::Share;
+use polyvirt_core::hypervisor::{Share, WaitForInterrupt, WakeOnInterrupt};
 use polyvirt_core::queue::{MAX_QUEUE_SIZE, QueueError};
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, Notify, Transport, TransportError, Virtqueue, WakingTransport, try_reset,
+};
 use polyvirt_core::{Features, Status};
 
 use super::bus::Functions;
@@ -18,13 +21,16 @@ use crate::areas::Areas;
 
 /// The driver side, connected to the legacy interface of the function at a place.
 ///
-/// Dropping it while queues are in use resets the device, so that their memory can return to the guest.
+/// Dropping it while queues are in use resets the device, so that their memory can return to the guest; not that of a device
+/// which takes its time, for which a caller waits before.
 pub struct LegacyDriver<G: Functions + 'static> {
     function: Function<G>,
     device_type: u32,
     /// The first port.
     base: u64,
     features: Features,
+    /// Whether a reset was begun.
+    resetting: bool,
     /// The rings that the device may use.
     queues: BTreeMap<u16, Areas>,
 }
@@ -45,7 +51,7 @@ impl<G: Functions + 'static> LegacyDriver<G> {
             return Err(TransportError::NotADevice { expected: "ports in the first region", found: id.into() });
         };
         let function = Function::new(guest, place, signalling)?;
-        Ok(Self { function, device_type, base, features: Features::empty(), queues: BTreeMap::new() })
+        Ok(Self { function, device_type, base, features: Features::empty(), resetting: false, queues: BTreeMap::new() })
     }
 
     fn read<const N: usize>(&self, register: u64) -> Result<[u8; N], TransportError> {
@@ -105,13 +111,21 @@ impl<G: Functions + 'static> Transport for LegacyDriver<G> {
         self.write(DEVICE_STATUS, [status.bits()])
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
         self.write(DEVICE_STATUS, [0])?;
+        self.resetting = true;
+        Ok(())
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        if !core::mem::take(&mut self.resetting) {
+            return Ok(self.queues.is_empty());
+        }
         // Whoever reads it has waited for the write; no legacy device is slower.
         self.status()?;
         self.features = Features::empty();
         self.queues.clear();
-        Ok(())
+        Ok(true)
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -175,16 +189,37 @@ impl<G: Functions + 'static> Transport for LegacyDriver<G> {
         Ok(virtqueue)
     }
 
-    fn reset_vq(&mut self, _index: u16) -> Result<(), TransportError> {
+    fn begin_vq_reset(&mut self, _index: u16) -> Result<(), TransportError> {
         Err(TransportError::Unsupported("reset of a single queue"))
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
-        self.function.wait(watchdog, || self.read(ISR).map(|[isr]| isr))
+    fn poll_vq_reset(&mut self, _index: u16) -> Result<bool, TransportError> {
+        Err(TransportError::Unsupported("reset of a single queue"))
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        self.function.take_interrupts(self.queues.keys().copied(), || self.read(ISR).map(|[isr]| isr))
     }
 
     fn share(&self) -> Arc<dyn Share> {
         self.function.guest.clone()
+    }
+}
+
+impl<G: Functions + WaitForInterrupt + 'static> BlockingTransport for LegacyDriver<G> {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        Ok(self.function.guest.wait(&self.function.lines(), most)?)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.function.guest.wait(&[], time)?;
+        Ok(())
+    }
+}
+
+impl<G: Functions + WakeOnInterrupt + 'static> WakingTransport for LegacyDriver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        Ok(self.function.guest.wake_on(&self.function.lines(), waker)?)
     }
 }
 
@@ -193,9 +228,10 @@ impl<G: Functions + 'static> Drop for LegacyDriver<G> {
         if self.queues.is_empty() {
             return;
         }
-        if let Err(error) = self.reset() {
+        let reset = try_reset(self);
+        if reset != Ok(true) {
             // Better lost than given to someone else while the device writes to it.
-            tracing::warn!(%error, "the device may still use its rings: their memory is not taken back");
+            tracing::warn!(?reset, "the device may still use its rings: their memory is not taken back");
             core::mem::forget(core::mem::take(&mut self.queues));
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use polyvirt_core::hypervisor::{HypervisorError, Share};
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue};
 use polyvirt_core::{Features, Status};
 
 use super::events::{Bell, take};
@@ -24,6 +24,9 @@ const QUEUE_SIZE: u16 = 256;
 /// How often a back end that keeps no status is asked whether it is still there.
 const PROBE: Duration = Duration::from_millis(100);
 /// The driver side, connected to a back end.
+///
+/// The protocol is a conversation: what needs an answer of the back end waits for it, at most so long. What [`Transport`]
+/// promises holds for the doorbells and for [`Transport::take_interrupts`].
 ///
 /// What the protocol leaves to the VMM is done here: the device status, if the back end does not want it, and a queue is
 /// handed over when the driver is ready. If the back end closes the connection, the device needs a reset, and that
@@ -255,7 +258,8 @@ impl Transport for Driver {
         Ok(())
     }
 
-    fn reset(&mut self) -> Result<(), TransportError> {
+    /// The back end answers; it is done when this returns.
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
         let done = if self.session.link.is_closed() { Err(TransportError::Closed) } else { self.give_up() };
         match done {
             Err(TransportError::Closed) => {
@@ -264,11 +268,15 @@ impl Transport for Driver {
             done => done?,
         }
         let news = &self.session.news;
-        news.called.store(false, Ordering::Release);
+        news.called.store(0, Ordering::Release);
         news.config.store(false, Ordering::Release);
         (self.accepted, self.status) = (Features::empty(), Status::empty());
         self.queues.clear();
         Ok(())
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        Ok(self.queues.is_empty())
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -330,7 +338,7 @@ impl Transport for Driver {
         Ok(virtqueue)
     }
 
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
         if !self.accepted.contains(Features::RING_RESET) {
             return Err(TransportError::Unsupported("queue reset (VIRTIO_F_RING_RESET was not negotiated)"));
         }
@@ -341,45 +349,64 @@ impl Transport for Driver {
         Ok(())
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        Ok(!self.queues.contains_key(&index))
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        let news = &self.session.news;
+        let broken =
+            !self.status.contains(Status::DEVICE_NEEDS_RESET) && (self.session.link.is_closed() || self.broken());
+        // Not what a poll says, but what is taken: an event may come in between.
+        let mut called = QueueSet::NONE;
+        for (&index, queue) in &self.queues {
+            if take(queue.call.as_fd()) == Ok(true) {
+                called |= QueueSet::of(index);
+            }
+        }
+        let _ = news.event.read();
+        let interrupts = Interrupts {
+            queues: QueueSet::from_bits(news.called.swap(0, Ordering::AcqRel)) | called,
+            config: news.config.swap(false, Ordering::AcqRel) || broken,
+        };
+        if broken {
+            // Told once; the status goes on telling.
+            self.status |= Status::DEVICE_NEEDS_RESET;
+        }
+        Ok(interrupts)
+    }
+
+    fn share(&self) -> Arc<dyn Share> {
+        self.guest.share.clone()
+    }
+}
+
+impl BlockingTransport for Driver {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
         let begun = Instant::now();
-        let news = Arc::clone(&self.session.news);
         loop {
-            let mut fds = vec![input(&news.event)];
+            let mut fds = vec![input(&self.session.news.event)];
             fds.extend(self.queues.values().map(|queue| input(&queue.call)));
-            let calls = fds.len();
             if !self.status.contains(Status::DEVICE_NEEDS_RESET) {
                 fds.extend(self.queues.values().map(|queue| input(&queue.error)));
                 fds.push(self.session.link.hang_up());
             }
-            let left = watchdog.saturating_sub(begun.elapsed());
+            let left = most.saturating_sub(begun.elapsed());
             let timeout = PollTimeout::try_from(left.min(PROBE)).unwrap_or(PollTimeout::MAX);
             let _ = poll(&mut fds, timeout);
-            let broken = fds[calls..].iter().any(|fd| fd.any().unwrap_or(false));
-            // Not what the poll said, but what is taken: an event may come in between.
-            let mut called = false;
-            self.queues.values().for_each(|queue| called |= take(queue.call.as_fd()) == Ok(true));
-            let _ = news.event.read();
-            if broken {
-                // Told once; the status goes on telling.
-                self.status |= Status::DEVICE_NEEDS_RESET;
+            if fds.iter().any(|fd| fd.any().unwrap_or(false)) {
+                return Ok(true);
             }
-            let interrupts = Interrupts {
-                queues: news.called.swap(false, Ordering::AcqRel) || called,
-                config: news.config.swap(false, Ordering::AcqRel) || broken,
-            };
-            if interrupts.queues || interrupts.config {
-                return Ok(interrupts);
-            }
-            if begun.elapsed() >= watchdog {
-                return Err(TransportError::Watchdog(watchdog, "an interrupt"));
+            if begun.elapsed() >= most {
+                return Ok(false);
             }
             self.probe();
         }
     }
 
-    fn share(&self) -> Arc<dyn Share> {
-        self.guest.share.clone()
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        std::thread::sleep(time);
+        Ok(())
     }
 }
 

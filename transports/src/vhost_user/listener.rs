@@ -3,23 +3,24 @@
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::thread::{Builder, JoinHandle};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
+use polyvirt_core::transport::QueueSet;
 
 use super::connection::Connection;
 use super::iommu::Iommu;
 use super::link::Link;
-use super::messages::{BackendRequest, Iotlb, NEED_REPLY, Payload, REPLY, Request};
+use super::messages::{BackendRequest, Iotlb, NEED_REPLY, Payload, REPLY, Request, VringState};
 
 /// What was told and not asked for yet.
 pub(super) struct News {
     /// Readable when there is some.
     pub(super) event: EventFd,
-    /// Whether a queue was called by a message.
-    pub(super) called: AtomicBool,
+    /// Which queues were called by a message: a [`QueueSet`].
+    pub(super) called: AtomicU64,
     /// Whether the configuration changed.
     pub(super) config: AtomicBool,
     /// How often the configuration changed.
@@ -30,13 +31,7 @@ pub(super) struct News {
 
 impl News {
     pub(super) const fn new(event: EventFd, iommu: Option<Arc<Iommu>>) -> Self {
-        Self {
-            event,
-            called: AtomicBool::new(false),
-            config: AtomicBool::new(false),
-            generation: AtomicU32::new(0),
-            iommu,
-        }
+        Self { event, called: AtomicU64::new(0), config: AtomicBool::new(false), generation: AtomicU32::new(0), iommu }
     }
 }
 
@@ -96,7 +91,11 @@ fn hear(request: u32, payload: &[u8], link: &Link, news: &News) {
             news.generation.fetch_add(1, Ordering::AcqRel);
             news.config.store(true, Ordering::Release);
         }
-        Some(BackendRequest::VringCall) => news.called.store(true, Ordering::Release),
+        Some(BackendRequest::VringCall) => {
+            let state = (payload.len() >= VringState::LEN).then(|| VringState::from_bytes(payload));
+            let index = state.and_then(|state| u16::try_from(state.index).ok());
+            news.called.fetch_or(index.map_or(QueueSet::ALL, QueueSet::of).bits(), Ordering::AcqRel);
+        }
         Some(BackendRequest::VringErr) => news.config.store(true, Ordering::Release),
         Some(BackendRequest::IotlbMsg) if payload.len() >= Iotlb::LEN => {
             let Iotlb { iova, kind, .. } = Iotlb::from_bytes(payload);

@@ -6,10 +6,13 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::sync::Arc;
 use alloc::vec::Vec;
+use core::task::Waker;
 use core::time::Duration;
 
-use polyvirt_core::hypervisor::Share;
-use polyvirt_core::transport::{Interrupts, Notify, Transport, TransportError, Virtqueue};
+use polyvirt_core::hypervisor::{Share, WaitForInterrupt, WakeOnInterrupt};
+use polyvirt_core::transport::{
+    BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError, Virtqueue, WakingTransport,
+};
 use polyvirt_core::{Features, Status};
 
 use super::registers::{Channel, Description, Domain, GuestPlace, Operation, Reply, Setup, State, encode_request};
@@ -27,8 +30,12 @@ const ROUNDS: u32 = 10;
 /// What the backend's nodes say is read again only when a watch says that they changed. Operations that nobody waits for
 /// the result of are posted: they go with the next request, in their order.
 ///
+/// Whoever asks the backend for something waits for its answer: the two directories are a conversation, and most of
+/// [`Transport`] is a request here. So the guest is one that can wait, and what [`Transport`] promises holds for
+/// [`Transport::take_interrupts`] alone: the rest waits, at most so long.
+///
 /// Dropping it while queues are in use resets the device, so that their memory can return to the guest.
-pub struct Driver<G: Domain + 'static> {
+pub struct Driver<G: Domain + WaitForInterrupt + 'static> {
     guest: Arc<G>,
     place: GuestPlace,
     description: Description,
@@ -48,16 +55,16 @@ pub struct Driver<G: Domain + 'static> {
     told: News,
 }
 
-/// The lines on which changes of the backend's nodes come, as masks.
+/// The lines on which changes of the backend's nodes come.
 #[derive(Clone, Copy)]
 struct Lines {
-    state: u64,
-    reply: u64,
+    state: u32,
+    reply: u32,
 }
 
 impl Lines {
-    const fn all(self) -> u64 {
-        self.state | self.reply
+    const fn all(self) -> [u32; 2] {
+        [self.state, self.reply]
     }
 }
 
@@ -67,10 +74,10 @@ struct News {
     needs_reset: bool,
 }
 
-impl<G: Domain + 'static> Driver<G> {
+impl<G: Domain + WaitForInterrupt + 'static> Driver<G> {
     /// Meets the device at `place`, or says why there is none.
     pub fn connect(guest: Arc<G>, place: GuestPlace) -> Result<Self, TransportError> {
-        let watch = |node| Ok::<_, TransportError>(1 << guest.watch(&format!("{}/{node}", place.backend))?);
+        let watch = |node| guest.watch(&format!("{}/{node}", place.backend));
         // Each watch begins with an event; the reply's comes first, and is read before the state says who is there.
         let reply = watch("reply")?;
         let lines = Lines { state: watch("state")?, reply };
@@ -118,7 +125,7 @@ impl<G: Domain + 'static> Driver<G> {
     /// Begins with what the backend says.
     fn meet(&mut self, asked: bool) -> Result<(), TransportError> {
         // It was written before the state was.
-        self.look(self.lines.reply)?;
+        self.read_reply()?;
         self.description = self.read("device")?.and_then(|value| Description::decode(&value)).unwrap_or_default();
         (self.number, self.asked) = (self.reply.number, asked);
         Ok(())
@@ -176,23 +183,33 @@ impl<G: Domain + 'static> Driver<G> {
         core::mem::replace(&mut self.told, now) != now
     }
 
-    /// Reads the nodes whose lines are among `came`.
-    fn look(&mut self, came: u64) -> Result<(), TransportError> {
-        if came & self.lines.state != 0 {
-            self.backend = self.read("state")?.map_or(State::Unknown, |state| State::parse(&state));
+    fn read_state(&mut self) -> Result<(), TransportError> {
+        self.backend = self.read("state")?.map_or(State::Unknown, |state| State::parse(&state));
+        Ok(())
+    }
+
+    fn read_reply(&mut self) -> Result<(), TransportError> {
+        // Its own number, so that nobody takes it for an answer.
+        let none = || Reply { number: self.reply.number, ..Reply::default() };
+        self.reply = self.read("reply")?.and_then(|value| Reply::decode(&value)).unwrap_or_else(none);
+        Ok(())
+    }
+
+    /// Reads the nodes that have changed.
+    fn look(&mut self) -> Result<(), TransportError> {
+        let (state, reply) = (self.guest.take(self.lines.state)?, self.guest.take(self.lines.reply)?);
+        if state {
+            self.read_state()?;
         }
-        if came & self.lines.reply != 0 {
-            // Its own number, so that nobody takes it for an answer.
-            let none = || Reply { number: self.reply.number, ..Reply::default() };
-            self.reply = self.read("reply")?.and_then(|value| Reply::decode(&value)).unwrap_or_else(none);
+        if reply {
+            self.read_reply()?;
         }
         Ok(())
     }
 
     /// Asks for what is posted, unless nothing that is read depends on it, and looks at what has changed.
     fn catch_up(&mut self) -> Result<(), TransportError> {
-        let came = self.guest.wait(self.lines.all(), Duration::ZERO)?;
-        self.look(came)?;
+        self.look()?;
         let unseen = self.posted.iter().all(|operation| matches!(operation, Operation::Queue(_)));
         if unseen || !self.is_open() { Ok(()) } else { self.request() }
     }
@@ -203,18 +220,17 @@ impl<G: Domain + 'static> Driver<G> {
             if let Some(result) = done(self) {
                 return Ok(result);
             }
-            match self.guest.wait(self.lines.all(), WATCHDOG)? {
-                0 => break,
-                came => self.look(came)?,
+            if !self.guest.wait(&self.lines.all(), WATCHDOG)? {
+                break;
             }
+            self.look()?;
         }
         Err(TransportError::Watchdog(WATCHDOG, what))
     }
 
     /// Has `operation` done with the next request.
     fn post(&mut self, operation: Operation) -> Result<(), TransportError> {
-        let came = self.guest.wait(self.lines.all(), Duration::ZERO)?;
-        self.look(came)?;
+        self.look()?;
         if !self.is_open() {
             return Err(TransportError::Closed);
         }
@@ -259,7 +275,7 @@ impl<G: Domain + 'static> Driver<G> {
     }
 }
 
-impl<G: Domain + 'static> Transport for Driver<G> {
+impl<G: Domain + WaitForInterrupt + 'static> Transport for Driver<G> {
     fn device_type(&self) -> u32 {
         self.description.device_type
     }
@@ -289,10 +305,10 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         }
     }
 
-    /// If the other side has closed the connection, opens it again; [`TransportError::Closed`] if it is gone.
-    fn reset(&mut self) -> Result<(), TransportError> {
-        let came = self.guest.wait(self.lines.all(), Duration::ZERO)?;
-        self.look(came)?;
+    /// If the other side has closed the connection, opens it again; [`TransportError::Closed`] if it is gone. It is done when
+    /// this returns.
+    fn begin_reset(&mut self) -> Result<(), TransportError> {
+        self.look()?;
         self.posted.clear();
         if !self.reset_through_connection()? {
             self.reopen()?;
@@ -301,6 +317,10 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         self.forget_queues()?;
         self.told = self.news();
         Ok(())
+    }
+
+    fn poll_reset(&mut self) -> Result<bool, TransportError> {
+        Ok(self.queues.is_empty())
     }
 
     fn config_generation(&mut self) -> Result<u32, TransportError> {
@@ -349,7 +369,7 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         Ok(virtqueue)
     }
 
-    fn reset_vq(&mut self, index: u16) -> Result<(), TransportError> {
+    fn begin_vq_reset(&mut self, index: u16) -> Result<(), TransportError> {
         if !self.features.contains(Features::RING_RESET) {
             return Err(TransportError::Unsupported("reset of one queue without VIRTIO_F_RING_RESET"));
         }
@@ -361,25 +381,19 @@ impl<G: Domain + 'static> Transport for Driver<G> {
         Ok(())
     }
 
-    fn wait(&mut self, watchdog: Duration) -> Result<Interrupts, TransportError> {
-        self.catch_up()?;
-        let queues = self.queues.values().fold(0, |lines, (_, channel)| lines | 1 << channel.line);
-        for _ in 0..ATTEMPTS {
-            // A change may have come while an answer was waited for.
-            let config = self.has_news();
-            let patience = if config { Duration::ZERO } else { watchdog };
-            let pending = self.guest.wait(queues | self.lines.all(), patience)?;
-            self.look(pending)?;
-            let config = config || self.has_news();
-            let interrupts = Interrupts { queues: pending & queues != 0, config };
-            if interrupts != Interrupts::default() {
-                return Ok(interrupts);
-            }
-            if pending == 0 {
-                break;
+    fn poll_vq_reset(&mut self, index: u16) -> Result<bool, TransportError> {
+        Ok(!self.queues.contains_key(&index))
+    }
+
+    fn take_interrupts(&mut self) -> Result<Interrupts, TransportError> {
+        let mut queues = QueueSet::NONE;
+        for (&index, (_, channel)) in &self.queues {
+            if self.guest.take(channel.line)? {
+                queues |= QueueSet::of(index);
             }
         }
-        Err(TransportError::Watchdog(watchdog, "an interrupt"))
+        self.look()?;
+        Ok(Interrupts { queues, config: self.has_news() })
     }
 
     fn share(&self) -> Arc<dyn Share> {
@@ -387,12 +401,52 @@ impl<G: Domain + 'static> Transport for Driver<G> {
     }
 }
 
-impl<G: Domain + 'static> Drop for Driver<G> {
+impl<G: Domain + WaitForInterrupt + 'static> BlockingTransport for Driver<G> {
+    fn sleep(&mut self, most: Duration) -> Result<bool, TransportError> {
+        self.catch_up()?;
+        let queues: Vec<_> = self.queues.values().map(|(_, channel)| channel.line).collect();
+        let lines = [&*queues, &self.lines.all()].concat();
+        for _ in 0..ATTEMPTS {
+            // A change may have come while an answer was waited for.
+            if self.news() != self.told {
+                return Ok(true);
+            }
+            if !self.guest.wait(&lines, most)? {
+                return Ok(false);
+            }
+            if !queues.is_empty() && self.guest.wait(&queues, Duration::ZERO)? {
+                return Ok(true);
+            }
+            // Not every change of a node is one that the driver is told of.
+            self.look()?;
+        }
+        Ok(false)
+    }
+
+    fn pause(&mut self, time: Duration) -> Result<(), TransportError> {
+        self.guest.wait(&[], time)?;
+        Ok(())
+    }
+}
+
+impl<G: Domain + WaitForInterrupt + WakeOnInterrupt + 'static> WakingTransport for Driver<G> {
+    fn wake_on_interrupt(&mut self, waker: &Waker) -> Result<(), TransportError> {
+        // A change may have come while an answer was waited for.
+        if self.news() != self.told {
+            waker.wake_by_ref();
+            return Ok(());
+        }
+        let queues = self.queues.values().map(|(_, channel)| channel.line);
+        Ok(self.guest.wake_on(&queues.chain(self.lines.all()).collect::<Vec<_>>(), waker)?)
+    }
+}
+
+impl<G: Domain + WaitForInterrupt + 'static> Drop for Driver<G> {
     fn drop(&mut self) {
         if self.queues.is_empty() {
             return;
         }
-        if let Err(error) = self.reset() {
+        if let Err(error) = self.begin_reset() {
             // Better lost than given to someone else while the device writes to it.
             tracing::warn!(%error, "the device may still use its rings: their memory is not taken back");
             core::mem::forget(core::mem::take(&mut self.queues));

@@ -4,9 +4,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use polyvirt_core::hypervisor::{Guest, HypervisorError, Share};
+use polyvirt_core::hypervisor::{Guest, HypervisorError, Share, WaitForInterrupt};
 use polyvirt_core::memory::{Access, Pages};
-use polyvirt_core::transport::{Transport, initialize};
+use polyvirt_core::transport::{BlockingTransport, initialize};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::mmio::{Place, Registers};
 use polyvirt_transports::pci::registers::*;
@@ -49,11 +49,17 @@ impl Guest for Odd {
     fn notify(&self, _: u64, _: u32) -> Result<(), HypervisorError> {
         Ok(())
     }
-    fn wait(&self, _: u64, _: Duration) -> Result<u64, HypervisorError> {
-        Ok(u64::MAX)
+    fn take(&self, _: u32) -> Result<bool, HypervisorError> {
+        Ok(true)
     }
     fn enumerate(&self) -> Result<Vec<Place>, HypervisorError> {
         Ok(vec![])
+    }
+}
+
+impl WaitForInterrupt for Odd {
+    fn wait(&self, _: &[u32], _: Duration) -> Result<bool, HypervisorError> {
+        Ok(true)
     }
 }
 
@@ -110,7 +116,7 @@ fn functions_are_found_behind_gaps_if_function_0_says_that_there_are_others() {
 }
 
 /// What a driver does with a device that it has met.
-fn drive(driver: &mut dyn Transport) {
+fn drive(driver: &mut dyn BlockingTransport) {
     let _ = initialize(driver, Features::all());
     for index in [0, 1, 0xffff] {
         let _ = driver.queue_max_size(index);

@@ -10,7 +10,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::unistd::write;
 use polyvirt_core::hypervisor::{HypervisorError, Share};
 use polyvirt_core::memory::{Access, Pages};
-use polyvirt_core::transport::{Notify, Transport, TransportError};
+use polyvirt_core::transport::{BlockingTransport, Interrupts, Notify, QueueSet, Transport, TransportError};
 use polyvirt_core::{Features, Status};
 use polyvirt_transports::vhost_user::messages::*;
 use polyvirt_transports::vhost_user::{Connection, Driver, Guest, Options, memory_file};
@@ -63,7 +63,7 @@ fn driver() -> (Driver, Receiver<(Request, OwnedFd)>) {
     let guest = Guest { share, regions: vec![(RAM_AT, file, pages)] };
     let once = Mutex::new(Some(ours));
     let dial = Box::new(move || once.lock().unwrap().take().ok_or_else(|| std::io::ErrorKind::NotConnected.into()));
-    let mut driver = Driver::connect(dial, 42, guest, Options::default()).unwrap();
+    let mut driver = Driver::connect(dial, 42, guest, Options { queues: 2, ..Options::default() }).unwrap();
     driver.set_driver_features(Features::VERSION_1).unwrap();
     driver.set_status(Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK).unwrap();
     (driver, kept)
@@ -85,4 +85,24 @@ fn a_kick_that_is_full_and_a_call_that_is_empty_hold_no_driver_up() {
     queue.notify.notify().unwrap();
     let waited = driver.wait(Duration::ZERO);
     assert!(matches!(waited, Err(TransportError::Watchdog(..))), "{waited:?}");
+}
+
+#[test]
+fn a_call_names_its_queue() {
+    let (mut driver, kept) = driver();
+    let _queues = [0, 1].map(|index| driver.find_vq(index, Some(8)).unwrap());
+    let status = Status::ACKNOWLEDGE | Status::DRIVER | Status::FEATURES_OK | Status::DRIVER_OK;
+    driver.set_status(status).unwrap();
+    let mut calls = (0..4).map(|_| kept.recv_timeout(WATCHDOG).unwrap());
+    let calls = [(); 2].map(|()| calls.find(|(request, _)| *request == Request::SetVringCall).unwrap().1);
+    assert_eq!(driver.take_interrupts(), Ok(Interrupts::default()));
+    for (called, queues) in
+        [(&[1][..], QueueSet::of(1)), (&[0], QueueSet::of(0)), (&[0, 1, 1], QueueSet::of(0) | QueueSet::of(1))]
+    {
+        for &index in called {
+            write(&calls[index], &1u64.to_ne_bytes()).unwrap();
+        }
+        assert_eq!(driver.take_interrupts(), Ok(Interrupts { queues, config: false }));
+        assert_eq!(driver.take_interrupts(), Ok(Interrupts::default()), "taken once");
+    }
 }
