@@ -11,8 +11,10 @@ use core::task::Waker;
 use crate::device::{Device, Queues, SharedRegion};
 use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
-use crate::memory::GuestMemory;
-use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::memory::{GuestMemory, Pending};
+use crate::queue::{
+    Blocked, ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState, SavedQueue,
+};
 use crate::status::Status;
 
 /// How the driver talks to the device.
@@ -81,6 +83,8 @@ struct QueueSetup {
     saved: Option<SavedQueue>,
     /// Whether buffers are used in order although that was not negotiated.
     in_order: bool,
+    /// What the queue waits for before it can start, though it is enabled.
+    pending: Option<Pending>,
 }
 
 impl<M: GuestMemory> VirtioDevice<M> {
@@ -386,9 +390,34 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.queue(index).map(Queue::state)
     }
 
-    /// Why queue `index` alone is latched; none while it works.
+    /// Why queue `index` alone is broken; none while it works.
     pub fn queue_broken(&self, index: u16) -> Option<QueueError> {
         self.queue(index)?.broken()
+    }
+
+    /// The memory that queue `index` waits for: to start, or to have its next chain taken. It is neither idle nor broken:
+    /// [`VirtioDevice::memory_came`] goes on with it.
+    pub fn queue_pending(&self, index: u16) -> Option<Pending> {
+        self.setup(index)?.pending.or_else(|| self.queue(index)?.pending())
+    }
+
+    /// Memory that was pending may be there: queues that wait for it start, or are to be served. True if there is more to do,
+    /// as in [`kick`](Self::kick).
+    pub fn memory_came(&mut self) -> bool {
+        if !self.is_running() {
+            // A suspended device starts them when it is resumed.
+            return false;
+        }
+        for index in 0..self.queue_count() {
+            let at = usize::from(index);
+            if self.setups[at].pending.is_some() {
+                self.start_queue(index);
+            } else if self.queue(index).is_some_and(|queue| queue.pending().is_some()) {
+                self.unserved[at] = true;
+            }
+        }
+        self.settle();
+        self.work(None)
     }
 
     /// The device needs a reset, for a `reason` that its transport found: a queue that cannot be handed over.
@@ -397,7 +426,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.settle();
     }
 
-    /// The device needs no reset any more, unless a queue is still latched: for transports on which a broken queue is
+    /// The device needs no reset any more, unless a queue is still broken: for transports on which a broken queue is
     /// begun anew by a [`VirtioDevice::reset_queue`], without a reset of the device. Its other queues go on.
     pub fn recover(&mut self) {
         if self.reason.is_none() || self.queues.iter().flatten().any(|queue| queue.broken().is_some()) {
@@ -580,14 +609,17 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     None => Queue::new(self.memory.clone(), config),
                 }
             }
-            _ => Err(QueueError::Size { size, max: max_size }),
+            _ => Err(QueueError::Size { size, max: max_size }.into()),
         };
+        let at = usize::from(index);
+        self.setups[at].pending = None;
         match queue {
             Ok(queue) => {
-                self.queues[usize::from(index)] = Some(queue);
-                self.unserved[usize::from(index)] = true;
+                self.queues[at] = Some(queue);
+                self.unserved[at] = true;
             }
-            Err(reason) => self.reason = self.reason.or(Some(reason)),
+            Err(Blocked::Pending(pending)) => self.setups[at].pending = Some(pending),
+            Err(Blocked::Broken(reason)) => self.reason = self.reason.or(Some(reason)),
         }
     }
 
@@ -672,7 +704,8 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, saved: None, in_order: false }
+        let (enabled, saved, in_order, pending) = (false, None, false, None);
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled, saved, in_order, pending }
     }
 }
 

@@ -7,8 +7,8 @@ use super::order::Waiting;
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
-use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState, SavedQueue};
-use crate::memory::GuestMemory;
+use super::{Blocked, ByteOrder, Chain, Layout, PopError, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::memory::{GuestMemory, Pending};
 
 /// The most chains that a burst takes: enough for what surrounds a burst not to count.
 pub const BURST: u16 = 1024;
@@ -17,7 +17,7 @@ pub const BURST: u16 = 1024;
 pub struct Queue<M: GuestMemory> {
     ring: Ring<M>,
     /// How many chains [`Queue::pop`] may take before it has to think: part of the burst's budget, and 0 as long as the
-    /// driver was not asked to be quiet, or the queue is latched.
+    /// driver was not asked to be quiet, or the queue is broken.
     ready: u16,
     /// Chains that this burst may still take besides.
     budget: u16,
@@ -63,8 +63,9 @@ fn rarely<T>(work: impl FnOnce() -> T) -> T {
 }
 
 impl<M: GuestMemory> Queue<M> {
-    /// Resolves the ring areas of `config` and takes the queue into use, from index 0.
-    pub fn new(memory: M, config: QueueConfig) -> Result<Self, QueueError> {
+    /// Resolves the ring areas of `config` and takes the queue into use, from index 0. If they are [pending](Blocked::Pending),
+    /// it has to be tried again once they are there.
+    pub fn new(memory: M, config: QueueConfig) -> Result<Self, Blocked> {
         let ring = match config.layout {
             Layout::Modern | Layout::Legacy(ByteOrder::Little) => Ring::Split(Split::new(memory, &config)?),
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
@@ -76,7 +77,7 @@ impl<M: GuestMemory> Queue<M> {
     }
 
     /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
-    pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, QueueError> {
+    pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, Blocked> {
         let mut queue = Self::new(memory, config)?;
         ring!(&mut queue.ring, ring => ring.resume(state))?;
         Ok(queue)
@@ -103,7 +104,7 @@ impl<M: GuestMemory> Queue<M> {
 
     /// As [`Queue::new`], going on where [`Queue::save`] left: what was in flight is popped again, before anything else.
     /// Whatever `saved` says is checked: it may come from anywhere.
-    pub fn restore(memory: M, config: QueueConfig, saved: &SavedQueue) -> Result<Self, QueueError> {
+    pub fn restore(memory: M, config: QueueConfig, saved: &SavedQueue) -> Result<Self, Blocked> {
         let mut queue = Self::resume(memory, config, saved.state)?;
         ring!(&mut queue.ring, ring => ring.restore(saved))?;
         queue.again = saved.in_flight.iter().rev().copied().collect();
@@ -134,7 +135,7 @@ impl<M: GuestMemory> Queue<M> {
     pub fn hold(&mut self) {
         (self.held, self.ready, self.budget) = (true, 0, 0);
         if core::mem::take(&mut self.quiet) && self.broken().is_none() {
-            // Whoever goes on with the ring looks at it first; an error latches it, which tells itself.
+            // Whoever goes on with the ring looks at it first; an error breaks it, which tells itself.
             let _ = ring!(&mut self.ring, ring => ring.enable_kicks());
         }
     }
@@ -154,69 +155,73 @@ impl<M: GuestMemory> Queue<M> {
         ring!(&self.ring, ring => ring.size())
     }
 
-    /// Takes the next available chain; none if there is none, or this burst's budget is used up. An error latches the
-    /// queue and is returned again by every later call.
+    /// Takes the next available chain, or says why there is none. A fault [breaks](PopError::Broken) the queue, and every
+    /// later call says so again; a chain that is [pending](PopError::Pending) is looked at again by the next call.
     #[inline(always)]
-    pub fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
+    pub fn pop(&mut self) -> Result<Chain<M::Lease>, PopError> {
         if self.ready == 0
             && let ControlFlow::Break(chain) = self.look()
         {
             return chain;
         }
         match ring!(&mut self.ring, ring => ring.pop()) {
-            Some(mut chain) => {
+            Ok(mut chain) => {
                 self.ready -= 1;
                 if let Some(waiting) = &mut self.waiting {
                     waiting.number(&mut chain);
                 }
-                Ok(Some(chain))
+                Ok(chain)
             }
-            None => self.nothing(),
+            Err(_) => Err(self.stopped()),
         }
     }
 
-    /// There was no chain after all, or it cannot be taken yet, or it latched the queue.
+    /// There was no chain after all, or it cannot be taken now, or it broke the queue.
     #[cold]
     #[inline(never)]
-    fn nothing(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
+    fn stopped(&mut self) -> PopError {
         self.budget += core::mem::take(&mut self.ready);
-        if let Some(head) = ring!(&mut self.ring, ring => ring.take_put_off()) {
-            self.again.extend(head);
-            return Ok(None);
+        let why = ring!(&self.ring, ring => ring.stopped());
+        match why {
+            PopError::Spent | PopError::Pending(_) => self.again.extend(ring!(&self.ring, ring => ring.left())),
+            PopError::Empty | PopError::Broken(_) => self.drained = true,
         }
-        self.drained = true;
-        self.broken().map_or(Ok(None), Err)
+        why
     }
 
     /// Whether there may be a chain to take, or what there is instead.
     #[inline(never)]
-    fn look(&mut self) -> ControlFlow<Result<Option<Chain<M::Lease>>, QueueError>> {
+    fn look(&mut self) -> ControlFlow<Result<Chain<M::Lease>, PopError>> {
         if let Some(reason) = self.broken() {
-            return ControlFlow::Break(Err(reason));
+            return ControlFlow::Break(Err(PopError::Broken(reason)));
         }
         if self.budget == 0 {
-            return ControlFlow::Break(Ok(None));
+            return ControlFlow::Break(Err(PopError::Spent));
         }
+        ring!(&mut self.ring, ring => ring.look_again());
         if !self.quiet {
             self.quiet = true;
             ring!(&mut self.ring, ring => ring.disable_kicks());
         }
         if let Some(head) = self.again.pop() {
             let chain = ring!(&mut self.ring, ring => ring.take_again(head));
-            let Ok(mut chain) = chain else { return ControlFlow::Break(self.nothing()) };
+            let mut chain = match chain {
+                Ok(chain) => chain,
+                Err(_) => return ControlFlow::Break(Err(self.stopped())),
+            };
             self.budget -= 1;
             if let Some(waiting) = &mut self.waiting {
                 waiting.number(&mut chain);
             }
-            return ControlFlow::Break(Ok(Some(chain)));
+            return ControlFlow::Break(Ok(chain));
         }
         let Ok(available) = ring!(&mut self.ring, ring => ring.available()) else {
-            return ControlFlow::Break(self.broken().map_or(Ok(None), Err));
+            return ControlFlow::Break(Err(self.stopped()));
         };
         self.ready = available.min(self.budget);
         self.budget -= self.ready;
         self.drained |= self.ready == 0;
-        if self.ready == 0 { ControlFlow::Break(Ok(None)) } else { ControlFlow::Continue(()) }
+        if self.ready == 0 { ControlFlow::Break(Err(PopError::Empty)) } else { ControlFlow::Continue(()) }
     }
 
     /// Gives a chain back with [`Chain::written`] bytes written. If buffers have to be used in order (VIRTIO_F_IN_ORDER), it
@@ -228,7 +233,7 @@ impl<M: GuestMemory> Queue<M> {
         if self.waiting.is_some() {
             return self.complete_in_order(chain);
         }
-        // A latched queue takes no chain back either.
+        // A broken queue takes no chain back either.
         ring!(&mut self.ring, ring => ring.complete(chain))
             .map_err(|head| self.broken().unwrap_or(QueueError::Stale { head }))
     }
@@ -302,13 +307,19 @@ impl<M: GuestMemory> Queue<M> {
         ring!(&mut self.ring, ring => ring.enable_kicks()).is_ok_and(|available| available && self.drained)
     }
 
-    /// Latches the queue with `reason`; the first reason stays.
+    /// Breaks the queue for `reason`; the first reason stays.
     pub fn fail(&mut self, reason: QueueError) {
         self.ready = 0;
         ring!(&mut self.ring, ring => ring.fail(reason));
     }
 
-    /// Why the queue is latched; none while it works.
+    /// What the next chain waits for: it is neither taken nor given up. None if it was not pending when [`Queue::pop`] looked
+    /// last.
+    pub fn pending(&self) -> Option<Pending> {
+        ring!(&self.ring, ring => ring.pending())
+    }
+
+    /// Why the queue is broken; none while it works.
     pub fn broken(&self) -> Option<QueueError> {
         ring!(&self.ring, ring => ring.broken())
     }

@@ -6,7 +6,7 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use polyvirt_core::memory::{
-    Access, ByRegion, FlatMemory, GuestMemory, Lease, MemoryError, Pages, Segment, Translated,
+    Access, ByRegion, FlatMemory, GuestMemory, Lease, MemoryError, Pages, Pending, ResolveError, Segment, Translated,
 };
 
 use super::inflight::{packed, split};
@@ -249,10 +249,10 @@ impl Memory {
     }
 
     /// The translation of a range is missing: it is asked for. One that does not grant what is wanted is there.
-    fn missing(&self, error: MemoryError, access: Access) -> MemoryError {
-        let MemoryError::NotMapped { address, len } = error else { return error };
+    fn missing(&self, error: ResolveError, access: Access) -> ResolveError {
+        let ResolveError::Fault(MemoryError::NotMapped { address, len }) = error else { return error };
         lock(&self.shared.misses).add(address, len, access);
-        MemoryError::NotYet { address, len }
+        Pending { address, len }.into()
     }
 
     /// Who wants to see accesses to the ring area at `address`; asked once.
@@ -285,7 +285,7 @@ impl Table {
     }
 
     /// The pieces of a range, each of which keeps its region.
-    fn resolve(&self, address: u64, len: u64, access: Access, pieces: impl FnMut(Pages)) -> Result<(), MemoryError> {
+    fn resolve(&self, address: u64, len: u64, access: Access, pieces: impl FnMut(Pages)) -> Result<(), ResolveError> {
         let flat = ByRegion(&self.flat);
         match &self.translated {
             None => flat.resolve(address, len, access, pieces),
@@ -313,7 +313,7 @@ impl GuestMemory for Memory {
         len: u64,
         access: Access,
         mut segments: impl FnMut(Segment<Mapped>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         let watch = self.watch_of(address);
         let table = self.table();
         let each = |piece| keep(piece, watch.clone()).into_iter().for_each(&mut segments);

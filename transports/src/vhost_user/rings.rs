@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use polyvirt_core::hypervisor::{Cause, Interrupt as _};
-use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
+use polyvirt_core::memory::{Access, GuestMemory, ResolveError};
 use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, Position, USED};
 use polyvirt_core::queue::split::layout::{descriptors_len, device_len, driver_len};
 use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueError, QueueState, SavedQueue};
@@ -206,7 +206,7 @@ impl Backend {
 
     /// Writes what is in flight to where the driver had it: behind what is used. There it is taken again like everything
     /// that is available; what stands there now may be overwritten.
-    fn put_back(&self, ring: u64, size: u16, found: &packed::Recovered) -> Result<QueueState, MemoryError> {
+    fn put_back(&self, ring: u64, size: u16, found: &packed::Recovered) -> Result<QueueState, ResolveError> {
         let len = DESCRIPTOR_LEN * u64::from(size);
         let words = self.memory.resolve_words::<u64>(ring, len, Access::READ | Access::WRITE)?;
         let mut at = found.used;
@@ -227,7 +227,7 @@ impl Backend {
         if self.state.driver_features().contains(Features::ACCESS_PLATFORM) {
             let areas = [(descriptors, first.0, first.1), (available, second.0, second.1), (used, third.0, third.1)];
             let missing = |&(address, len, access): &(u64, u64, Access)| {
-                matches!(self.memory.resolve(address, len, access, |_| {}), Err(MemoryError::NotYet { .. }))
+                matches!(self.memory.resolve(address, len, access, |_| {}), Err(ResolveError::Pending(_)))
             };
             // All of them are asked for at once.
             return Ok((areas.iter().filter(|area| missing(area)).count() == 0).then_some(areas));
@@ -266,7 +266,7 @@ impl Backend {
                 for index in 0..self.rings.len() {
                     self.update(index)?;
                     // Served once the message is answered.
-                    self.rings[index].due = true;
+                    self.rings[index].due |= self.state.queue_pending(index as u16).is_some();
                 }
             }
             Iotlb::INVALIDATE => {
