@@ -210,3 +210,22 @@ fn a_chain_that_is_put_back_is_taken_again_before_any_other() {
         assert_eq!(rig.memory.device().put_back(chain), Err(stale));
     }
 }
+
+#[test]
+fn a_chain_that_is_put_back_is_the_next_of_the_same_burst_too() {
+    for shape in every_shape(SIZE).flat_map(|shape| [false, true].map(|in_order| Shape { in_order, ..shape })) {
+        let mut rig = Rig::new(shape);
+        add(&mut rig, 3);
+        rig.device.begin_burst();
+        let chain = rig.device.pop().unwrap();
+        let head = chain.head();
+        rig.device.put_back(chain).unwrap();
+        let mut taken = Vec::new();
+        while let Some(chain) = popped(rig.device.pop()) {
+            taken.push(chain.writable()[0].as_ptr().addr());
+            assert!(taken.len() > 1 || chain.head() == head, "{shape:?}");
+            rig.device.complete(chain).unwrap();
+        }
+        assert!(taken.len() == 3 && taken.is_sorted(), "{shape:?}: {taken:x?}");
+    }
+}

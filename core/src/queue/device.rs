@@ -262,6 +262,8 @@ impl<M: GuestMemory> Queue<M> {
         let head = chain.head();
         let again = ring!(&mut self.ring, ring => ring.put_back(chain))
             .map_err(|()| self.broken().unwrap_or(QueueError::Stale { head }))?;
+        // It comes before what was found available.
+        self.budget += core::mem::take(&mut self.ready);
         self.again.extend(again);
         if let Some(waiting) = &mut self.waiting {
             waiting.forget_newest();
