@@ -13,7 +13,7 @@ use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
 use crate::memory::{GuestMemory, Pending};
 use crate::queue::{
-    Blocked, ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState, SavedQueue,
+    Blocked, ByteOrder, Layout, MAX_QUEUE_SIZE, Observer, Queue, QueueConfig, QueueError, QueueState, SavedQueue,
 };
 use crate::status::Status;
 
@@ -59,6 +59,8 @@ pub struct VirtioDevice<M: GuestMemory> {
     generation: u32,
     setups: Vec<QueueSetup>,
     queues: Vec<Option<Queue<M>>>,
+    /// Who is to observe queues that do not run yet.
+    observers: Vec<Option<Box<dyn Observer>>>,
     /// For each queue, whether it is to be served without a kick: the last burst did not finish it.
     unserved: Vec<bool>,
     /// The queue with which the next turn begins that no kick is the reason of.
@@ -93,6 +95,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         let setups: Vec<_> =
             device.queue_max_sizes().iter().map(|&max| QueueSetup::new(max.min(MAX_QUEUE_SIZE))).collect();
         let queues = setups.iter().map(|_| None).collect();
+        let observers = setups.iter().map(|_| None).collect();
         let unserved = setups.iter().map(|_| false).collect();
         Self {
             device,
@@ -106,6 +109,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             generation: 0,
             setups,
             queues,
+            observers,
             unserved,
             next: 0,
             suspending: false,
@@ -293,6 +297,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         for setup in &mut self.setups {
             *setup = QueueSetup::new(setup.max_size);
         }
+        self.observers.fill_with(|| None);
     }
 
     /// How many queues there are.
@@ -360,6 +365,14 @@ impl<M: GuestMemory> VirtioDevice<M> {
     pub fn set_saved_queue(&mut self, index: u16, saved: SavedQueue) {
         if let Some(setup) = self.disabled(index) {
             setup.saved = Some(saved);
+        }
+    }
+
+    /// `observer` sees what the device takes from queue `index` and gives back, once it runs and until it is reset. Ignored
+    /// while the queue is enabled.
+    pub fn observe_queue(&mut self, index: u16, observer: Box<dyn Observer>) {
+        if self.disabled(index).is_some() {
+            self.observers[usize::from(index)] = Some(observer);
         }
     }
 
@@ -445,6 +458,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         *setup = QueueSetup::new(setup.max_size);
         self.device.reset_queue(index);
         self.queues[usize::from(index)] = None;
+        self.observers[usize::from(index)] = None;
         self.unserved[usize::from(index)] = false;
     }
 
@@ -614,7 +628,10 @@ impl<M: GuestMemory> VirtioDevice<M> {
         let at = usize::from(index);
         self.setups[at].pending = None;
         match queue {
-            Ok(queue) => {
+            Ok(mut queue) => {
+                if let Some(observer) = self.observers[at].take() {
+                    queue.observe(observer);
+                }
                 self.queues[at] = Some(queue);
                 self.unserved[at] = true;
             }

@@ -91,14 +91,6 @@ impl<L: Lease> Lease for WatchedLease<L> {
         self.inner.before_load(offset, len);
     }
 
-    fn after_load(&self, offset: usize, len: usize) {
-        self.inner.after_load(offset, len);
-    }
-
-    fn before_store(&self, offset: usize, len: usize, word: u64) {
-        self.inner.before_store(offset, len, word);
-    }
-
     fn after_store(&self, offset: usize, len: usize) {
         self.inner.after_store(offset, len);
         self.log(offset, len, Access::WRITE);

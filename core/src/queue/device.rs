@@ -1,8 +1,10 @@
 //! The device's role, whatever the ring format.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::ControlFlow;
 
+use super::observer::{Extra, Observer};
 use super::order::Waiting;
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
@@ -32,8 +34,7 @@ pub struct Queue<M: GuestMemory> {
     /// Heads of chains that were taken before the queue was restored, that could not be taken yet, or that were put back:
     /// they are taken again first, the last one here before all others.
     again: Vec<u16>,
-    /// If chains have to be used in the order in which they were taken: those that cannot be yet.
-    waiting: Option<Waiting<M::Lease>>,
+    extra: Option<Box<Extra<M::Lease>>>,
 }
 
 /// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
@@ -72,8 +73,9 @@ impl<M: GuestMemory> Queue<M> {
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
         let waiting = config.in_order.then(|| Waiting::new(config.size));
+        let extra = waiting.map(|waiting| Box::new(Extra { waiting: Some(waiting), observer: None }));
         let (burst, again) = (config.size.min(BURST), Vec::new());
-        Ok(Self { ring, ready: 0, budget: burst, burst, drained: false, quiet: false, held: false, again, waiting })
+        Ok(Self { ring, ready: 0, budget: burst, burst, drained: false, quiet: false, held: false, again, extra })
     }
 
     /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
@@ -88,7 +90,7 @@ impl<M: GuestMemory> Queue<M> {
     /// On a packed ring a chain that is used overwrites the oldest one in flight, so if another is older still this is
     /// [`QueueError::Overwritten`]: [hold](Self::hold) the queue and finish first.
     pub fn save(&self) -> Result<SavedQueue, QueueError> {
-        if self.waiting.is_some() {
+        if self.extra.as_ref().is_some_and(|extra| extra.waiting.is_some()) {
             // The ring itself tells the order: go back to the oldest that is not used.
             let used = self.state().used;
             return Ok(SavedQueue { state: QueueState { available: used, used }, in_flight: Vec::new() });
@@ -109,6 +111,13 @@ impl<M: GuestMemory> Queue<M> {
         ring!(&mut queue.ring, ring => ring.restore(saved))?;
         queue.again = saved.in_flight.iter().rev().copied().collect();
         Ok(queue)
+    }
+
+    /// From now on `observer` sees what is taken and given back. For a queue that has taken nothing yet: of what is in flight
+    /// already it has to know itself.
+    pub fn observe(&mut self, observer: Box<dyn Observer>) {
+        let extra = self.extra.get_or_insert_with(|| Box::new(Extra { waiting: None, observer: None }));
+        extra.observer = Some(observer);
     }
 
     /// Where the device is: complete once no chain is [in flight](Self::in_flight).
@@ -165,15 +174,22 @@ impl<M: GuestMemory> Queue<M> {
             return chain;
         }
         match ring!(&mut self.ring, ring => ring.pop()) {
-            Ok(mut chain) => {
+            Ok(chain) => {
                 self.ready -= 1;
-                if let Some(waiting) = &mut self.waiting {
-                    waiting.number(&mut chain);
-                }
-                Ok(chain)
+                Ok(if self.extra.is_some() { self.tell_taken(chain) } else { chain })
             }
             Err(_) => Err(self.stopped()),
         }
+    }
+
+    /// Hands the chain through, so that it stays in a register where there is nobody to tell.
+    #[cold]
+    #[inline(never)]
+    fn tell_taken(&mut self, mut chain: Chain<M::Lease>) -> Chain<M::Lease> {
+        if let Some(extra) = &mut self.extra {
+            extra.taken(&mut chain);
+        }
+        chain
     }
 
     /// There was no chain after all, or it cannot be taken now, or it broke the queue.
@@ -205,15 +221,12 @@ impl<M: GuestMemory> Queue<M> {
         }
         if let Some(head) = self.again.pop() {
             let chain = ring!(&mut self.ring, ring => ring.take_again(head));
-            let mut chain = match chain {
+            let chain = match chain {
                 Ok(chain) => chain,
                 Err(_) => return ControlFlow::Break(Err(self.stopped())),
             };
             self.budget -= 1;
-            if let Some(waiting) = &mut self.waiting {
-                waiting.number(&mut chain);
-            }
-            return ControlFlow::Break(Ok(chain));
+            return ControlFlow::Break(Ok(self.tell_taken(chain)));
         }
         let Ok(available) = ring!(&mut self.ring, ring => ring.available()) else {
             return ControlFlow::Break(Err(self.stopped()));
@@ -230,26 +243,24 @@ impl<M: GuestMemory> Queue<M> {
     /// A chain that does not belong to this run of the queue is refused ([`QueueError::Stale`]) and dropped.
     #[inline(always)]
     pub fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        if self.waiting.is_some() {
-            return self.complete_in_order(chain);
+        if self.extra.is_some() {
+            return self.complete_with_extra(chain);
         }
         // A broken queue takes no chain back either.
         ring!(&mut self.ring, ring => ring.complete(chain))
             .map_err(|head| self.broken().unwrap_or(QueueError::Stale { head }))
     }
 
+    #[cold]
     #[inline(never)]
-    fn complete_in_order(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+    fn complete_with_extra(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
         let stale = QueueError::Stale { head: chain.head() };
-        let Some(waiting) = &mut self.waiting else { return Err(stale) };
+        let Some(extra) = &mut self.extra else { return Err(stale) };
         if !ring!(&self.ring, ring => ring.owns(&chain)) {
             return Err(self.broken().unwrap_or(stale));
         }
-        waiting.keep(chain);
-        while let Some(next) = waiting.next() {
-            ring!(&mut self.ring, ring => ring.complete(next)).map_err(|head| QueueError::Stale { head })?;
-        }
-        Ok(())
+        let done = extra.complete(chain, |chain| ring!(&mut self.ring, ring => ring.complete(chain)));
+        done.map_err(|head| QueueError::Stale { head })
     }
 
     /// Puts the newest chain back, as if it had not been taken: [`Queue::pop`] finds it again, before any other. For a
@@ -265,8 +276,8 @@ impl<M: GuestMemory> Queue<M> {
         // It comes before what was found available.
         self.budget += core::mem::take(&mut self.ready);
         self.again.extend(again);
-        if let Some(waiting) = &mut self.waiting {
-            waiting.forget_newest();
+        if let Some(extra) = &mut self.extra {
+            extra.put_back();
         }
         Ok(())
     }

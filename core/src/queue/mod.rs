@@ -7,6 +7,7 @@ mod assembly;
 mod chain;
 mod device;
 mod driver;
+mod observer;
 mod order;
 pub mod packed;
 pub mod split;
@@ -15,6 +16,7 @@ mod table;
 pub use chain::{Chain, ChainError};
 pub use device::{BURST, Queue};
 pub use driver::{AddError, Buffer, DriverQueue};
+pub use observer::{Observer, Taken};
 
 use alloc::vec::Vec;
 
