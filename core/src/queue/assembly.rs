@@ -215,6 +215,11 @@ impl<L> Chains<L> {
         self.block(reason.into())
     }
 
+    /// Whether the next chain could not be taken when it was looked at last.
+    pub(super) const fn is_blocked(&self) -> bool {
+        self.blocked.is_some()
+    }
+
     /// The next chain is looked at anew, if the queue is not broken.
     pub(super) fn look_again(&mut self) {
         if self.pending().is_some() {

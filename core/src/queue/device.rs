@@ -205,16 +205,27 @@ impl<M: GuestMemory> Queue<M> {
         why
     }
 
+    /// Something kept the next chain from being taken: if that is no fault, and this burst goes on, it is looked at anew.
+    #[cold]
+    #[inline(never)]
+    fn look_again(&mut self) -> Option<QueueError> {
+        if self.budget > 0 {
+            ring!(&mut self.ring, ring => ring.look_again());
+        }
+        self.broken()
+    }
+
     /// Whether there may be a chain to take, or what there is instead.
     #[inline(never)]
     fn look(&mut self) -> ControlFlow<Result<Chain<M::Lease>, PopError>> {
-        if let Some(reason) = self.broken() {
+        if ring!(&self.ring, ring => ring.is_blocked())
+            && let Some(reason) = self.look_again()
+        {
             return ControlFlow::Break(Err(PopError::Broken(reason)));
         }
         if self.budget == 0 {
             return ControlFlow::Break(Err(PopError::Spent));
         }
-        ring!(&mut self.ring, ring => ring.look_again());
         if !self.quiet {
             self.quiet = true;
             ring!(&mut self.ring, ring => ring.disable_kicks());

@@ -352,6 +352,10 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.chains.pending()
     }
 
+    pub(in crate::queue) const fn is_blocked(&self) -> bool {
+        self.chains.is_blocked()
+    }
+
     pub(in crate::queue) fn look_again(&mut self) {
         self.chains.look_again();
     }
