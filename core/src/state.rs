@@ -11,8 +11,10 @@ use core::task::Waker;
 use crate::device::{Device, Queues, SharedRegion};
 use crate::features::Features;
 use crate::hypervisor::{Cause, Interrupt};
-use crate::memory::GuestMemory;
-use crate::queue::{ByteOrder, Layout, MAX_QUEUE_SIZE, Queue, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::memory::{GuestMemory, Pending};
+use crate::queue::{
+    Blocked, ByteOrder, Layout, MAX_QUEUE_SIZE, Observer, Queue, QueueConfig, QueueError, QueueState, SavedQueue,
+};
 use crate::status::Status;
 
 /// How the driver talks to the device.
@@ -57,6 +59,8 @@ pub struct VirtioDevice<M: GuestMemory> {
     generation: u32,
     setups: Vec<QueueSetup>,
     queues: Vec<Option<Queue<M>>>,
+    /// Who is to observe queues that do not run yet.
+    observers: Vec<Option<Box<dyn Observer>>>,
     /// For each queue, whether it is to be served without a kick: the last burst did not finish it.
     unserved: Vec<bool>,
     /// The queue with which the next turn begins that no kick is the reason of.
@@ -81,6 +85,8 @@ struct QueueSetup {
     saved: Option<SavedQueue>,
     /// Whether buffers are used in order although that was not negotiated.
     in_order: bool,
+    /// What the queue waits for before it can start, though it is enabled.
+    pending: Option<Pending>,
 }
 
 impl<M: GuestMemory> VirtioDevice<M> {
@@ -89,6 +95,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         let setups: Vec<_> =
             device.queue_max_sizes().iter().map(|&max| QueueSetup::new(max.min(MAX_QUEUE_SIZE))).collect();
         let queues = setups.iter().map(|_| None).collect();
+        let observers = setups.iter().map(|_| None).collect();
         let unserved = setups.iter().map(|_| false).collect();
         Self {
             device,
@@ -102,6 +109,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
             generation: 0,
             setups,
             queues,
+            observers,
             unserved,
             next: 0,
             suspending: false,
@@ -289,6 +297,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         for setup in &mut self.setups {
             *setup = QueueSetup::new(setup.max_size);
         }
+        self.observers.fill_with(|| None);
     }
 
     /// How many queues there are.
@@ -359,6 +368,14 @@ impl<M: GuestMemory> VirtioDevice<M> {
         }
     }
 
+    /// `observer` sees what the device takes from queue `index` and gives back, once it runs and until it is reset. Ignored
+    /// while the queue is enabled.
+    pub fn observe_queue(&mut self, index: u16, observer: Box<dyn Observer>) {
+        if self.disabled(index).is_some() {
+            self.observers[usize::from(index)] = Some(observer);
+        }
+    }
+
     /// Buffers of queue `index` are used in the order in which they were made available, whether that was negotiated or
     /// not: then the used index alone tells what is in flight, to whoever goes on with the queue. Ignored while the queue
     /// is enabled.
@@ -386,9 +403,34 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.queue(index).map(Queue::state)
     }
 
-    /// Why queue `index` alone is latched; none while it works.
+    /// Why queue `index` alone is broken; none while it works.
     pub fn queue_broken(&self, index: u16) -> Option<QueueError> {
         self.queue(index)?.broken()
+    }
+
+    /// The memory that queue `index` waits for: to start, or to have its next chain taken. It is neither idle nor broken:
+    /// [`VirtioDevice::memory_came`] goes on with it.
+    pub fn queue_pending(&self, index: u16) -> Option<Pending> {
+        self.setup(index)?.pending.or_else(|| self.queue(index)?.pending())
+    }
+
+    /// Memory that was pending may be there: queues that wait for it start, or are to be served. True if there is more to do,
+    /// as in [`kick`](Self::kick).
+    pub fn memory_came(&mut self) -> bool {
+        if !self.is_running() {
+            // A suspended device starts them when it is resumed.
+            return false;
+        }
+        for index in 0..self.queue_count() {
+            let at = usize::from(index);
+            if self.setups[at].pending.is_some() {
+                self.start_queue(index);
+            } else if self.queue(index).is_some_and(|queue| queue.pending().is_some()) {
+                self.unserved[at] = true;
+            }
+        }
+        self.settle();
+        self.work(None)
     }
 
     /// The device needs a reset, for a `reason` that its transport found: a queue that cannot be handed over.
@@ -397,7 +439,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         self.settle();
     }
 
-    /// The device needs no reset any more, unless a queue is still latched: for transports on which a broken queue is
+    /// The device needs no reset any more, unless a queue is still broken: for transports on which a broken queue is
     /// begun anew by a [`VirtioDevice::reset_queue`], without a reset of the device. Its other queues go on.
     pub fn recover(&mut self) {
         if self.reason.is_none() || self.queues.iter().flatten().any(|queue| queue.broken().is_some()) {
@@ -416,6 +458,7 @@ impl<M: GuestMemory> VirtioDevice<M> {
         *setup = QueueSetup::new(setup.max_size);
         self.device.reset_queue(index);
         self.queues[usize::from(index)] = None;
+        self.observers[usize::from(index)] = None;
         self.unserved[usize::from(index)] = false;
     }
 
@@ -580,14 +623,20 @@ impl<M: GuestMemory> VirtioDevice<M> {
                     None => Queue::new(self.memory.clone(), config),
                 }
             }
-            _ => Err(QueueError::Size { size, max: max_size }),
+            _ => Err(QueueError::Size { size, max: max_size }.into()),
         };
+        let at = usize::from(index);
+        self.setups[at].pending = None;
         match queue {
-            Ok(queue) => {
-                self.queues[usize::from(index)] = Some(queue);
-                self.unserved[usize::from(index)] = true;
+            Ok(mut queue) => {
+                if let Some(observer) = self.observers[at].take() {
+                    queue.observe(observer);
+                }
+                self.queues[at] = Some(queue);
+                self.unserved[at] = true;
             }
-            Err(reason) => self.reason = self.reason.or(Some(reason)),
+            Err(Blocked::Pending(pending)) => self.setups[at].pending = Some(pending),
+            Err(Blocked::Broken(reason)) => self.reason = self.reason.or(Some(reason)),
         }
     }
 
@@ -672,7 +721,8 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
 impl QueueSetup {
     fn new(max_size: u16) -> Self {
-        Self { max_size, size: max_size.into(), areas: [0; 3], enabled: false, saved: None, in_order: false }
+        let (enabled, saved, in_order, pending) = (false, None, false, None);
+        Self { max_size, size: max_size.into(), areas: [0; 3], enabled, saved, in_order, pending }
     }
 }
 

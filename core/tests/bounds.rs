@@ -5,10 +5,10 @@ mod common;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use common::{BUFFERS, HOLE, Memory, SPLIT, Shape, TABLES};
-use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, MemoryError, Segment};
+use common::{BUFFERS, HOLE, Memory, SPLIT, Shape, TABLES, broken, popped};
+use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, ResolveError, Segment};
 use polyvirt_core::queue::split::layout::{INDIRECT, NEXT, WRITE};
-use polyvirt_core::queue::{BURST, Layout, Queue, QueueError};
+use polyvirt_core::queue::{BURST, Layout, PopError, Queue, QueueError};
 
 const SIZE: u16 = 8;
 
@@ -29,7 +29,7 @@ impl GuestMemory for Vast {
         len: u64,
         access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         if address < HOLE {
             return self.map.resolve(address, len, access, segments);
         }
@@ -75,8 +75,8 @@ fn a_chain_that_is_too_long_is_refused_before_more_than_a_chain_may_have_is_look
             put(&memory, indirect);
             let vast = Vast { map: memory.map.clone(), asked: Arc::default() };
             let mut queue = Queue::new(vast.clone(), memory.shape.config()).unwrap();
-            let popped = queue.pop().map(|chain| chain.is_some());
-            assert_eq!(popped, Err(QueueError::TooLong { head: 0 }), "{layout:?}, indirect {indirect}");
+            let reason = broken(queue.pop());
+            assert_eq!(reason, Some(QueueError::TooLong { head: 0 }), "{layout:?}, indirect {indirect}");
             let asked = vast.asked.load(Ordering::Relaxed);
             assert!(asked <= 1 << 32, "{layout:?}, indirect {indirect}: {asked:#x} bytes were looked up");
         }
@@ -84,14 +84,14 @@ fn a_chain_that_is_too_long_is_refused_before_more_than_a_chain_may_have_is_look
 }
 
 #[test]
-fn a_reason_given_by_the_device_latches_the_queue_whatever_it_is() {
+fn a_reason_given_by_the_device_breaks_the_queue() {
     for layout in [Layout::Modern, Layout::Packed] {
         let memory = Memory::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout });
         let mut queue = memory.device();
-        let reason = QueueError::Memory(MemoryError::NotYet { address: BUFFERS, len: 1 });
+        let reason = QueueError::Request { head: 0, reason: "none" };
         queue.fail(reason);
         assert_eq!(queue.broken(), Some(reason));
-        assert_eq!(queue.pop().map(|chain| chain.is_some()), Err(reason));
+        assert_eq!(broken(queue.pop()), Some(reason));
         assert_eq!(queue.in_flight(), 0);
     }
 }
@@ -103,7 +103,7 @@ fn a_refused_table_is_not_kept_accessible() {
         put(&memory, true);
         let mut queue = memory.device();
         let leases = Arc::strong_count(&memory.map);
-        assert!(queue.pop().is_err(), "there is no memory at its addresses");
+        assert!(broken(queue.pop()).is_some(), "there is no memory at its addresses");
         assert_eq!(Arc::strong_count(&memory.map), leases, "{layout:?}");
     }
 }
@@ -124,7 +124,7 @@ impl GuestMemory for Crumbs {
         len: u64,
         access: Access,
         mut segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         if address < BUFFERS {
             // The ring.
             return self.map.resolve(address, len, access, segments);
@@ -200,7 +200,7 @@ fn a_burst_looks_at_no_more_than_a_little_however_long_the_queue_and_its_chains_
             let (mut segments, mut taken) = (0, 0);
             // A device that asks once more gets no more.
             for _ in 0..2 {
-                while let Some(chain) = queue.pop().unwrap() {
+                while let Some(chain) = popped(queue.pop()) {
                     segments += chain.writable().len();
                     taken += 1;
                     queue.complete(chain).unwrap();
@@ -229,7 +229,7 @@ fn a_burst_has_no_more_chains_than_it_takes_for_what_is_around_it_not_to_count()
         for round in 0..4 {
             queue.begin_burst();
             let mut taken = 0;
-            while let Some(chain) = queue.pop().unwrap() {
+            while let Some(chain) = popped(queue.pop()) {
                 assert_eq!(chain.head(), round * BURST + taken);
                 queue.complete(chain).unwrap();
                 taken += 1;
@@ -238,7 +238,7 @@ fn a_burst_has_no_more_chains_than_it_takes_for_what_is_around_it_not_to_count()
             assert!(queue.end_burst());
         }
         queue.begin_burst();
-        assert!(queue.pop().unwrap().is_none());
+        assert!(matches!(queue.pop(), Err(PopError::Empty)));
         assert!(!queue.end_burst());
     }
 }
@@ -252,9 +252,9 @@ fn a_chain_in_too_many_pieces_is_refused_before_they_are_all_looked_up() {
             offer(&memory, 1, (BUFFERS, len), WRITE);
             let crumbs = Crumbs { map: memory.map.clone(), asked: Arc::default() };
             let mut queue = Queue::new(crumbs.clone(), memory.shape.config()).unwrap();
-            let popped = queue.pop().map(|chain| chain.map(|chain| chain.writable().len()));
-            let refused = QueueError::Scattered { head: 0, limit: MOST as usize };
-            assert_eq!(popped, if fits { Ok(Some(MOST as usize)) } else { Err(refused) }, "{layout:?}: {len}");
+            let popped = queue.pop().map(|chain| chain.writable().len());
+            let refused = PopError::Broken(QueueError::Scattered { head: 0, limit: MOST as usize });
+            assert_eq!(popped, if fits { Ok(MOST as usize) } else { Err(refused) }, "{layout:?}: {len}");
             let asked = crumbs.asked.load(Ordering::Relaxed);
             assert!(asked <= 1 << 20, "{layout:?}: {asked} bytes were looked up");
         }
@@ -268,7 +268,7 @@ fn a_chain_in_too_many_pieces_is_refused_before_they_are_all_looked_up() {
         let crumbs = Crumbs { map: memory.map.clone(), asked: Arc::default() };
         let mut queue = Queue::new(crumbs, memory.shape.config()).unwrap();
         let refused = QueueError::Scattered { head: 0, limit: MOST as usize };
-        assert_eq!(queue.pop().map(drop), Err(refused), "{layout:?}");
+        assert_eq!(broken(queue.pop()), Some(refused), "{layout:?}");
     }
 }
 
@@ -289,7 +289,7 @@ fn a_table_in_many_pieces_is_read_wherever_its_entries_lead() {
         offer(&memory, 1, (TABLES, 16 * u32::from(ENTRIES)), INDIRECT);
         let crumbs = Crumbs { map: memory.map.clone(), asked: Arc::default() };
         let mut queue = Queue::new(crumbs, memory.shape.config()).unwrap();
-        let chain = queue.pop().unwrap().expect("a chain");
+        let chain = queue.pop().expect("a chain");
         let base = memory.map.pages(BUFFERS, 1).unwrap().as_ptr().addr();
         let found: Vec<_> =
             chain.writable().iter().map(|piece| ((piece.as_ptr().addr() - base) / 0x100) as u16).collect();

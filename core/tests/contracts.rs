@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{BUFFERS, Doorbell, Memory, RING, Rig, SPACE, SPLIT, Shape, TABLES, buffer, every_shape};
+use common::{BUFFERS, Doorbell, Memory, RING, Rig, SPACE, SPLIT, Shape, TABLES, buffer, every_shape, popped};
 use polyvirt_core::memory::{FlatMemory, Pages};
 use polyvirt_core::queue::split::layout::{INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, WRITE};
 use polyvirt_core::queue::{AddError, Buffer, ByteOrder, DriverQueue, Layout, Queue, QueueError};
@@ -24,7 +24,7 @@ fn adding_to_a_full_ring_kicks_even_if_the_device_asked_not_to_and_says_so() {
         let rung = rig.kicks.rung();
         // The device is serving, so it wants no kicks.
         rig.device.begin_burst();
-        let chain = rig.device.pop().unwrap().expect("a chain");
+        let chain = rig.device.pop().expect("a chain");
         match rig.driver.add_buf(&[buffer(4, 16)], &[], 44) {
             Err(AddError::Full(44)) => {}
             other => panic!("{other:?}, {shape:?}"),
@@ -71,7 +71,7 @@ fn buffers_come_back_in_the_order_of_their_completion() {
         }
         rig.driver.kick().unwrap();
         rig.device.begin_burst();
-        let mut chains: Vec<_> = (0..4).map(|_| rig.device.pop().unwrap().expect("a chain")).collect();
+        let mut chains: Vec<_> = (0..4).map(|_| rig.device.pop().expect("a chain")).collect();
         assert_eq!(rig.driver.get_buf().unwrap(), None);
         for (which, token) in [(2, 2), (0, 0), (1, 3), (0, 1)] {
             let mut chain = chains.remove(which);
@@ -251,7 +251,7 @@ fn a_buffer_has_between_one_piece_and_as_many_as_the_queue() {
         assert_eq!(rig.driver.free(), 0);
         rig.driver.kick().unwrap();
         rig.device.begin_burst();
-        let chain = rig.device.pop().unwrap().expect("a chain");
+        let chain = rig.device.pop().expect("a chain");
         assert_eq!((chain.readable_len(), chain.writable_len()), (32, 32));
     }
 }
@@ -297,7 +297,7 @@ fn an_indirect_buffer_takes_one_entry_and_its_table_holds_the_pieces() {
         assert_eq!(memory.get16(TABLES + 12), NEXT);
         assert_eq!(memory.get16(TABLES + 16 + 14), 2, "next");
         assert_eq!(memory.get16(TABLES + 32 + 12), WRITE);
-        while let Some(chain) = device.pop().unwrap() {
+        while let Some(chain) = popped(device.pop()) {
             assert_eq!((chain.readable_len(), chain.writable_len()), (32, 16));
             device.complete(chain).unwrap();
         }
@@ -336,7 +336,7 @@ fn a_buffer_that_fits_no_table_is_chained_in_the_ring() {
 }
 
 /// On every split layout: `spoil` writes the used ring of a driver with one buffer (token 7, 16 writable bytes, head 0)
-/// in flight. It gives `reason`, the driver is latched, and the buffer is not lost.
+/// in flight. It gives `reason`, the driver is broken, and the buffer is not lost.
 fn device_caught(spoil: impl Fn(&Memory), reason: QueueError) {
     device_caught_on(&SPLIT, spoil, reason);
 }
@@ -353,12 +353,12 @@ fn device_caught_on(layouts: &[Layout], spoil: impl Fn(&Memory), reason: QueueEr
         let rung = kicks.rung();
         let ring: [u8; 16] = memory.read(memory.shape.config().driver);
         assert_eq!(driver.get_buf(), Err(reason));
-        assert_eq!(driver.get_buf(), Err(reason), "latched");
+        assert_eq!(driver.get_buf(), Err(reason), "broken");
         assert!(matches!(driver.add_buf(&[], &[buffer(2, 16)], 9), Err(AddError::Broken(why)) if why == reason));
         assert!(!driver.kick().unwrap());
         driver.disable_cb();
         assert!(!driver.enable_cb(), "the caller looks again and sees the reason");
-        assert_eq!(memory.read::<16>(memory.shape.config().driver), ring, "a latched queue is left alone");
+        assert_eq!(memory.read::<16>(memory.shape.config().driver), ring, "a broken queue is left alone");
         assert_eq!(kicks.rung(), rung);
         assert_eq!(driver.drain(), [7, 8]);
         assert_eq!((driver.in_flight(), driver.free()), (0, SIZE));
@@ -443,7 +443,7 @@ fn what_the_device_writes_into_descriptors_is_never_read_back() {
 fn requests(device: &mut Queue<Arc<FlatMemory>>) -> Vec<(u32, u32, u8)> {
     device.begin_burst();
     let mut requests = Vec::new();
-    while let Some(chain) = device.pop().unwrap() {
+    while let Some(chain) = popped(device.pop()) {
         let mut first = [0];
         chain.read(0, &mut first).unwrap();
         requests.push((chain.readable_len(), chain.writable_len(), first[0]));
@@ -465,7 +465,7 @@ fn a_restart_publishes_what_was_in_flight_again_in_its_old_order() {
         }
         rig.driver.kick().unwrap();
         rig.device.begin_burst();
-        let mut chains: Vec<_> = (0..3).map(|_| rig.device.pop().unwrap().expect("a chain")).collect();
+        let mut chains: Vec<_> = (0..3).map(|_| rig.device.pop().expect("a chain")).collect();
         for which in [1, 1, 0] {
             rig.device.complete(chains.remove(which)).unwrap();
             rig.driver.get_buf().unwrap().expect("a buffer");
@@ -514,7 +514,7 @@ fn a_restart_on_a_ring_that_cannot_hold_the_buffers_changes_nothing() {
 }
 
 #[test]
-fn a_latched_driver_works_again_after_a_restart() {
+fn a_broken_driver_works_again_after_a_restart() {
     let shape = Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout: Layout::Modern };
     let mut rig = Rig::new(shape);
     rig.driver.add_buf(&[buffer(0, 16)], &[], 1).unwrap();

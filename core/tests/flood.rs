@@ -91,7 +91,7 @@ impl Device<Guarded> for Greedy {
     fn activate(&mut self, _: Features, _: Waker) {}
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, Guarded>) {
         let queue = queues.get(index).unwrap();
-        while let Ok(Some(chain)) = queue.pop() {
+        while let Ok(chain) = queue.pop() {
             self.served.fetch_add(1, Ordering::Relaxed);
             if self.hoards {
                 self.held.push(chain);
@@ -272,9 +272,9 @@ impl Flood {
         }
     }
 
-    /// The queue is latched, and nothing costs anything any more.
-    fn is_latched(&mut self) -> QueueError {
-        let reason = self.state.needs_reset().expect("the queue is latched");
+    /// The queue is broken, and nothing costs anything any more.
+    fn is_broken(&mut self) -> QueueError {
+        let reason = self.state.needs_reset().expect("the queue is broken");
         for _ in 0..100 {
             let cost = self.kick();
             assert_eq!((cost.chains, cost.steps, cost.allocations, cost.more), (0, 0, 0, false));
@@ -352,7 +352,7 @@ fn a_device_that_keeps_all_it_takes_keeps_no_more_than_the_queue_has_room_for() 
         assert!(cost.steps <= STEPS_OF_A_KICK + STEPS_OF_A_CHAIN + DESCRIPTORS_READ, "{shape:?}: {cost:?}");
         assert_eq!(cost.chains, 0);
         assert!(count().peak <= most, "{shape:?}: {} bytes, more than {most}", count().peak);
-        let reason = flood.is_latched();
+        let reason = flood.is_broken();
         assert!(matches!(reason, QueueError::InFlight { .. } | QueueError::Overrun { .. }), "{reason}");
     }
 }
@@ -394,7 +394,7 @@ fn a_chain_without_an_end_is_refused_once_it_is_longer_than_the_queue() {
             let most = STEPS_OF_A_KICK + STEPS_OF_A_CHAIN + DESCRIPTORS_READ;
             assert!(cost.steps <= most, "{shape:?}: {cost:?}, more than {most} steps");
             assert!(count().peak <= memory_of_chains() / N as isize);
-            let reason = flood.is_latched();
+            let reason = flood.is_broken();
             // A packed ring has no loops: the chain runs into what is not available.
             let packed = shape.layout == Layout::Packed;
             assert!(
@@ -441,7 +441,7 @@ fn a_driver_that_rewinds_is_not_served_again() {
             flood.guest.one(9);
             assert_eq!(flood.kick().chains, 1);
         } else {
-            let reason = flood.is_latched();
+            let reason = flood.is_broken();
             assert!(matches!(reason, QueueError::IndexJump { last: 8, index: 1, .. }), "{reason}");
         }
     }

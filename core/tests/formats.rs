@@ -5,7 +5,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::{BUFFERS, Rig, SPACE, Shape};
+use common::{BUFFERS, Rig, SPACE, Shape, popped};
 use polyvirt_core::memory::{FlatMemory, Segment};
 use polyvirt_core::queue::{AddError, Buffer, Chain, Layout};
 use proptest::prelude::*;
@@ -116,7 +116,7 @@ impl Pair {
                 self.serves = true;
             }
             Step::Pop if self.serves => {
-                if let Some(chain) = self.rig.device.pop().unwrap() {
+                if let Some(chain) = popped(self.rig.device.pop()) {
                     let readable = chain.readable().iter().map(|segment| {
                         let mut bytes = vec![0; segment.len()];
                         segment.read(0, &mut bytes).unwrap();

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{RING, Rig, Shape, buffer};
+use common::{RING, Rig, Shape, buffer, popped};
 use polyvirt_core::queue::packed::layout::{Position, Tail, WRITE};
 use polyvirt_core::queue::{Layout, QueueError};
 
@@ -77,7 +77,7 @@ fn what_a_device_finishes_early_is_used_with_what_it_waited_for() {
     for layout in [Layout::Modern, Layout::Packed] {
         let mut rig = filled(layout, 3);
         rig.device.begin_burst();
-        let mut taken: Vec<_> = std::iter::from_fn(|| rig.device.pop().unwrap()).collect();
+        let mut taken: Vec<_> = std::iter::from_fn(|| popped(rig.device.pop())).collect();
         for (number, chain) in taken.iter_mut().enumerate() {
             chain.set_written(number as u32 + 1);
         }

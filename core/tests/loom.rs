@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use polyvirt_core::memory::{FlatMemory, Owner, Pages, Words};
-use polyvirt_core::queue::{Buffer, DriverQueue, Layout, Queue, QueueConfig};
+use polyvirt_core::queue::{Buffer, DriverQueue, Layout, PopError, Queue, QueueConfig};
 use polyvirt_core::sync::model;
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 
@@ -103,7 +103,11 @@ fn publish(driver: &mut Driver, number: u16) {
 
 /// Serves the next buffer, if there is one, which has to be number `next`, whole.
 fn serve_one(device: &mut Device, next: u16) -> bool {
-    let Some(mut chain) = device.pop().unwrap() else { return false };
+    let mut chain = match device.pop() {
+        Ok(chain) => chain,
+        Err(PopError::Broken(reason)) => panic!("{reason}"),
+        Err(_) => return false,
+    };
     assert_eq!((chain.readable_len(), chain.writable_len()), (0, 16 + u32::from(next)), "torn");
     let words = Words::<u64, _>::new(chain.writable()[0].clone()).unwrap();
     assert_eq!(words.load::<u64>(0, Ordering::Relaxed), asked(next), "the buffer is behind its descriptor");

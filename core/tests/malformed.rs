@@ -6,12 +6,12 @@ mod common;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use common::{BUFFERS, HOLE, Memory, RING, SPACE, SPLIT, Shape, TABLES};
+use common::{BUFFERS, HOLE, Memory, RING, SPACE, SPLIT, Shape, TABLES, broken, popped};
 use polyvirt_core::memory::{
-    Access, Accessed, FlatMemory, GuestMemory, Log, MemoryError, PAGE_SIZE, Segment, Translated, Watched,
+    Access, Accessed, FlatMemory, GuestMemory, Log, MemoryError, PAGE_SIZE, ResolveError, Segment, Translated, Watched,
 };
 use polyvirt_core::queue::split::layout::{INDIRECT, NEXT, WRITE};
-use polyvirt_core::queue::{INDIRECT_MAX, Layout, Queue, QueueConfig, QueueError};
+use polyvirt_core::queue::{INDIRECT_MAX, Layout, PopError, Queue, QueueConfig, QueueError};
 
 const SIZE: u16 = 8;
 
@@ -37,7 +37,7 @@ fn shapes() -> impl Iterator<Item = Shape> {
 }
 
 /// On every kind of split ring: `spoil` breaks the ring, popping `good` chains works, the next gives what is returned.
-/// The queue is latched then.
+/// The queue is broken then.
 fn refused(indirect: bool, good: usize, spoil: impl Fn(&Memory)) -> QueueError {
     let mut reasons = shapes().map(|shape| {
         let shape = Shape { indirect, ..shape };
@@ -47,22 +47,22 @@ fn refused(indirect: bool, good: usize, spoil: impl Fn(&Memory)) -> QueueError {
         let watched = Watched::new(memory.map.clone(), "device", record.clone());
         let mut queue = Queue::new(watched, shape.config()).unwrap();
         queue.begin_burst();
-        let mut chains: Vec<_> = (0..good).map(|_| queue.pop().unwrap().expect("a good chain")).collect();
-        let reason = queue.pop().map(|chain| chain.map(|chain| chain.head())).unwrap_err();
+        let mut chains: Vec<_> = (0..good).map(|_| queue.pop().expect("a good chain")).collect();
+        let reason = broken(queue.pop()).expect("a bad chain");
 
         let before = record.count.load(Ordering::SeqCst);
         assert_eq!(queue.broken(), Some(reason));
-        assert_eq!(queue.pop().map(|_| ()), Err(reason), "latched");
+        assert_eq!(broken(queue.pop()), Some(reason));
         if let Some(chain) = chains.pop() {
-            assert_eq!(queue.complete(chain), Err(reason), "latched");
+            assert_eq!(queue.complete(chain), Err(reason), "broken");
         }
         assert!(!queue.needs_interrupt());
         queue.begin_burst();
-        assert_eq!(queue.pop().map(|_| ()), Err(reason), "latched");
+        assert_eq!(broken(queue.pop()), Some(reason));
         assert!(!queue.end_burst());
         queue.fail(QueueError::Request { head: 0, reason: "another" });
         assert_eq!(queue.broken(), Some(reason), "the first reason stays");
-        assert_eq!(record.count.load(Ordering::SeqCst), before, "a latched queue touches nothing");
+        assert_eq!(record.count.load(Ordering::SeqCst), before, "a broken queue touches nothing");
         reason
     });
     let first = reasons.next().unwrap();
@@ -85,7 +85,7 @@ fn taken_chain(make: impl Fn(&Memory)) -> (u32, u32) {
         make(&memory);
         memory.available(0, &[0]);
         let mut queue = memory.device();
-        let chain = queue.pop().unwrap().expect("a chain");
+        let chain = queue.pop().expect("a chain");
         let lens = (chain.readable_len(), chain.writable_len());
         queue.complete(chain).unwrap();
         lens
@@ -110,7 +110,7 @@ fn an_available_index_may_be_ahead_by_the_size_and_no_more() {
     let memory = Memory::new(shapes().next().unwrap());
     full(&memory);
     let mut queue = memory.device();
-    assert!(heads.iter().all(|&head| queue.pop().unwrap().unwrap().head() == head));
+    assert!(heads.iter().all(|&head| queue.pop().unwrap().head() == head));
 }
 
 #[test]
@@ -121,10 +121,10 @@ fn an_available_index_that_goes_back_is_a_jump() {
         memory.descriptor(1, BUFFERS, 1, 0, 0);
         memory.available(0, &[0, 1]);
         let mut queue = memory.device();
-        assert!(queue.pop().unwrap().is_some());
-        assert!(queue.pop().unwrap().is_some());
+        assert!(queue.pop().is_ok());
+        assert!(queue.pop().is_ok());
         memory.available(0, &[0]);
-        assert_eq!(queue.pop().map(|_| ()), Err(QueueError::IndexJump { last: 2, index: 1, size: SIZE }));
+        assert_eq!(broken(queue.pop()), Some(QueueError::IndexJump { last: 2, index: 1, size: SIZE }));
     }
 }
 
@@ -134,7 +134,7 @@ fn a_jump_that_shows_when_kicks_are_enabled_again_latches_too() {
         let memory = Memory::new(shape);
         let mut queue = memory.device();
         queue.begin_burst();
-        assert!(queue.pop().unwrap().is_none());
+        assert!(matches!(queue.pop(), Err(PopError::Empty)));
         memory.put16(shape.config().driver + 2, 1000);
         assert!(!queue.end_burst());
         assert_eq!(queue.broken(), Some(QueueError::IndexJump { last: 0, index: 1000, size: SIZE }));
@@ -175,7 +175,7 @@ fn a_head_may_come_again_once_it_is_completed() {
         for round in 0..u16::from(u8::MAX) {
             memory.available(round, &[3]);
             queue.begin_burst();
-            let chain = queue.pop().unwrap().expect("a chain");
+            let chain = queue.pop().expect("a chain");
             queue.complete(chain).unwrap();
         }
     }
@@ -342,7 +342,7 @@ impl GuestMemory for Endless {
         len: u64,
         access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         if address >= Self::START { Ok(()) } else { self.0.resolve(address, len, access, segments) }
     }
 }
@@ -361,13 +361,13 @@ fn a_chain_may_have_2_to_the_32_bytes_and_not_one_more() {
             memory.available(0, &[0]);
             let mut queue = Queue::new(Endless(memory.map.clone()), shape.config()).unwrap();
             match queue.pop() {
-                Ok(Some(chain)) => {
+                Ok(chain) => {
                     assert!(allowed);
                     assert_eq!((chain.readable_len(), chain.writable_len()), (first, second));
                 }
                 other => {
                     assert!(!allowed);
-                    assert_eq!(other.map(|_| ()), Err(QueueError::TooLong { head: 0 }));
+                    assert_eq!(broken(other), Some(QueueError::TooLong { head: 0 }));
                 }
             }
         }
@@ -395,12 +395,13 @@ fn rights_count_for_buffers_and_tables() {
             ],
         );
         let mut queue = Queue::new(translated, shape.config()).unwrap();
-        queue.pop().map(|chain| chain.is_some())
+        queue.pop().map(drop)
     };
     let (read, write) = (Access::READ, Access::WRITE);
-    assert_eq!(rights(read, read, write), Ok(true));
+    assert_eq!(rights(read, read, write), Ok(()));
     for wrong in [rights(write, read, write), rights(read, write, write), rights(read, read, read)] {
-        assert!(matches!(wrong, Err(QueueError::Memory(MemoryError::Forbidden { .. }))), "{wrong:?}");
+        let reason = broken(wrong);
+        assert!(matches!(reason, Some(QueueError::Memory(MemoryError::Forbidden { .. }))), "{reason:?}");
     }
 }
 
@@ -436,7 +437,7 @@ fn a_table_and_a_buffer_in_pieces_of_memory_are_one_for_the_chain() {
         ],
     );
     let mut queue = Queue::new(translated, shape.config()).unwrap();
-    let chain = queue.pop().unwrap().expect("a chain");
+    let chain = queue.pop().expect("a chain");
     let mut bytes = [0; 7];
     chain.read(0, &mut bytes).unwrap();
     assert_eq!(&bytes, b"polyvir");
@@ -456,7 +457,7 @@ fn each_descriptor_is_read_once_and_the_drivers_areas_are_never_written() {
         let watched = Watched::new(memory.map.clone(), "device", record.clone());
         let mut queue = Queue::new(watched, shape.config()).unwrap();
         queue.begin_burst();
-        while let Some(mut chain) = queue.pop().unwrap() {
+        while let Some(mut chain) = popped(queue.pop()) {
             chain.write(0, b"done").unwrap();
             queue.complete(chain).unwrap();
         }

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{BUFFERS, Doorbell, Memory, RING, Rig, Shape, buffer};
+use common::{BUFFERS, Doorbell, Memory, RING, Rig, Shape, broken, buffer};
 use polyvirt_core::queue::packed::layout::{AVAILABLE, NEXT, Position, Tail, USED, WRITE};
 use polyvirt_core::queue::{Layout, QueueError};
 
@@ -20,16 +20,16 @@ fn a_chain_that_goes_on_with_a_descriptor_that_is_not_available_is_refused() {
         let memory = Memory::new(SHAPE);
         let mut device = memory.device();
         // Once with memory for chains to be allocated, once with what a chain before has left.
-        for (head, latched) in [(0, false), (1, true)] {
+        for (head, refused) in [(0, false), (1, true)] {
             device.begin_burst();
             let tail = Tail { len: 4, id: head, flags: at.available_flags() };
-            put(&memory, head.into(), Tail { flags: tail.flags | if latched { NEXT } else { 0 }, ..tail });
-            if latched {
+            put(&memory, head.into(), Tail { flags: tail.flags | if refused { NEXT } else { 0 }, ..tail });
+            if refused {
                 put(&memory, 2, Tail { flags: wrong, ..tail });
-                let refused = device.pop().map(drop);
-                assert_eq!(refused, Err(QueueError::Unavailable { head: 1 }), "{wrong:#x}");
+                let reason = broken(device.pop());
+                assert_eq!(reason, Some(QueueError::Unavailable { head: 1 }), "{wrong:#x}");
             } else {
-                let chain = device.pop().unwrap().expect("a good chain");
+                let chain = device.pop().expect("a good chain");
                 device.complete(chain).unwrap();
             }
         }
@@ -56,7 +56,7 @@ fn a_used_descriptor_has_the_flag_write_if_any_byte_was_written_wherever() {
         let mut rig = Rig::new(SHAPE);
         rig.driver.add_buf(&[buffer(0, 8)], &[buffer(1, 8), buffer(2, 1)], 7).unwrap();
         rig.driver.kick().unwrap();
-        let mut chain = rig.device.pop().unwrap().expect("a chain");
+        let mut chain = rig.device.pop().expect("a chain");
         work(&mut chain);
         rig.device.complete(chain).unwrap();
         let Tail { len, flags, .. } = Tail::from_word(u64::from_ne_bytes(rig.memory.read(RING + 8)));
@@ -76,7 +76,7 @@ fn a_used_descriptor_has_the_flag_write_if_any_byte_was_written_wherever() {
     for (written, flags) in [(1, WRITE), (0, 0)] {
         rig.driver.add_buf(&[], &[buffer(1, 8)], 7).unwrap();
         rig.driver.kick().unwrap();
-        let mut chain = rig.device.pop().unwrap().expect("a chain");
+        let mut chain = rig.device.pop().expect("a chain");
         chain.write(0, &vec![1; written]).unwrap();
         rig.device.complete(chain).unwrap();
         let at = RING + 8 + 16 * (1 - written as u64);

@@ -4,7 +4,7 @@ mod common;
 
 use std::collections::VecDeque;
 
-use common::{BUFFERS, Rig, Shape};
+use common::{BUFFERS, Rig, Shape, popped};
 use polyvirt_core::queue::{AddError, Buffer, ByteOrder, Layout, Queue, QueueError};
 use proptest::prelude::*;
 
@@ -127,7 +127,7 @@ proptest! {
                 }
                 Step::Pop => {
                     let Some(drained) = &mut burst else { continue };
-                    let Some(chain) = rig.device.pop().unwrap() else {
+                    let Some(chain) = popped(rig.device.pop()) else {
                         *drained = true;
                         continue;
                     };

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::Relaxed;
 
-use common::{BUFFERS, Memory, Rig, Shape, every_shape};
-use polyvirt_core::memory::{Faulty, MemoryError};
-use polyvirt_core::queue::{Buffer, Layout, Queue, QueueError, QueueState, SavedQueue};
+use common::{BUFFERS, Memory, Rig, Shape, broken, every_shape, popped};
+use polyvirt_core::memory::{Faulty, Pending};
+use polyvirt_core::queue::{Blocked, Buffer, Layout, PopError, Queue, QueueError, QueueState, SavedQueue};
 
 const SIZE: u16 = 8;
 
@@ -23,7 +23,7 @@ fn add(rig: &mut Rig, count: u64) {
 fn restored(
     rig: &Rig,
     saved: &SavedQueue,
-) -> Result<Queue<std::sync::Arc<polyvirt_core::memory::FlatMemory>>, QueueError> {
+) -> Result<Queue<std::sync::Arc<polyvirt_core::memory::FlatMemory>>, Blocked> {
     Queue::restore(rig.memory.map.clone(), rig.memory.shape.config(), saved)
 }
 
@@ -33,7 +33,7 @@ fn what_was_in_flight_is_taken_again_and_comes_back_once() {
         let mut rig = Rig::new(shape);
         add(&mut rig, 5);
         rig.device.begin_burst();
-        let taken: Vec<_> = (0..3).map(|_| rig.device.pop().unwrap().unwrap()).collect();
+        let taken: Vec<_> = (0..3).map(|_| rig.device.pop().unwrap()).collect();
         let heads: Vec<_> = taken.iter().map(|chain| chain.head()).collect();
         let saved = rig.device.save().unwrap();
         let mut device = restored(&rig, &saved).unwrap();
@@ -43,7 +43,7 @@ fn what_was_in_flight_is_taken_again_and_comes_back_once() {
         }
         device.begin_burst();
         let mut again = Vec::new();
-        while let Some(chain) = device.pop().unwrap() {
+        while let Some(chain) = popped(device.pop()) {
             again.push(chain.head());
             device.complete(chain).unwrap();
         }
@@ -62,10 +62,10 @@ fn a_queue_that_is_saved_before_it_took_everything_again_still_knows_all() {
         Rig::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout: Layout::Modern });
     add(&mut rig, 4);
     rig.device.begin_burst();
-    let _taken: Vec<_> = (0..4).map(|_| rig.device.pop().unwrap().unwrap()).collect();
+    let _taken: Vec<_> = (0..4).map(|_| rig.device.pop().unwrap()).collect();
     let mut device = restored(&rig, &rig.device.save().unwrap()).unwrap();
     device.begin_burst();
-    let first = device.pop().unwrap().unwrap();
+    let first = device.pop().unwrap();
     device.complete(first).unwrap();
     let saved = device.save().unwrap();
     assert_eq!((saved.state, saved.in_flight.as_slice()), (QueueState { available: 4, used: 1 }, &[1, 2, 3][..]));
@@ -77,7 +77,7 @@ fn a_packed_ring_cannot_be_saved_while_descriptors_in_flight_are_overwritten() {
         Rig::new(Shape { size: SIZE, event_idx: false, indirect: false, in_order: false, layout: Layout::Packed });
     add(&mut rig, 3);
     rig.device.begin_burst();
-    let mut taken: Vec<_> = (0..3).map(|_| rig.device.pop().unwrap().unwrap()).collect();
+    let mut taken: Vec<_> = (0..3).map(|_| rig.device.pop().unwrap()).collect();
     rig.device.complete(taken.remove(1)).unwrap();
     assert_eq!(rig.device.save(), Err(QueueError::Overwritten));
     for chain in taken {
@@ -95,8 +95,7 @@ fn states_that_no_queue_can_be_in_are_refused() {
     };
     for shape in every_shape(SIZE) {
         let memory = Memory::new(shape);
-        let refused =
-            |saved: &SavedQueue| Queue::restore(memory.map.clone(), shape.config(), saved).map(|_| ()).unwrap_err();
+        let refused = |saved: &SavedQueue| common::refused(Queue::restore(memory.map.clone(), shape.config(), saved));
         let state = |available, used, in_flight| QueueError::State { in_flight, available, used, size: SIZE };
         let cases = match shape.layout {
             Layout::Packed => vec![
@@ -130,7 +129,7 @@ fn what_a_restored_head_leads_to_is_checked_like_any_other() {
     let mut device = Queue::restore(memory.map.clone(), shape.config(), &saved).unwrap();
     device.begin_burst();
     let reason = QueueError::TooManyDescriptors { head: 2, limit: 8 };
-    assert_eq!(device.pop().map(|_| ()), Err(reason));
+    assert_eq!(broken(device.pop()), Some(reason));
     assert_eq!(device.broken(), Some(reason));
 }
 
@@ -143,7 +142,7 @@ fn a_chain_whose_memory_is_not_known_yet_is_taken_once_it_is() {
         let judge = {
             let known = known.clone();
             move |address, len, _| match address == BUFFERS + 16 && !known.load(Relaxed) {
-                true => Err(MemoryError::NotYet { address, len }),
+                true => Err(Pending { address, len }.into()),
                 false => Ok(()),
             }
         };
@@ -151,7 +150,7 @@ fn a_chain_whose_memory_is_not_known_yet_is_taken_once_it_is() {
         let mut device = Queue::new(memory, rig.memory.shape.config()).unwrap();
         for _ in 0..3 {
             device.begin_burst();
-            while let Some(chain) = device.pop().unwrap() {
+            while let Some(chain) = popped(device.pop()) {
                 device.complete(chain).unwrap();
             }
             assert!(!device.end_burst(), "there is nothing to do until it is known");
@@ -160,7 +159,7 @@ fn a_chain_whose_memory_is_not_known_yet_is_taken_once_it_is() {
         assert_eq!(device.state().available, device.state().used, "what was put off was not taken");
         known.store(true, Relaxed);
         device.begin_burst();
-        while let Some(chain) = device.pop().unwrap() {
+        while let Some(chain) = popped(device.pop()) {
             device.complete(chain).unwrap();
         }
         let mut back = Vec::new();
@@ -182,7 +181,7 @@ fn a_chain_that_is_put_back_is_taken_again_before_any_other() {
             rig.device.begin_burst();
             for times in [0, 1, 3] {
                 for _ in 0..times {
-                    let chain = rig.device.pop().unwrap().expect("a chain");
+                    let chain = rig.device.pop().expect("a chain");
                     rig.device.put_back(chain).unwrap();
                     // Nothing of the driver's is kept: held, the queue could be left here, and gone on with elsewhere.
                     assert_eq!(rig.device.in_flight(), 0, "{shape:?}");
@@ -192,7 +191,7 @@ fn a_chain_that_is_put_back_is_taken_again_before_any_other() {
                     assert!(!rig.device.end_burst(), "it knows itself when to look again");
                     rig.device.begin_burst();
                 }
-                let chain = rig.device.pop().unwrap().expect("a chain");
+                let chain = rig.device.pop().expect("a chain");
                 taken.push(chain.writable()[0].as_ptr().addr());
                 rig.device.complete(chain).unwrap();
             }
@@ -200,14 +199,33 @@ fn a_chain_that_is_put_back_is_taken_again_before_any_other() {
             for token in 0..3 {
                 assert_eq!(rig.driver.get_buf().unwrap().map(|(token, _)| token), Some(token), "{shape:?}, {round}");
             }
-            assert!(rig.device.pop().unwrap().is_none());
+            assert!(matches!(rig.device.pop(), Err(PopError::Empty)));
             rig.device.end_burst();
         }
         // One of another run is refused.
         add(&mut rig, 1);
         rig.device.begin_burst();
-        let chain = rig.device.pop().unwrap().expect("a chain");
+        let chain = rig.device.pop().expect("a chain");
         let stale = QueueError::Stale { head: chain.head() };
         assert_eq!(rig.memory.device().put_back(chain), Err(stale));
+    }
+}
+
+#[test]
+fn a_chain_that_is_put_back_is_the_next_of_the_same_burst_too() {
+    for shape in every_shape(SIZE).flat_map(|shape| [false, true].map(|in_order| Shape { in_order, ..shape })) {
+        let mut rig = Rig::new(shape);
+        add(&mut rig, 3);
+        rig.device.begin_burst();
+        let chain = rig.device.pop().unwrap();
+        let head = chain.head();
+        rig.device.put_back(chain).unwrap();
+        let mut taken = Vec::new();
+        while let Some(chain) = popped(rig.device.pop()) {
+            taken.push(chain.writable()[0].as_ptr().addr());
+            assert!(taken.len() > 1 || chain.head() == head, "{shape:?}");
+            rig.device.complete(chain).unwrap();
+        }
+        assert!(taken.len() == 3 && taken.is_sorted(), "{shape:?}: {taken:x?}");
     }
 }

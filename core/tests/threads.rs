@@ -6,7 +6,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use common::{BUFFERS, Memory, SPLIT, Shape};
+use common::{BUFFERS, Memory, SPLIT, Shape, popped};
 use polyvirt_core::memory::FlatMemory;
 use polyvirt_core::queue::{Buffer, DriverQueue, Layout, Queue};
 use polyvirt_core::transport::{Notify, TransportError};
@@ -104,7 +104,7 @@ fn serve(mut queue: Queue<Arc<FlatMemory>>, kicks: &Wake, interrupts: &Wake) {
         kicks.wait("device");
         loop {
             queue.begin_burst();
-            while let Some(chain) = queue.pop().unwrap() {
+            while let Some(chain) = popped(queue.pop()) {
                 held.push(chain);
             }
             while let Some(mut chain) = held.pop() {

@@ -47,7 +47,7 @@ impl Device<Arc<FlatMemory>> for Honest {
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, Arc<FlatMemory>>) {
         let queue = queues.get(index).unwrap();
         let mut count = 0;
-        while let Some(chain) = queue.pop().unwrap() {
+        while let Ok(chain) = queue.pop() {
             queue.complete(chain).unwrap();
             count += 1;
         }

@@ -133,7 +133,7 @@ pub(crate) fn run(data: &[u8], packed: bool) {
                     Ok(None) => {}
                     Err(reason) => {
                         assert_eq!(queue.get_buf(), Err(reason), "the first reason stays");
-                        assert!(!queue.enable_cb() && !queue.kick().expect("nothing is rung"), "it is latched");
+                        assert!(!queue.enable_cb() && !queue.kick().expect("nothing is rung"), "it is broken");
                     }
                 }
             }

@@ -83,7 +83,7 @@ impl<M: GuestMemory> Echo<M> {
         chain.read(0, &mut bytes[..len]).expect("as long as it says");
         chain.write(0, &bytes[..len]).expect("as long as it says");
         if let Some(queue) = queues.get(index) {
-            // Fails on a latched queue.
+            // Fails on a broken queue.
             let _ = queue.complete(chain);
         }
     }
@@ -116,7 +116,7 @@ where
     fn activate(&mut self, _features: Features, _waker: Waker) {}
 
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
-        while let Some(Ok(Some(chain))) = queues.get(index).map(|queue| queue.pop()) {
+        while let Some(Ok(chain)) = queues.get(index).map(|queue| queue.pop()) {
             let known = self.held.iter().any(|(queue, other)| (*queue, other.head()) == (index, chain.head()));
             assert!(!known, "a head twice in flight");
             if chain.head() % 3 == 0 {

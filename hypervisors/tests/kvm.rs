@@ -401,7 +401,7 @@ impl<M: GuestMemory> device::Device<M> for Capitals {
     fn activate(&mut self, _: Features, _: Waker) {}
     fn kick(&mut self, index: u16, queues: &mut device::Queues<'_, M>) {
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             let mut text = [0; 8];
             chain.read(0, &mut text).unwrap();
             chain.write(0, &text.to_ascii_uppercase()).unwrap();

@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use polyvirt_core::device::{Device, Queues};
 use polyvirt_core::features::Features;
 use polyvirt_core::hypervisor::{Guest as _, Host as _, HypervisorError, Share as _};
-use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
+use polyvirt_core::memory::{Access, GuestMemory, MemoryError, ResolveError};
 use polyvirt_core::queue::{Buffer, Chain, DriverQueue};
 use polyvirt_core::status::Status;
 use polyvirt_core::transport::{self, BlockingTransport as _, Transport as _, TransportError};
@@ -69,7 +69,7 @@ impl<M: GuestMemory + Send> Device<M> for Capitals<M> {
     }
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             if index == 0 {
                 answer(&mut chain);
                 queue.complete(chain).unwrap();
@@ -211,8 +211,8 @@ fn memory_is_ram_and_what_is_above_it_and_ends_there() {
     let limit = address + RAM as u64 + 256 * 4096;
     let resolve = |address, len| host.memory().resolve(address, len, Access::WRITE, |_| {});
     assert_eq!(resolve(limit - 8, 8), Ok(()));
-    assert!(matches!(resolve(limit - 8, 9), Err(MemoryError::NotMapped { .. })));
-    assert!(matches!(resolve(u64::MAX, 2), Err(MemoryError::Wraps { .. })));
+    assert!(matches!(resolve(limit - 8, 9), Err(ResolveError::Fault(MemoryError::NotMapped { .. }))));
+    assert!(matches!(resolve(u64::MAX, 2), Err(ResolveError::Fault(MemoryError::Wraps { .. }))));
 
     host.memory().resolve(address, 4, Access::WRITE, |segment| segment.write(0, b"host").unwrap()).unwrap();
     let mut seen = [0; 4];

@@ -90,7 +90,7 @@ impl<M: GuestMemory<Lease: 'static>> Device<M> for Echo<M> {
     }
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
         let (Some(queue), Some(backend)) = (queues.get(index), &self.backend) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             if index == 1 {
                 backend.requests.send(chain).unwrap();
             } else {

@@ -41,7 +41,7 @@ impl<M: GuestMemory> Device<M> for Echo {
     }
     fn activate(&mut self, _: Features, _: Waker) {}
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
-        while let Some(Ok(Some(mut chain))) = queues.get(index).map(|queue| queue.pop()) {
+        while let Some(Ok(mut chain)) = queues.get(index).map(|queue| queue.pop()) {
             let mut bytes = vec![0; chain.readable_len() as usize];
             chain.read(0, &mut bytes).unwrap();
             chain.write(0, &bytes).unwrap();

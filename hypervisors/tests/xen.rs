@@ -71,7 +71,7 @@ impl<M: GuestMemory<Lease: Send> + Send> Device<M> for Mirror<M> {
     }
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             if index == 1 || self.hold.load(Ordering::SeqCst) {
                 self.kept.push((index, chain));
                 self.waker.wake_by_ref();
@@ -438,15 +438,15 @@ fn the_host_sees_what_is_granted_as_it_is_granted_and_nothing_else() {
     assert!(resolve(read_only, 4096, Access::READ).is_ok());
     for access in [Access::WRITE, BOTH] {
         let refused = resolve(read_only, 1, access).unwrap_err();
-        assert_eq!(refused, MemoryError::Forbidden { address: read_only, len: 1, access });
+        assert_eq!(refused, MemoryError::Forbidden { address: read_only, len: 1, access }.into());
     }
     let _not_granted = after;
     for (address, len) in [(0, 1), (address - 1, 2), (read_only, 4097), (1 << 44, 1), (address, 1 << 40)] {
         let refused = resolve(address, len, Access::READ).unwrap_err();
-        assert_eq!(refused, MemoryError::NotMapped { address, len }, "{address:#x}+{len:#x}");
+        assert_eq!(refused, MemoryError::NotMapped { address, len }.into(), "{address:#x}+{len:#x}");
     }
     let wraps = MemoryError::Wraps { address: u64::MAX, len: 2 };
-    assert_eq!(resolve(u64::MAX, 2, Access::READ).unwrap_err(), wraps);
+    assert_eq!(resolve(u64::MAX, 2, Access::READ).unwrap_err(), wraps.into());
     assert_eq!(resolve(7, 0, Access::READ).unwrap().len(), 0);
 }
 

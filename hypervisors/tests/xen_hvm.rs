@@ -39,7 +39,7 @@ impl<M: GuestMemory> Device<M> for Inverter {
     fn activate(&mut self, _: Features, _: Waker) {}
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             let mut bytes = vec![0; chain.readable_len() as usize];
             chain.read(0, &mut bytes).unwrap();
             bytes.iter_mut().for_each(|byte| *byte = !*byte);

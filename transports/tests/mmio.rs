@@ -222,7 +222,7 @@ impl<M: GuestMemory> Device<M> for Toy {
     fn activate(&mut self, _: Features, _: Waker) {}
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
         let queue = queues.get(index).unwrap();
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             let mut bytes = vec![0; chain.readable_len().min(chain.writable_len()) as usize];
             chain.read(0, &mut bytes).unwrap();
             chain.write(0, &bytes).unwrap();

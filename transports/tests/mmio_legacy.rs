@@ -41,7 +41,7 @@ impl<M: GuestMemory> Device<M> for Toy {
     }
     fn activate(&mut self, _: Features, _: Waker) {}
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
-        while let Some(Ok(Some(mut chain))) = queues.get(index).map(|queue| queue.pop()) {
+        while let Some(Ok(mut chain)) = queues.get(index).map(|queue| queue.pop()) {
             chain.write(0, &[7]).unwrap();
             queues.get(index).unwrap().complete(chain).unwrap();
         }

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 
 use polyvirt_core::memory::{FlatMemory, Owner, Pages, Words};
 use polyvirt_core::queue::split::layout;
-use polyvirt_core::queue::{Buffer, DriverQueue, Layout, Queue, QueueConfig};
+use polyvirt_core::queue::{Buffer, DriverQueue, Layout, PopError, Queue, QueueConfig};
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 
 use super::{Effort, Row, Work, alternate, opponents};
@@ -94,6 +94,15 @@ fn config(shape: Shape, layout: Layout) -> QueueConfig {
     }
 }
 
+/// The chain, if there is one, of a queue that works.
+fn popped<C>(found: Result<C, PopError>) -> Option<C> {
+    match found {
+        Ok(chain) => Some(chain),
+        Err(PopError::Broken(reason)) => panic!("{reason}"),
+        Err(PopError::Empty | PopError::Spent | PopError::Pending(_)) => None,
+    }
+}
+
 /// Our device role on a split ring: the driver only moves the available index.
 fn ours_split<'m>(memory: &'m FlatMemory, shape: Shape) -> Work<'m> {
     let mut queue = Queue::new(memory, config(shape, Layout::Modern)).unwrap();
@@ -106,7 +115,7 @@ fn ours_split<'m>(memory: &'m FlatMemory, shape: Shape) -> Work<'m> {
             index = index.wrapping_add(shape.batch);
             available.store(layout::INDEX, index.to_le(), Ordering::Release);
             queue.begin_burst();
-            while let Some(mut chain) = queue.pop().unwrap() {
+            while let Some(mut chain) = popped(queue.pop()) {
                 let writable = chain.writable_len();
                 chain.set_written(writable);
                 written += u64::from(writable);
@@ -147,7 +156,7 @@ fn round_trip(layout: Layout, batch: u16) -> Work<'static> {
             }
             driver.kick().unwrap();
             device.begin_burst();
-            while let Some(mut chain) = device.pop().unwrap() {
+            while let Some(mut chain) = popped(device.pop()) {
                 let writable = chain.writable_len();
                 chain.set_written(writable);
                 device.complete(chain).unwrap();
@@ -260,7 +269,7 @@ fn two_threads(layout: Layout) -> Work<'static> {
                 let (mut done, mut sum) = (0, 0u64);
                 while done < count {
                     device.begin_burst();
-                    while let Some(chain) = device.pop().unwrap() {
+                    while let Some(chain) = popped(device.pop()) {
                         let mut bytes = [0; COPIED as usize];
                         chain.read(0, &mut bytes).unwrap();
                         sum += u64::from(bytes[0]);

@@ -10,7 +10,7 @@ use std::thread::Builder;
 use std::time::Duration;
 
 use polyvirt_core::hypervisor::{BusDevice, Guest, Host, HypervisorError, Interrupt, Share, WaitForInterrupt};
-use polyvirt_core::memory::{Access, GuestMemory, MemoryError, Pages, Segment};
+use polyvirt_core::memory::{Access, GuestMemory, MemoryError, Pages, ResolveError, Segment};
 use polyvirt_transports::mmio::Registers;
 use polyvirt_transports::pci::{AddressMap, Doorbell, Machine, Message, Platform, Root, SharedDevice, Wires};
 use polyvirt_transports::xenbus::{Channel, Domain, Store};
@@ -221,10 +221,10 @@ impl<M: GuestMemory> GuestMemory for FlawedMemory<M> {
         len: u64,
         access: Access,
         mut segments: impl FnMut(Segment<M::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         let beyond = self.end.zip(address.checked_add(len)).map(|(end, wanted)| wanted.wrapping_sub(end));
         match (self.flaw, beyond) {
-            (Some(Flaw::ByteShort), Some(0)) if len > 0 => Err(MemoryError::NotMapped { address, len }),
+            (Some(Flaw::ByteShort), Some(0)) if len > 0 => Err(MemoryError::NotMapped { address, len }.into()),
             (Some(Flaw::ByteLong), Some(1)) if len > 1 => {
                 self.memory.resolve(address, len - 1, access, &mut segments)?;
                 self.memory.resolve(address + len - 2, 1, access, segments)

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use polyvirt_core::hypervisor::{Host as _, HypervisorError, Share as _};
-use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
+use polyvirt_core::memory::{Access, GuestMemory, MemoryError, ResolveError};
 use polyvirt_hypervisors::xen::{self, Guest, sys};
 
 use super::output::Output;
@@ -34,17 +34,25 @@ fn tried() -> Result<Vec<(&'static str, bool, String)>, HypervisorError> {
     let address = guest.share(&pages, Access::READ)?;
     let readable = resolve(address, Access::READ).is_ok();
     let written = resolve(address, Access::READ | Access::WRITE);
-    let refused = readable && matches!(written, Err(MemoryError::Forbidden { .. }));
+    let refused = readable && matches!(written, Err(ResolveError::Fault(MemoryError::Forbidden { .. })));
     tried.push(("read-only-grant", refused, format!("{written:?}")));
 
     // Nobody has granted the last reference of the table.
     let bad = resolve(u64::from(u32::MAX - 1) << 12, Access::READ);
-    tried.push(("bad-reference", matches!(bad, Err(MemoryError::NotMapped { .. })), format!("{bad:?}")));
+    tried.push((
+        "bad-reference",
+        matches!(bad, Err(ResolveError::Fault(MemoryError::NotMapped { .. }))),
+        format!("{bad:?}"),
+    ));
 
     let stranger = Guest::new(Arc::new(sys::Domain::open()?), ANOTHER);
     let theirs = stranger.allocate(PAGE)?;
     let foreign = resolve(stranger.share(&theirs, Access::READ)?, Access::READ);
-    tried.push(("foreign-domain", matches!(foreign, Err(MemoryError::NotMapped { .. })), format!("{foreign:?}")));
+    tried.push((
+        "foreign-domain",
+        matches!(foreign, Err(ResolveError::Fault(MemoryError::NotMapped { .. }))),
+        format!("{foreign:?}"),
+    ));
 
     let mut lease = None;
     let kept = memory.resolve(address, 1, Access::READ, |part| lease = Some(part));

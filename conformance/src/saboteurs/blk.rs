@@ -156,7 +156,7 @@ impl Device<Memory> for Forgetful {
             return self.honest.kick(index, queues);
         }
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(_)) = queue.pop() {
+        while queue.pop().is_ok() {
             self.held.fetch_add(1, Ordering::Relaxed);
         }
     }

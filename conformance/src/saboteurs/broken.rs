@@ -128,7 +128,7 @@ impl Device<Memory> for Broken {
 }
 
 fn each(queue: &mut Queue<Memory>, mut serve: impl FnMut(&mut Taken)) {
-    while let Ok(Some(mut chain)) = queue.pop() {
+    while let Ok(mut chain) = queue.pop() {
         serve(&mut chain);
         let _ = queue.complete(chain);
     }
@@ -224,7 +224,7 @@ impl Device<Memory> for Hoarder {
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, Memory>) {
         if self.hoard.is_empty()
             && let Some(queue) = queues.get(index)
-            && let Ok(Some(chain)) = queue.pop()
+            && let Ok(chain) = queue.pop()
         {
             self.hoard.push(chain);
         }

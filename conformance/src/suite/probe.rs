@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use polyvirt_core::memory::{Access, Accessed, Faulty, GuestMemory, Log, MemoryError, Watched};
+use polyvirt_core::memory::{Access, Accessed, Faulty, GuestMemory, Log, MemoryError, ResolveError, Watched};
 
 use super::Objection;
 
@@ -74,12 +74,12 @@ impl Probe {
 }
 
 impl Shared {
-    fn judge(&self, address: u64, len: u64, access: Access) -> Result<(), MemoryError> {
+    fn judge(&self, address: u64, len: u64, access: Access) -> Result<(), ResolveError> {
         let overlaps = |&(from, size, right): &(u64, u64, Access)| {
             access.intersects(right) && address < from.saturating_add(size) && from < address.saturating_add(len)
         };
         match lock(&self.refused).iter().any(overlaps) {
-            true => Err(MemoryError::Forbidden { address, len, access }),
+            true => Err(MemoryError::Forbidden { address, len, access }.into()),
             false => Ok(()),
         }
     }

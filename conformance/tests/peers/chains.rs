@@ -1,5 +1,6 @@
 //! Our device role and rust-vmm's see the same chains, write the same used ring, and answer the driver's wishes alike.
 
+use polyvirt_core::queue::PopError;
 use polyvirt_core::queue::split::layout::{INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, WRITE};
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -106,13 +107,14 @@ proptest! {
             let offered = offer(&mut ring, round);
             let mut taken = Vec::new();
             ours.begin_burst();
-            while let Some(chain) = ours.pop().unwrap() {
+            while let Ok(chain) = ours.pop() {
                 let their = theirs.pop_descriptor_chain(&*ring.theirs).map(|chain| ring.walk(chain));
                 let their = their.expect("they see a chain too");
                 prop_assert_eq!(chain.head(), their.head);
                 prop_assert_eq!(Some(ring.pieces(&chain)), their.pieces());
                 taken.push(Some(chain));
             }
+            prop_assert_eq!(ours.broken(), None);
             prop_assert!(theirs.pop_descriptor_chain(&*ring.theirs).is_none());
             prop_assert_eq!(taken.len(), offered.len());
 
@@ -130,7 +132,7 @@ proptest! {
             if ours.end_burst() {
                 // As many as the queue is long: who knows whether there are more?
                 ours.begin_burst();
-                prop_assert!(ours.pop().unwrap().is_none());
+                prop_assert!(matches!(ours.pop(), Err(PopError::Empty)));
                 prop_assert!(!ours.end_burst(), "all was taken");
             }
             let (used, wish) = (ring.used(), ring.wish_for_kicks());

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 
 use polyvirt_conformance::bench::opponents::Catcher;
 use polyvirt_core::memory::{FlatMemory, Pages};
-use polyvirt_core::queue::{self, Layout, QueueConfig};
+use polyvirt_core::queue::{self, Layout, PopError, QueueConfig};
 use proptest::prelude::*;
 use virtio_drivers::queue::VirtQueue;
 use virtio_drivers::{BufferDirection, Hal, PAGE_SIZE, PhysAddr};
@@ -156,9 +156,10 @@ proptest! {
                 sent.extend(Request::add(&mut driver, inputs.clone(), rooms));
             }
             device.begin_burst();
-            while let Some(chain) = device.pop().unwrap() {
+            while let Ok(chain) = device.pop() {
                 held.push(chain);
             }
+            prop_assert_eq!(device.broken(), None);
             let answered = round.answered.len().min(held.len());
             for index in &round.answered[..answered] {
                 let mut chain = held.remove(usize::from(*index) % held.len());
@@ -171,7 +172,7 @@ proptest! {
             prop_assert_eq!(device.needs_interrupt(), answered > 0, "their driver always wants to know");
             while device.end_burst() {
                 device.begin_burst();
-                prop_assert!(device.pop().unwrap().is_none());
+                prop_assert!(matches!(device.pop(), Err(PopError::Empty)));
             }
             let mut back = 0;
             while let Some(token) = driver.peek_used() {

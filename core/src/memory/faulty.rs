@@ -2,7 +2,7 @@
 
 use alloc::sync::Arc;
 
-use super::{Access, GuestMemory, MemoryError, Segment};
+use super::{Access, GuestMemory, ResolveError, Segment};
 
 /// Guest memory that asks a judge before it resolves a range, and refuses what the judge refuses.
 #[derive(Clone)]
@@ -11,7 +11,7 @@ pub struct Faulty<M> {
     judge: Arc<Judge>,
 }
 
-type Judge = dyn Fn(u64, u64, Access) -> Result<(), MemoryError> + Send + Sync;
+type Judge = dyn Fn(u64, u64, Access) -> Result<(), ResolveError> + Send + Sync;
 
 impl<M> Faulty<M> {
     /// Puts `judge` (address, length, access) in front of `inner`.
@@ -29,7 +29,7 @@ impl<M: GuestMemory> GuestMemory for Faulty<M> {
         len: u64,
         access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         (self.judge)(address, len, access)?;
         self.inner.resolve(address, len, access, segments)
     }
@@ -37,7 +37,7 @@ impl<M: GuestMemory> GuestMemory for Faulty<M> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{FlatMemory, Pages};
+    use super::super::{FlatMemory, MemoryError, Pages};
     use super::*;
 
     #[test]
@@ -47,13 +47,16 @@ mod tests {
             &flat,
             Arc::new(|address, len, access: Access| {
                 if access.contains(Access::WRITE) && address < 0x100 {
-                    return Err(MemoryError::Forbidden { address, len, access });
+                    return Err(MemoryError::Forbidden { address, len, access }.into());
                 }
                 Ok(())
             }),
         );
         assert!(memory.resolve(0x10, 4, Access::READ, |_| {}).is_ok());
         assert!(memory.resolve(0x100, 4, Access::WRITE, |_| {}).is_ok());
-        assert!(matches!(memory.resolve(0x10, 4, Access::WRITE, |_| {}), Err(MemoryError::Forbidden { .. })));
+        assert!(matches!(
+            memory.resolve(0x10, 4, Access::WRITE, |_| {}),
+            Err(ResolveError::Fault(MemoryError::Forbidden { .. }))
+        ));
     }
 }

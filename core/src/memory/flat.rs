@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::marker::PhantomData;
 
-use super::{Access, GuestMemory, Lease, MemoryError, Owner, Pages, Segment};
+use super::{Access, GuestMemory, Lease, MemoryError, Owner, Pages, ResolveError, Segment};
 
 /// Guest-physical ranges and the host memory behind each.
 ///
@@ -109,14 +109,14 @@ impl FlatMemory {
         len: u64,
         lease: impl Fn(&Owner) -> L,
         mut segments: impl FnMut(Segment<L>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         if len > 0 && address.checked_add(len - 1).is_none() {
-            return Err(MemoryError::Wraps { address, len });
+            return Err(MemoryError::Wraps { address, len }.into());
         }
         let mut done = 0;
         while done < len {
             let at = address + done;
-            let Some(region) = self.region(at) else { return Err(MemoryError::NotMapped { address, len }) };
+            let region = self.region(at).ok_or(MemoryError::NotMapped { address, len })?;
             let offset = (at - region.base) as usize;
             let here = (len - done).min((region.pages.len() - offset) as u64);
             // SAFETY: as in `resolve`.
@@ -145,7 +145,7 @@ impl<'m> GuestMemory for &'m FlatMemory {
         len: u64,
         _access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         FlatMemory::resolve(self, address, len, |_| Borrowed(PhantomData), segments)
     }
 
@@ -164,7 +164,7 @@ impl GuestMemory for Arc<FlatMemory> {
         len: u64,
         _access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         FlatMemory::resolve(self, address, len, |_| Arc::clone(self), segments)
     }
 
@@ -188,7 +188,7 @@ impl GuestMemory for ByRegion<'_> {
         len: u64,
         _access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         self.0.resolve(address, len, Arc::clone, segments)
     }
 
@@ -203,7 +203,7 @@ mod tests {
     use super::*;
     use std::vec;
 
-    fn resolve(memory: &FlatMemory, address: u64, len: u64) -> Result<Vec<usize>, MemoryError> {
+    fn resolve(memory: &FlatMemory, address: u64, len: u64) -> Result<Vec<usize>, ResolveError> {
         let mut lens = vec![];
         GuestMemory::resolve(&memory, address, len, Access::READ, |segment| lens.push(segment.len()))?;
         Ok(lens)
@@ -214,9 +214,9 @@ mod tests {
         let memory = FlatMemory::new([(0x1000, Pages::allocate(0x1000))]);
         assert_eq!(resolve(&memory, 0x1ff0, 0x10), Ok(vec![0x10]));
         assert_eq!(resolve(&memory, 0x1000, 0x1000), Ok(vec![0x1000]));
-        assert!(matches!(resolve(&memory, 0x1ff0, 0x11), Err(MemoryError::NotMapped { .. })));
-        assert!(matches!(resolve(&memory, 0xfff, 2), Err(MemoryError::NotMapped { .. })));
-        assert!(matches!(resolve(&memory, 0x2000, 1), Err(MemoryError::NotMapped { .. })));
+        assert!(matches!(resolve(&memory, 0x1ff0, 0x11), Err(ResolveError::Fault(MemoryError::NotMapped { .. }))));
+        assert!(matches!(resolve(&memory, 0xfff, 2), Err(ResolveError::Fault(MemoryError::NotMapped { .. }))));
+        assert!(matches!(resolve(&memory, 0x2000, 1), Err(ResolveError::Fault(MemoryError::NotMapped { .. }))));
     }
 
     #[test]
@@ -224,8 +224,8 @@ mod tests {
         let top = 0u64.wrapping_sub(0x1000);
         let memory = FlatMemory::new([(0, Pages::allocate(0x1000)), (top, Pages::allocate(0x1000))]);
         assert_eq!(resolve(&memory, top, 0x1000), Ok(vec![0x1000]));
-        assert!(matches!(resolve(&memory, top, 0x1001), Err(MemoryError::Wraps { .. })));
-        assert!(matches!(resolve(&memory, top + 1, u64::MAX), Err(MemoryError::Wraps { .. })));
+        assert!(matches!(resolve(&memory, top, 0x1001), Err(ResolveError::Fault(MemoryError::Wraps { .. }))));
+        assert!(matches!(resolve(&memory, top + 1, u64::MAX), Err(ResolveError::Fault(MemoryError::Wraps { .. }))));
     }
 
     #[test]
@@ -236,7 +236,7 @@ mod tests {
             (0x2000, Pages::allocate(0x1000)),
         ]);
         assert_eq!(resolve(&memory, 0x1800, 0x1000), Ok(vec![0x800, 0x800]));
-        assert!(matches!(resolve(&memory, 0x2800, 0x2000), Err(MemoryError::NotMapped { .. })));
+        assert!(matches!(resolve(&memory, 0x2800, 0x2000), Err(ResolveError::Fault(MemoryError::NotMapped { .. }))));
     }
 
     #[test]

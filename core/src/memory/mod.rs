@@ -31,7 +31,7 @@ bitflags::bitflags! {
     }
 }
 
-/// Why an access to guest memory was refused.
+/// Why an access to guest memory was refused: a fault, and trying again does not help.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MemoryError {
     /// The range, or a part of it, is not memory that the device may see.
@@ -51,14 +51,6 @@ pub enum MemoryError {
         len: u64,
         /// What was wanted.
         access: Access,
-    },
-    /// Whether the device may see the range is not known yet, but asked for: nothing is wrong, it has to be tried again.
-    #[error("{address:#x}+{len:#x}: not translated yet")]
-    NotYet {
-        /// Device-visible start.
-        address: u64,
-        /// Bytes.
-        len: u64,
     },
     /// `address + len` exceeds 2^64.
     #[error("{address:#x}+{len:#x} wraps around the address space")]
@@ -96,12 +88,36 @@ pub enum MemoryError {
     },
 }
 
-impl MemoryError {
+/// What the device may do with a range is not known yet, and asked for: nothing is wrong, and it is to be tried again when
+/// whoever was asked has answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{address:#x}+{len:#x}: not translated yet")]
+pub struct Pending {
+    /// Device-visible start.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// Why a range of guest memory was not resolved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResolveError {
+    /// Not now: no fault of anyone's.
+    #[error(transparent)]
+    Pending(#[from] Pending),
+    /// Not at all.
+    #[error(transparent)]
+    Fault(#[from] MemoryError),
+}
+
+impl ResolveError {
     /// The same of the range that the one it names is a part of.
     pub(crate) const fn of(self, address: u64, len: u64) -> Self {
         match self {
-            Self::NotMapped { .. } => Self::NotMapped { address, len },
-            Self::Forbidden { access, .. } => Self::Forbidden { address, len, access },
+            Self::Fault(MemoryError::NotMapped { .. }) => Self::Fault(MemoryError::NotMapped { address, len }),
+            Self::Fault(MemoryError::Forbidden { access, .. }) => {
+                Self::Fault(MemoryError::Forbidden { address, len, access })
+            }
             other => other,
         }
     }
@@ -124,7 +140,7 @@ pub trait GuestMemory: Clone {
         len: u64,
         access: Access,
         segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError>;
+    ) -> Result<(), ResolveError>;
 
     /// The host memory behind `address .. address + len`, if it is one piece that can be had at once; none says nothing,
     /// [`GuestMemory::resolve`] does. Small enough to be part of a device's innermost loop.
@@ -140,7 +156,7 @@ pub trait GuestMemory: Clone {
         address: u64,
         len: u64,
         access: Access,
-    ) -> Result<Words<W, Self::Lease>, MemoryError> {
+    ) -> Result<Words<W, Self::Lease>, ResolveError> {
         let mut only = None;
         let mut pieces = 0;
         self.resolve(address, len, access, |segment| {
@@ -148,8 +164,8 @@ pub trait GuestMemory: Clone {
             only = Some(segment);
         })?;
         match only {
-            Some(segment) if pieces == 1 => Words::new(segment),
-            _ => Err(MemoryError::Scattered { address, len }),
+            Some(segment) if pieces == 1 => Ok(Words::new(segment)?),
+            _ => Err(MemoryError::Scattered { address, len }.into()),
         }
     }
 }

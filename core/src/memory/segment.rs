@@ -11,25 +11,13 @@ use super::MemoryError;
 /// What keeps a [`Segment`] accessible, and sees its accesses.
 ///
 /// The hooks are for memory that is not simply there: a log of accesses, a mirror that is filled by DMA. For plain
-/// memory they are empty and cost nothing. Offsets are relative to the segment.
+/// memory they are empty and cost nothing. Offsets are relative to the segment. What becomes of a queue's chains is not to be
+/// told from them: a queue has an [observer](crate::queue::Observer) for that.
 pub trait Lease: Send {
     /// `len` bytes at `offset` are about to be read.
     #[inline(always)]
     fn before_load(&self, offset: usize, len: usize) {
         let _ = (offset, len);
-    }
-
-    /// `len` bytes at `offset` were read.
-    #[inline(always)]
-    fn after_load(&self, offset: usize, len: usize) {
-        let _ = (offset, len);
-    }
-
-    /// A word of `len` bytes is about to be stored at `offset`, as it will stand there. Bytes that are copied are not told
-    /// beforehand.
-    #[inline(always)]
-    fn before_store(&self, offset: usize, len: usize, word: u64) {
-        let _ = (offset, len, word);
     }
 
     /// `len` bytes at `offset` were written.
@@ -145,7 +133,6 @@ impl<L: Lease> Segment<L> {
         // SAFETY: the range is inside the segment (checked), mapped while the lease lives, and cannot overlap `into`,
         // of which a Rust reference exists. A concurrent writer can change which bytes arrive, not where they go.
         unsafe { core::ptr::copy_nonoverlapping(from.cast_const(), into.as_mut_ptr(), into.len()) };
-        self.lease.after_load(offset, into.len());
         Ok(())
     }
 
@@ -235,10 +222,6 @@ pub trait Word: sealed::Sealed + Copy {
     /// `at` must be mapped for writing and aligned to the size of the word.
     #[doc(hidden)]
     unsafe fn store(at: *mut u8, value: Self, order: Ordering);
-
-    /// The same number.
-    #[doc(hidden)]
-    fn to_u64(self) -> u64;
 }
 
 macro_rules! words {
@@ -256,10 +239,6 @@ macro_rules! words {
                 // SAFETY: as above.
                 unsafe { <$atomic>::from_ptr(at.cast()) }.store(value, order)
             }
-            #[inline(always)]
-            fn to_u64(self) -> u64 {
-                self.into()
-            }
         }
         #[cfg(loom)]
         impl Word for $word {
@@ -271,9 +250,6 @@ macro_rules! words {
             #[track_caller]
             unsafe fn store(at: *mut u8, value: Self, order: Ordering) {
                 crate::sync::model::store(at.addr(), value.into(), order);
-            }
-            fn to_u64(self) -> u64 {
-                self.into()
             }
         }
     )*};
@@ -330,7 +306,6 @@ impl<W: Word, L: Lease> Words<W, L> {
         self.segment.lease.before_load(index * size_of::<T>(), size_of::<T>());
         // SAFETY: inside the segment and aligned, see `at`.
         let value = unsafe { T::load(at, order) };
-        self.segment.lease.after_load(index * size_of::<T>(), size_of::<T>());
         Some(value)
     }
 
@@ -350,7 +325,6 @@ impl<W: Word, L: Lease> Words<W, L> {
     #[cfg_attr(loom, track_caller)]
     pub fn try_store<T: Word>(&self, index: usize, value: T, order: Ordering) -> bool {
         let Some(at) = self.at::<T>(index) else { return false };
-        self.segment.lease.before_store(index * size_of::<T>(), size_of::<T>(), value.to_u64());
         // SAFETY: inside the segment and aligned, see `at`.
         unsafe { T::store(at, value, order) };
         self.segment.lease.after_store(index * size_of::<T>(), size_of::<T>());
@@ -370,7 +344,6 @@ impl<W: Word, L: Lease> Words<W, L> {
             let at = self.segment.start.as_ptr().add(index * size_of::<W>());
             (W::load(at, order), W::load(at.add(size_of::<W>()), order))
         };
-        self.segment.lease.after_load(index * size_of::<W>(), 2 * size_of::<W>());
         Some(pair)
     }
 
@@ -388,7 +361,6 @@ impl<W: Word, L: Lease> Words<W, L> {
             let last = W::load(at.add(size_of::<W>()), order);
             (W::load(at, Ordering::Relaxed), last)
         };
-        self.segment.lease.after_load(index * size_of::<W>(), 2 * size_of::<W>());
         Some(pair)
     }
 
@@ -399,9 +371,6 @@ impl<W: Word, L: Lease> Words<W, L> {
     pub fn store_pair(&self, index: usize, values: (W, W), order: Ordering) -> bool {
         if index >= self.last {
             return false;
-        }
-        for (word, value) in [values.0, values.1].into_iter().enumerate() {
-            self.segment.lease.before_store((index + word) * size_of::<W>(), size_of::<W>(), value.to_u64());
         }
         // SAFETY: as in `load_pair`.
         unsafe {

@@ -4,7 +4,7 @@ use alloc::collections::BTreeMap;
 use alloc::sync::Arc;
 use core::ops::Range;
 
-use super::{Access, GuestMemory, MemoryError, Segment};
+use super::{Access, GuestMemory, MemoryError, ResolveError, Segment};
 
 /// Bytes of a page of [`Translated`].
 pub const PAGE_SIZE: u64 = 4096;
@@ -108,9 +108,9 @@ impl<M: GuestMemory> GuestMemory for Translated<M> {
         len: u64,
         access: Access,
         mut segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         if len > 0 && address.checked_add(len - 1).is_none() {
-            return Err(MemoryError::Wraps { address, len });
+            return Err(MemoryError::Wraps { address, len }.into());
         }
         // Neighbouring runs that are neighbours in `inner` too are resolved in one piece.
         let (mut done, mut run) = (0, None::<(u64, u64)>);
@@ -119,12 +119,13 @@ impl<M: GuestMemory> GuestMemory for Translated<M> {
             let page = at / PAGE_SIZE;
             let found = self.runs.range(..=page).next_back().filter(|(start, run)| page - *start < run.pages);
             let Some((&start, &Run { pages, to, rights })) = found else {
-                return Err(MemoryError::NotMapped { address: at, len: (PAGE_SIZE - at % PAGE_SIZE).min(len - done) });
+                let len = (PAGE_SIZE - at % PAGE_SIZE).min(len - done);
+                return Err(MemoryError::NotMapped { address: at, len }.into());
             };
             let left = (pages - (page - start)).saturating_mul(PAGE_SIZE) - at % PAGE_SIZE;
             let here = left.min(len - done);
             if !rights.contains(access) {
-                return Err(MemoryError::Forbidden { address: at, len: here, access });
+                return Err(MemoryError::Forbidden { address: at, len: here, access }.into());
             }
             let to = (to + (page - start)).saturating_mul(PAGE_SIZE).saturating_add(at % PAGE_SIZE);
             run = match run {
@@ -163,14 +164,14 @@ mod tests {
         let resolve = |address, len, access| {
             let mut parts = vec![];
             memory.resolve(address, len, access, |part| parts.push(part))?;
-            Ok::<Vec<_>, MemoryError>(parts)
+            Ok::<Vec<_>, ResolveError>(parts)
         };
         let lens = |address, len| resolve(address, len, Access::WRITE).map(|p| p.iter().map(Segment::len).collect());
         assert_eq!(lens(0x10800, 0x1000), Ok(vec![0x1000]), "contiguous on both sides");
         assert_eq!(lens(0x11800, 0x1000), Ok(vec![0x800, 0x800]));
-        assert!(matches!(lens(0x12800, 0x1000), Err(MemoryError::Forbidden { .. })));
-        assert!(matches!(lens(0xf000, 1), Err(MemoryError::NotMapped { .. })));
-        assert!(matches!(lens(0x10000, u64::MAX), Err(MemoryError::Wraps { .. })));
+        assert!(matches!(lens(0x12800, 0x1000), Err(ResolveError::Fault(MemoryError::Forbidden { .. }))));
+        assert!(matches!(lens(0xf000, 1), Err(ResolveError::Fault(MemoryError::NotMapped { .. }))));
+        assert!(matches!(lens(0x10000, u64::MAX), Err(ResolveError::Fault(MemoryError::Wraps { .. }))));
         let mut byte = [0];
         resolve(0x13000, 1, Access::READ).unwrap()[0].read(0, &mut byte).unwrap();
         assert_eq!(byte, [7]);
@@ -187,7 +188,7 @@ mod tests {
             let mut at = None;
             memory.resolve(address, 1, Access::READ, |part| at = Some(part.as_ptr().addr()))?;
             let base = flat.pages(0, 1).unwrap().as_ptr().addr();
-            Ok::<_, MemoryError>(at.unwrap() - base)
+            Ok::<_, ResolveError>(at.unwrap() - base)
         };
         assert_eq!(place(&memory, 0x101fff), Ok(0x9fff));
         assert!(place(&memory, 0x102000).is_err());

@@ -2,7 +2,7 @@
 
 use alloc::sync::Arc;
 
-use super::{Access, GuestMemory, Lease, MemoryError, Segment};
+use super::{Access, GuestMemory, Lease, ResolveError, Segment};
 
 /// One access to guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,7 +54,7 @@ impl<M: GuestMemory> GuestMemory for Watched<M> {
         len: u64,
         access: Access,
         mut segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         let mut at = address;
         self.inner.resolve(address, len, access, |segment| {
             let address = at;
@@ -89,14 +89,6 @@ impl<L: Lease> Lease for WatchedLease<L> {
     fn before_load(&self, offset: usize, len: usize) {
         self.log(offset, len, Access::READ);
         self.inner.before_load(offset, len);
-    }
-
-    fn after_load(&self, offset: usize, len: usize) {
-        self.inner.after_load(offset, len);
-    }
-
-    fn before_store(&self, offset: usize, len: usize, word: u64) {
-        self.inner.before_store(offset, len, word);
     }
 
     fn after_store(&self, offset: usize, len: usize) {

@@ -7,8 +7,8 @@ use core::sync::atomic::{AtomicU32, Ordering};
 
 use super::chain::{Parts, clamp};
 use super::packed::layout::Position;
-use super::{Chain, MAX_QUEUE_SIZE, QueueError};
-use crate::memory::{Access, GuestMemory, Lease, MemoryError, Segment};
+use super::{Blocked, Chain, MAX_QUEUE_SIZE, PopError, QueueError};
+use crate::memory::{Access, GuestMemory, Lease, MemoryError, Pending, Segment};
 
 /// The most bytes that a chain may have in all (2.7.5.2).
 const CHAIN_LEN_MAX: u64 = 1 << 32;
@@ -30,26 +30,29 @@ const WORK: u32 = 1 << 16;
 /// Distinguishes the runs of all queues, so that a chain cannot be completed on a queue that it does not come from.
 static RUNS: AtomicU32 = AtomicU32::new(0);
 
-/// The run of a queue that is latched: of no chain.
-const LATCHED: u32 = u32::MAX;
-
 /// Set in the run of a chain whose list of segments is longer than those that are kept. What is compared anyway shows that
 /// too, so that it costs other chains nothing.
 const LONG: u32 = 1 << 31;
 
-/// The queue is latched, for a reason that [`Chains::broken`] tells. Without the reason, so that what is checked in
-/// passing costs a branch and no more.
+/// A number for the run of a queue.
+fn new_run() -> u32 {
+    RUNS.fetch_add(1, Ordering::Relaxed) % LONG
+}
+
+/// The ring gives no chain; why, [`Chains::stopped`] tells. Without the reason, so that what is checked in passing costs a
+/// branch and no more.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Latched;
+pub(super) struct Stopped;
 
 /// The chains of a running queue: which are in flight, and the memory of those that came back.
 pub(super) struct Chains<L> {
     run: u32,
-    broken: Option<QueueError>,
-    /// Whether a chain could not be taken yet.
-    put_off: bool,
-    /// What this burst has looked at so far, as [`WORK`] counts it; more than that once a chain had to be put off for it.
+    /// What keeps the next chain from being taken. If it is a fault, the next is none.
+    blocked: Option<Blocked>,
+    /// What this burst has looked at so far, as [`WORK`] counts it.
     work: u32,
+    /// Whether a chain waits for the next burst, because this one has looked at enough.
+    exhausted: bool,
     /// By head or buffer id. A byte each: what asks whether one is in flight checks its range as well.
     in_flight: Box<[bool]>,
     /// The memory of completed chains, so that the steady state allocates nothing: one for each chain that was in flight
@@ -62,8 +65,7 @@ impl<L> Chains<L> {
     /// `identities`: how many values a head or buffer id can have.
     pub(super) fn new(identities: usize) -> Self {
         let in_flight = vec![false; identities].into();
-        let run = RUNS.fetch_add(1, Ordering::Relaxed) % (LATCHED & !LONG);
-        Self { run, broken: None, put_off: false, work: 0, in_flight, spare: Vec::new() }
+        Self { run: new_run(), blocked: None, work: 0, exhausted: false, in_flight, spare: Vec::new() }
     }
 
     /// Whether `head` (or a buffer id) is one, and not in flight.
@@ -109,7 +111,7 @@ impl<L> Chains<L> {
 
     /// Why `head` is not free.
     #[cold]
-    pub(super) fn not_free(&mut self, head: u16) -> Latched {
+    pub(super) fn not_free(&mut self, head: u16) -> Stopped {
         let size = self.in_flight.len() as u32;
         let inside = u32::from(head) < size;
         self.fail(if inside { QueueError::InFlight { head } } else { QueueError::Index { index: head, size } })
@@ -173,21 +175,18 @@ impl<L> Chains<L> {
     /// Another burst begins.
     #[inline(always)]
     pub(super) fn begin_burst(&mut self) {
-        self.work = 0;
+        (self.work, self.exhausted) = (0, false);
     }
 
     /// Whether this burst ended because it has looked at enough.
     pub(super) const fn is_exhausted(&self) -> bool {
-        self.work > WORK
+        self.exhausted
     }
 
-    /// Whether a chain that takes its time may be put together in this burst; if not, it is put off.
-    pub(super) fn may_work(&mut self) -> Result<(), Latched> {
-        if self.work < WORK {
-            return Ok(());
-        }
-        (self.work, self.put_off) = (u32::MAX, true);
-        Err(Latched)
+    /// Whether a chain that takes its time may be put together in this burst.
+    pub(super) fn may_work(&mut self) -> Result<(), Stopped> {
+        self.exhausted |= self.work >= WORK;
+        if self.exhausted { Err(Stopped) } else { Ok(()) }
     }
 
     /// A chain that was put together took so many descriptors and segments.
@@ -196,33 +195,62 @@ impl<L> Chains<L> {
         self.work = self.work.saturating_add(work).min(WORK);
     }
 
-    /// A chain cannot be taken. That latches the queue, unless it is no fault.
+    /// A chain cannot be put together. For a fault the queue is broken: its run is over, so that no chain of it comes back.
+    /// The first reason stays.
     #[cold]
     #[inline(never)]
-    pub(super) fn fail(&mut self, reason: QueueError) -> Latched {
-        if let QueueError::Memory(MemoryError::NotYet { .. }) = reason {
-            self.put_off = true;
-            return Latched;
+    pub(super) fn block(&mut self, blocked: Blocked) -> Stopped {
+        if self.broken().is_none() {
+            if let Blocked::Broken(_) = blocked {
+                self.run = new_run();
+            }
+            self.blocked = Some(blocked);
         }
-        self.latch(reason)
+        Stopped
     }
 
-    /// Latches the queue: from now on no chain comes back. The first reason stays.
-    pub(super) fn latch(&mut self, reason: QueueError) -> Latched {
-        self.run = LATCHED;
-        self.broken.get_or_insert(reason);
-        Latched
+    /// As [`Chains::block`], for a fault.
+    #[cold]
+    pub(super) fn fail(&mut self, reason: QueueError) -> Stopped {
+        self.block(reason.into())
     }
 
-    /// Whether the chain that failed last was only put off: [its memory](MemoryError::NotYet) is not known yet, or this burst
-    /// has looked at enough.
-    pub(super) fn take_put_off(&mut self) -> bool {
-        core::mem::take(&mut self.put_off)
+    /// Whether the next chain could not be taken when it was looked at last.
+    pub(super) const fn is_blocked(&self) -> bool {
+        self.blocked.is_some()
     }
 
-    /// Why the queue is latched.
+    /// The next chain is looked at anew, if the queue is not broken.
+    pub(super) fn look_again(&mut self) {
+        if self.pending().is_some() {
+            self.blocked = None;
+        }
+    }
+
+    /// Why there was no chain.
+    pub(super) fn stopped(&self) -> PopError {
+        match self.blocked {
+            Some(Blocked::Broken(reason)) => PopError::Broken(reason),
+            Some(Blocked::Pending(pending)) => PopError::Pending(pending),
+            None if self.exhausted => PopError::Spent,
+            None => PopError::Empty,
+        }
+    }
+
+    /// What the next chain waited for when it was looked at last.
+    pub(super) const fn pending(&self) -> Option<Pending> {
+        match self.blocked {
+            Some(Blocked::Pending(pending)) => Some(pending),
+            _ => None,
+        }
+    }
+
+    /// Why the queue is broken.
     pub(super) const fn broken(&self) -> Option<QueueError> {
-        self.broken
+        match self.blocked {
+            Some(Blocked::Broken(reason)) => Some(reason),
+            _ => None,
+        }
     }
 }
 
@@ -270,20 +298,20 @@ impl<L: Lease> Assembly<L> {
         head: u16,
         (address, len): (u64, u32),
         writable: bool,
-    ) -> Result<(), QueueError> {
+    ) -> Result<(), Blocked> {
         let access = if writable {
             self.turn();
             Access::WRITE
         } else {
             if self.state & TURNED != 0 {
-                return Err(QueueError::Order { head });
+                return Err(QueueError::Order { head }.into());
             }
             Access::READ
         };
         self.state += u64::from(len);
         // Before it is looked up: memory in small pieces makes segments of what no chain can have.
         if self.state & !TURNED > CHAIN_LEN_MAX {
-            return Err(QueueError::TooLong { head });
+            return Err(QueueError::TooLong { head }.into());
         }
         let Parts { run, segments, .. } = &mut *self.parts;
         gather(memory, head, (address, len), access, segments)?;
@@ -305,7 +333,7 @@ impl<L: Lease> Assembly<L> {
 
     /// The chain, known to the driver as `head` (or buffer id), which takes `entries` descriptors of the ring.
     #[inline(always)]
-    pub(super) fn finish(mut self, chains: &mut Chains<L>, head: u16, entries: u16) -> Result<Chain<L>, Latched> {
+    pub(super) fn finish(mut self, chains: &mut Chains<L>, head: u16, entries: u16) -> Result<Chain<L>, Stopped> {
         self.turn();
         let len = self.state & !TURNED;
         if len >= CHAIN_LEN_MAX {
@@ -320,7 +348,7 @@ impl<L: Lease> Assembly<L> {
     /// A part may have exactly 2^32 bytes; the last of them has no use, because the used length cannot count it.
     #[cold]
     #[inline(never)]
-    fn finish_long(mut self, chains: &mut Chains<L>, head: u16, entries: u16) -> Result<Chain<L>, Latched> {
+    fn finish_long(mut self, chains: &mut Chains<L>, head: u16, entries: u16) -> Result<Chain<L>, Stopped> {
         let len = self.state & !TURNED;
         if len > CHAIN_LEN_MAX {
             return Err(chains.fail(QueueError::TooLong { head }));
@@ -345,7 +373,7 @@ pub(super) fn gather<M: GuestMemory>(
     (address, len): (u64, u32),
     access: Access,
     segments: &mut Vec<Segment<M::Lease>>,
-) -> Result<(), QueueError> {
+) -> Result<(), Blocked> {
     let (mut at, mut left) = (address, u64::from(len));
     loop {
         // Part by part, so that what has too many pieces is not looked up to its end.
@@ -358,7 +386,7 @@ pub(super) fn gather<M: GuestMemory>(
             })
             .map_err(|error| error.of(address, len.into()))?;
         if segments.len() > SEGMENTS_MAX {
-            return Err(QueueError::Scattered { head, limit: SEGMENTS_MAX });
+            return Err(QueueError::Scattered { head, limit: SEGMENTS_MAX }.into());
         }
         left -= part;
         if left == 0 {

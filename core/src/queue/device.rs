@@ -1,14 +1,16 @@
 //! The device's role, whatever the ring format.
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::ops::ControlFlow;
 
+use super::observer::{Extra, Observer};
 use super::order::Waiting;
 use super::packed::device::Ring as Packed;
 use super::split::device::Ring as Split;
 use super::split::layout::{Big, Little};
-use super::{ByteOrder, Chain, Layout, QueueConfig, QueueError, QueueState, SavedQueue};
-use crate::memory::GuestMemory;
+use super::{Blocked, ByteOrder, Chain, Layout, PopError, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::memory::{GuestMemory, Pending};
 
 /// The most chains that a burst takes: enough for what surrounds a burst not to count.
 pub const BURST: u16 = 1024;
@@ -17,7 +19,7 @@ pub const BURST: u16 = 1024;
 pub struct Queue<M: GuestMemory> {
     ring: Ring<M>,
     /// How many chains [`Queue::pop`] may take before it has to think: part of the burst's budget, and 0 as long as the
-    /// driver was not asked to be quiet, or the queue is latched.
+    /// driver was not asked to be quiet, or the queue is broken.
     ready: u16,
     /// Chains that this burst may still take besides.
     budget: u16,
@@ -32,8 +34,7 @@ pub struct Queue<M: GuestMemory> {
     /// Heads of chains that were taken before the queue was restored, that could not be taken yet, or that were put back:
     /// they are taken again first, the last one here before all others.
     again: Vec<u16>,
-    /// If chains have to be used in the order in which they were taken: those that cannot be yet.
-    waiting: Option<Waiting<M::Lease>>,
+    extra: Option<Box<Extra<M::Lease>>>,
 }
 
 /// Its tag is a byte of its own, which is faster to tell apart than what hides in a field.
@@ -63,20 +64,22 @@ fn rarely<T>(work: impl FnOnce() -> T) -> T {
 }
 
 impl<M: GuestMemory> Queue<M> {
-    /// Resolves the ring areas of `config` and takes the queue into use, from index 0.
-    pub fn new(memory: M, config: QueueConfig) -> Result<Self, QueueError> {
+    /// Resolves the ring areas of `config` and takes the queue into use, from index 0. If they are [pending](Blocked::Pending),
+    /// it has to be tried again once they are there.
+    pub fn new(memory: M, config: QueueConfig) -> Result<Self, Blocked> {
         let ring = match config.layout {
             Layout::Modern | Layout::Legacy(ByteOrder::Little) => Ring::Split(Split::new(memory, &config)?),
             Layout::Legacy(ByteOrder::Big) => Ring::SplitBig(Split::new(memory, &config)?),
             Layout::Packed => Ring::Packed(Packed::new(memory, &config)?),
         };
         let waiting = config.in_order.then(|| Waiting::new(config.size));
+        let extra = waiting.map(|waiting| Box::new(Extra { waiting: Some(waiting), observer: None }));
         let (burst, again) = (config.size.min(BURST), Vec::new());
-        Ok(Self { ring, ready: 0, budget: burst, burst, drained: false, quiet: false, held: false, again, waiting })
+        Ok(Self { ring, ready: 0, budget: burst, burst, drained: false, quiet: false, held: false, again, extra })
     }
 
     /// As [`Queue::new`], going on where `state` says that the device was. A state that this ring cannot be in is refused.
-    pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, QueueError> {
+    pub fn resume(memory: M, config: QueueConfig, state: QueueState) -> Result<Self, Blocked> {
         let mut queue = Self::new(memory, config)?;
         ring!(&mut queue.ring, ring => ring.resume(state))?;
         Ok(queue)
@@ -87,7 +90,7 @@ impl<M: GuestMemory> Queue<M> {
     /// On a packed ring a chain that is used overwrites the oldest one in flight, so if another is older still this is
     /// [`QueueError::Overwritten`]: [hold](Self::hold) the queue and finish first.
     pub fn save(&self) -> Result<SavedQueue, QueueError> {
-        if self.waiting.is_some() {
+        if self.extra.as_ref().is_some_and(|extra| extra.waiting.is_some()) {
             // The ring itself tells the order: go back to the oldest that is not used.
             let used = self.state().used;
             return Ok(SavedQueue { state: QueueState { available: used, used }, in_flight: Vec::new() });
@@ -103,11 +106,18 @@ impl<M: GuestMemory> Queue<M> {
 
     /// As [`Queue::new`], going on where [`Queue::save`] left: what was in flight is popped again, before anything else.
     /// Whatever `saved` says is checked: it may come from anywhere.
-    pub fn restore(memory: M, config: QueueConfig, saved: &SavedQueue) -> Result<Self, QueueError> {
+    pub fn restore(memory: M, config: QueueConfig, saved: &SavedQueue) -> Result<Self, Blocked> {
         let mut queue = Self::resume(memory, config, saved.state)?;
         ring!(&mut queue.ring, ring => ring.restore(saved))?;
         queue.again = saved.in_flight.iter().rev().copied().collect();
         Ok(queue)
+    }
+
+    /// From now on `observer` sees what is taken and given back. For a queue that has taken nothing yet: of what is in flight
+    /// already it has to know itself.
+    pub fn observe(&mut self, observer: Box<dyn Observer>) {
+        let extra = self.extra.get_or_insert_with(|| Box::new(Extra { waiting: None, observer: None }));
+        extra.observer = Some(observer);
     }
 
     /// Where the device is: complete once no chain is [in flight](Self::in_flight).
@@ -134,7 +144,7 @@ impl<M: GuestMemory> Queue<M> {
     pub fn hold(&mut self) {
         (self.held, self.ready, self.budget) = (true, 0, 0);
         if core::mem::take(&mut self.quiet) && self.broken().is_none() {
-            // Whoever goes on with the ring looks at it first; an error latches it, which tells itself.
+            // Whoever goes on with the ring looks at it first; an error breaks it, which tells itself.
             let _ = ring!(&mut self.ring, ring => ring.enable_kicks());
         }
     }
@@ -154,48 +164,67 @@ impl<M: GuestMemory> Queue<M> {
         ring!(&self.ring, ring => ring.size())
     }
 
-    /// Takes the next available chain; none if there is none, or this burst's budget is used up. An error latches the
-    /// queue and is returned again by every later call.
+    /// Takes the next available chain, or says why there is none. A fault [breaks](PopError::Broken) the queue, and every
+    /// later call says so again; a chain that is [pending](PopError::Pending) is looked at again by the next call.
     #[inline(always)]
-    pub fn pop(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
+    pub fn pop(&mut self) -> Result<Chain<M::Lease>, PopError> {
         if self.ready == 0
             && let ControlFlow::Break(chain) = self.look()
         {
             return chain;
         }
         match ring!(&mut self.ring, ring => ring.pop()) {
-            Some(mut chain) => {
+            Ok(chain) => {
                 self.ready -= 1;
-                if let Some(waiting) = &mut self.waiting {
-                    waiting.number(&mut chain);
-                }
-                Ok(Some(chain))
+                Ok(if self.extra.is_some() { self.tell_taken(chain) } else { chain })
             }
-            None => self.nothing(),
+            Err(_) => Err(self.stopped()),
         }
     }
 
-    /// There was no chain after all, or it cannot be taken yet, or it latched the queue.
+    /// Hands the chain through, so that it stays in a register where there is nobody to tell.
     #[cold]
     #[inline(never)]
-    fn nothing(&mut self) -> Result<Option<Chain<M::Lease>>, QueueError> {
-        self.budget += core::mem::take(&mut self.ready);
-        if let Some(head) = ring!(&mut self.ring, ring => ring.take_put_off()) {
-            self.again.extend(head);
-            return Ok(None);
+    fn tell_taken(&mut self, mut chain: Chain<M::Lease>) -> Chain<M::Lease> {
+        if let Some(extra) = &mut self.extra {
+            extra.taken(&mut chain);
         }
-        self.drained = true;
-        self.broken().map_or(Ok(None), Err)
+        chain
+    }
+
+    /// There was no chain after all, or it cannot be taken now, or it broke the queue.
+    #[cold]
+    #[inline(never)]
+    fn stopped(&mut self) -> PopError {
+        self.budget += core::mem::take(&mut self.ready);
+        let why = ring!(&self.ring, ring => ring.stopped());
+        match why {
+            PopError::Spent | PopError::Pending(_) => self.again.extend(ring!(&self.ring, ring => ring.left())),
+            PopError::Empty | PopError::Broken(_) => self.drained = true,
+        }
+        why
+    }
+
+    /// Something kept the next chain from being taken: if that is no fault, and this burst goes on, it is looked at anew.
+    #[cold]
+    #[inline(never)]
+    fn look_again(&mut self) -> Option<QueueError> {
+        if self.budget > 0 {
+            ring!(&mut self.ring, ring => ring.look_again());
+        }
+        self.broken()
     }
 
     /// Whether there may be a chain to take, or what there is instead.
     #[inline(never)]
-    fn look(&mut self) -> ControlFlow<Result<Option<Chain<M::Lease>>, QueueError>> {
-        if let Some(reason) = self.broken() {
-            return ControlFlow::Break(Err(reason));
+    fn look(&mut self) -> ControlFlow<Result<Chain<M::Lease>, PopError>> {
+        if ring!(&self.ring, ring => ring.is_blocked())
+            && let Some(reason) = self.look_again()
+        {
+            return ControlFlow::Break(Err(PopError::Broken(reason)));
         }
         if self.budget == 0 {
-            return ControlFlow::Break(Ok(None));
+            return ControlFlow::Break(Err(PopError::Spent));
         }
         if !self.quiet {
             self.quiet = true;
@@ -203,20 +232,20 @@ impl<M: GuestMemory> Queue<M> {
         }
         if let Some(head) = self.again.pop() {
             let chain = ring!(&mut self.ring, ring => ring.take_again(head));
-            let Ok(mut chain) = chain else { return ControlFlow::Break(self.nothing()) };
+            let chain = match chain {
+                Ok(chain) => chain,
+                Err(_) => return ControlFlow::Break(Err(self.stopped())),
+            };
             self.budget -= 1;
-            if let Some(waiting) = &mut self.waiting {
-                waiting.number(&mut chain);
-            }
-            return ControlFlow::Break(Ok(Some(chain)));
+            return ControlFlow::Break(Ok(self.tell_taken(chain)));
         }
         let Ok(available) = ring!(&mut self.ring, ring => ring.available()) else {
-            return ControlFlow::Break(self.broken().map_or(Ok(None), Err));
+            return ControlFlow::Break(Err(self.stopped()));
         };
         self.ready = available.min(self.budget);
         self.budget -= self.ready;
         self.drained |= self.ready == 0;
-        if self.ready == 0 { ControlFlow::Break(Ok(None)) } else { ControlFlow::Continue(()) }
+        if self.ready == 0 { ControlFlow::Break(Err(PopError::Empty)) } else { ControlFlow::Continue(()) }
     }
 
     /// Gives a chain back with [`Chain::written`] bytes written. If buffers have to be used in order (VIRTIO_F_IN_ORDER), it
@@ -225,26 +254,24 @@ impl<M: GuestMemory> Queue<M> {
     /// A chain that does not belong to this run of the queue is refused ([`QueueError::Stale`]) and dropped.
     #[inline(always)]
     pub fn complete(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
-        if self.waiting.is_some() {
-            return self.complete_in_order(chain);
+        if self.extra.is_some() {
+            return self.complete_with_extra(chain);
         }
-        // A latched queue takes no chain back either.
+        // A broken queue takes no chain back either.
         ring!(&mut self.ring, ring => ring.complete(chain))
             .map_err(|head| self.broken().unwrap_or(QueueError::Stale { head }))
     }
 
+    #[cold]
     #[inline(never)]
-    fn complete_in_order(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
+    fn complete_with_extra(&mut self, chain: Chain<M::Lease>) -> Result<(), QueueError> {
         let stale = QueueError::Stale { head: chain.head() };
-        let Some(waiting) = &mut self.waiting else { return Err(stale) };
+        let Some(extra) = &mut self.extra else { return Err(stale) };
         if !ring!(&self.ring, ring => ring.owns(&chain)) {
             return Err(self.broken().unwrap_or(stale));
         }
-        waiting.keep(chain);
-        while let Some(next) = waiting.next() {
-            ring!(&mut self.ring, ring => ring.complete(next)).map_err(|head| QueueError::Stale { head })?;
-        }
-        Ok(())
+        let done = extra.complete(chain, |chain| ring!(&mut self.ring, ring => ring.complete(chain)));
+        done.map_err(|head| QueueError::Stale { head })
     }
 
     /// Puts the newest chain back, as if it had not been taken: [`Queue::pop`] finds it again, before any other. For a
@@ -257,9 +284,11 @@ impl<M: GuestMemory> Queue<M> {
         let head = chain.head();
         let again = ring!(&mut self.ring, ring => ring.put_back(chain))
             .map_err(|()| self.broken().unwrap_or(QueueError::Stale { head }))?;
+        // It comes before what was found available.
+        self.budget += core::mem::take(&mut self.ready);
         self.again.extend(again);
-        if let Some(waiting) = &mut self.waiting {
-            waiting.forget_newest();
+        if let Some(extra) = &mut self.extra {
+            extra.put_back();
         }
         Ok(())
     }
@@ -302,13 +331,19 @@ impl<M: GuestMemory> Queue<M> {
         ring!(&mut self.ring, ring => ring.enable_kicks()).is_ok_and(|available| available && self.drained)
     }
 
-    /// Latches the queue with `reason`; the first reason stays.
+    /// Breaks the queue for `reason`; the first reason stays.
     pub fn fail(&mut self, reason: QueueError) {
         self.ready = 0;
         ring!(&mut self.ring, ring => ring.fail(reason));
     }
 
-    /// Why the queue is latched; none while it works.
+    /// What the next chain waits for: it is neither taken nor given up. None if it was not pending when [`Queue::pop`] looked
+    /// last.
+    pub fn pending(&self) -> Option<Pending> {
+        ring!(&self.ring, ring => ring.pending())
+    }
+
+    /// Why the queue is broken; none while it works.
     pub fn broken(&self) -> Option<QueueError> {
         ring!(&self.ring, ring => ring.broken())
     }

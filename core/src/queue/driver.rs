@@ -35,7 +35,7 @@ pub enum AddError<T> {
         /// Entries.
         size: u16,
     },
-    /// The queue is latched.
+    /// The queue is broken.
     #[error(transparent)]
     Broken(QueueError),
     /// The kick failed.
@@ -380,7 +380,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
         self.notify.notify_at(next).map_or_else(AddError::Notify, |()| AddError::Full(token))
     }
 
-    /// Publishes what was added, and notifies the device unless it asked not to. True if it was notified; a latched queue
+    /// Publishes what was added, and notifies the device unless it asked not to. True if it was notified; a broken queue
     /// is left alone.
     #[inline(always)]
     pub fn kick(&mut self) -> Result<bool, TransportError> {
@@ -458,7 +458,7 @@ impl<T, N: Notify> DriverQueue<T, N> {
         }
     }
 
-    /// Wants interrupts again. False if buffers were used meanwhile, or the queue is latched: the caller has to look
+    /// Wants interrupts again. False if buffers were used meanwhile, or the queue is broken: the caller has to look
     /// again.
     pub fn enable_cb(&mut self) -> bool {
         let enabled = self.broken.is_none() && ring!(&mut self.ring, ring => ring.enable_interrupts());

@@ -7,6 +7,7 @@ mod assembly;
 mod chain;
 mod device;
 mod driver;
+mod observer;
 mod order;
 pub mod packed;
 pub mod split;
@@ -15,10 +16,11 @@ mod table;
 pub use chain::{Chain, ChainError};
 pub use device::{BURST, Queue};
 pub use driver::{AddError, Buffer, DriverQueue};
+pub use observer::{Observer, Taken};
 
 use alloc::vec::Vec;
 
-use crate::memory::MemoryError;
+use crate::memory::{MemoryError, Pending, ResolveError};
 
 /// The largest queue that the spec allows (2.7: queue size is at most 32768).
 pub const MAX_QUEUE_SIZE: u16 = 32768;
@@ -113,8 +115,52 @@ impl QueueState {
     }
 }
 
-/// What is wrong with a queue. Any of these, once met in a running queue, latches it: nothing is taken from it or put
-/// into it until it is reset.
+/// What keeps a queue from being taken into use, or a chain from being put together: two things that have nothing in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Blocked {
+    /// Nothing is wrong: it has to be tried again once that memory is there.
+    #[error("pending: {0}")]
+    Pending(#[from] Pending),
+    /// The driver, or the device, broke it.
+    #[error(transparent)]
+    Broken(#[from] QueueError),
+}
+
+impl From<MemoryError> for Blocked {
+    fn from(error: MemoryError) -> Self {
+        Self::Broken(error.into())
+    }
+}
+
+impl From<ResolveError> for Blocked {
+    fn from(error: ResolveError) -> Self {
+        match error {
+            ResolveError::Pending(pending) => Self::Pending(pending),
+            ResolveError::Fault(fault) => fault.into(),
+        }
+    }
+}
+
+/// Why [`Queue::pop`] gives no chain. A device ends its turn whichever it is; what follows, the
+/// [state machine](crate::state::VirtioDevice) knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PopError {
+    /// The driver has made nothing more available.
+    #[error("nothing is available")]
+    Empty,
+    /// This burst has taken or looked at all that it may, or the queue is held: there may be more.
+    #[error("the burst is over")]
+    Spent,
+    /// The next chain cannot be taken before its memory is there. It stays the next.
+    #[error("pending: {0}")]
+    Pending(Pending),
+    /// The queue is broken: it gives nothing any more, whatever is tried.
+    #[error(transparent)]
+    Broken(QueueError),
+}
+
+/// What is wrong with a queue. Any of these, once met in a running queue, breaks it: nothing is taken from it or put into
+/// it until it is reset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum QueueError {
     /// The size is 0, above the maximum, or not a power of two where the format demands one.

@@ -2,8 +2,8 @@
 
 use alloc::vec::Vec;
 
-use super::QueueError;
 use super::assembly::{SEGMENTS_KEPT, gather};
+use super::{Blocked, QueueError};
 use crate::memory::{Access, GuestMemory, Lease, Segment};
 
 /// Bytes of an entry, in either format of rings.
@@ -27,7 +27,7 @@ impl<L: Lease> Table<L> {
         memory: &M,
         head: u16,
         place: (u64, u32),
-    ) -> Result<(), QueueError> {
+    ) -> Result<(), Blocked> {
         gather(memory, head, place, Access::READ, &mut self.segments)?;
         let mut end = 0;
         self.ends.extend(self.segments.iter().map(|segment| {

@@ -116,7 +116,7 @@ impl<M: GuestMemory> Device<M> for Fake<M::Lease> {
         self.book.with(|book| book.calls.push(Call::Kick(index)));
         for index in 0..MAX.len() as u16 {
             let Some(queue) = queues.get(index) else { continue };
-            while let Ok(Some(chain)) = queue.pop() {
+            while let Ok(chain) = queue.pop() {
                 self.book.with(|book| book.served += 1);
                 if self.book.with(|book| book.slow) {
                     self.held.push((index, chain));

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use polyvirt_core::memory::{FlatMemory, Pages};
-use polyvirt_core::queue::{Buffer, ByteOrder, DriverQueue, Layout, Queue, QueueConfig};
+use polyvirt_core::queue::{Blocked, Buffer, ByteOrder, DriverQueue, Layout, PopError, Queue, QueueConfig, QueueError};
 use polyvirt_core::queue::{packed, split};
 use polyvirt_core::transport::{Notify, TransportError, Virtqueue};
 
@@ -29,6 +29,31 @@ pub fn every_shape(size: u16) -> impl Iterator<Item = Shape> {
     layouts.flat_map(move |layout| {
         [false, true].map(|event_idx| Shape { size, event_idx, indirect: false, in_order: false, layout })
     })
+}
+
+/// The chain, if there is one, of a queue that works.
+pub fn popped<C>(found: Result<C, PopError>) -> Option<C> {
+    match found {
+        Ok(chain) => Some(chain),
+        Err(PopError::Broken(reason)) => panic!("{reason}"),
+        Err(PopError::Empty | PopError::Spent | PopError::Pending(_)) => None,
+    }
+}
+
+/// What the queue is broken by, as [`Queue::pop`] says.
+pub fn broken<C>(popped: Result<C, PopError>) -> Option<QueueError> {
+    match popped.map(drop) {
+        Err(PopError::Broken(reason)) => Some(reason),
+        _ => None,
+    }
+}
+
+/// What is wrong with a queue that cannot be taken into use.
+pub fn refused<Q>(made: Result<Q, Blocked>) -> QueueError {
+    match made.map(drop) {
+        Err(Blocked::Broken(reason)) => reason,
+        other => panic!("refused, not {other:?}"),
+    }
 }
 
 /// A doorbell that counts.
@@ -159,7 +184,7 @@ impl Rig {
         let mut served = 0;
         loop {
             self.device.begin_burst();
-            while let Some(chain) = self.device.pop().unwrap() {
+            while let Some(chain) = popped(self.device.pop()) {
                 self.device.complete(chain).unwrap();
                 served += 1;
             }

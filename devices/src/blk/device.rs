@@ -164,7 +164,7 @@ impl<B: Backend, M: GuestMemory> Device<B, M> {
             let stale = |index| self.forgotten.values().any(|queue| queue.is_none_or(|queue| queue == index));
             let Some(index) = self.turns.take(|index| !stale(index)) else { return };
             if let Some(queue) = queues.get(index)
-                && let Ok(Some(chain)) = queue.pop()
+                && let Ok(chain) = queue.pop()
             {
                 self.turns.add(index);
                 self.accept(index, queue, chain);
@@ -263,7 +263,7 @@ impl<B: Backend, M: GuestMemory> Device<B, M> {
 fn answer<M: GuestMemory>(queue: &mut Queue<M>, mut chain: Chain<M::Lease>, status: u8) {
     let last = chain.writable_len() - 1;
     if chain.write(last, &[status]).is_ok() {
-        // Fails only on a queue that is latched, which has its reason already.
+        // Fails only on a queue that is broken, which has its reason already.
         let _ = queue.complete(chain);
     }
 }

@@ -70,7 +70,7 @@ impl Device {
     fn receive<M: GuestMemory>(&self, queue: &mut Queue<M>) {
         let mut far = self.far.lock();
         while !far.input.is_empty() {
-            let Ok(Some(mut chain)) = queue.pop() else { return };
+            let Ok(mut chain) = queue.pop() else { return };
             let mut done = 0;
             while !far.input.is_empty() && done < chain.writable_len() {
                 let count = far.input.len().min(PIECE).min((chain.writable_len() - done) as usize);
@@ -82,7 +82,7 @@ impl Device {
                 done += count as u32;
             }
             far.listener.wake_by_ref();
-            // Fails only on a queue that is latched, which has its reason already.
+            // Fails only on a queue that is broken, which has its reason already.
             let _ = queue.complete(chain);
         }
     }
@@ -92,7 +92,7 @@ impl Device {
     fn transmit<M: GuestMemory>(&mut self, queue: &mut Queue<M>) {
         let mut far = self.far.lock();
         while far.output.len() < BACKLOG {
-            let Ok(Some(chain)) = queue.pop() else { return };
+            let Ok(chain) = queue.pop() else { return };
             // A driver may have exchanged the buffer for a shorter one meanwhile.
             let len = chain.readable_len();
             while self.sent < len && far.output.len() < BACKLOG {
@@ -105,7 +105,7 @@ impl Device {
                 self.sent += count as u32;
             }
             far.listener.wake_by_ref();
-            // Either fails only on a queue that is latched, which has its reason already.
+            // Either fails only on a queue that is broken, which has its reason already.
             if self.sent < len {
                 let _ = queue.put_back(chain);
                 return;

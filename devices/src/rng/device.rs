@@ -63,7 +63,7 @@ impl<S: Source, M: GuestMemory> device::Device<M> for Device<S> {
 
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             let wanted = (chain.writable_len() as usize).min(FILL);
             let mut piece = [0; PIECE];
             let mut done = 0;
@@ -78,7 +78,7 @@ impl<S: Source, M: GuestMemory> device::Device<M> for Device<S> {
                 }
                 done += piece.len();
             }
-            // Fails only on a queue that is latched, which has its reason already.
+            // Fails only on a queue that is broken, which has its reason already.
             let _ = queue.complete(chain);
         }
     }

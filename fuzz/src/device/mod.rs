@@ -7,7 +7,9 @@ use std::sync::Arc;
 
 use polyvirt_core::memory::{FlatMemory, WatchedLease};
 use polyvirt_core::queue::packed::layout::{Position, Tail};
-use polyvirt_core::queue::{self, ByteOrder, Layout, Queue, QueueConfig, QueueError, QueueState, SavedQueue};
+use polyvirt_core::queue::{
+    self, Blocked, ByteOrder, Layout, PopError, Queue, QueueConfig, QueueError, QueueState, SavedQueue,
+};
 use polyvirt_core::queue::{packed, split};
 
 use crate::allocations;
@@ -180,7 +182,7 @@ impl Bench {
         let most = 8 + 2 * (PARTS * size).ilog2() as usize;
         assert!(allocations::count().calls - calls <= most, "one pop allocated more than {most} times");
         match popped {
-            Ok(Some(chain)) => {
+            Ok(chain) => {
                 let segments = chain.readable().len() + chain.writable().len();
                 assert!(segments <= PARTS * size, "{segments} segments");
                 let sum = |part: &[_]| part.iter().map(segment_len).sum::<u64>();
@@ -198,8 +200,10 @@ impl Bench {
                 }
                 self.held.push(chain);
             }
-            Ok(None) => {}
-            Err(reason) => assert_eq!(self.queue.broken(), Some(reason)),
+            Err(PopError::Broken(reason)) => assert_eq!(self.queue.broken(), Some(reason)),
+            // Of memory that is there nothing is pending.
+            Err(PopError::Pending(pending)) => panic!("{pending}"),
+            Err(PopError::Empty | PopError::Spent) => assert_eq!(self.queue.broken(), None),
         }
     }
 
@@ -214,7 +218,7 @@ impl Bench {
         assert_eq!(done.is_ok(), broken.is_none(), "what is in flight can be completed: {done:?}");
         let accesses = self.ram.accesses();
         if done.is_err() {
-            assert_eq!(accesses, 0, "a latched queue writes nothing");
+            assert_eq!(accesses, 0, "a broken queue writes nothing");
             return;
         }
         let used: Vec<_> = if in_order {
@@ -257,7 +261,7 @@ impl Bench {
                 let broken = self.queue.broken();
                 let saved = self.queue.save();
                 assert_eq!(self.ram.accesses(), 0, "saving touches memory");
-                // What cannot be saved, and a queue that is latched, are left as they are.
+                // What cannot be saved, and a queue that is broken, are left as they are.
                 let (Ok(saved), None) = (saved, broken) else { return false };
                 let restored = Queue::restore(self.ram.memory(), config, &saved);
                 match restored {
@@ -292,7 +296,7 @@ impl Bench {
     }
 
     /// Goes on with `other`, if it can be.
-    fn replace(&mut self, other: Result<Queue<Memory>, QueueError>) -> bool {
+    fn replace(&mut self, other: Result<Queue<Memory>, Blocked>) -> bool {
         let Ok(other) = other else { return false };
         self.queue = other;
         self.saved = None;

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use polyvirt_core::hypervisor::{self, BusDevice, Cause, HypervisorError, Interrupt};
-use polyvirt_core::memory::{Access, GuestMemory, MemoryError, Segment};
+use polyvirt_core::memory::{Access, GuestMemory, MemoryError, ResolveError, Segment};
 use polyvirt_transports::xenbus::{HostPlace, Ports, Store};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -32,7 +32,7 @@ impl GuestMemory for Memory {
         len: u64,
         access: Access,
         mut segments: impl FnMut(Segment<Self::Lease>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         if len == 0 {
             return Ok(());
         }
@@ -40,7 +40,7 @@ impl GuestMemory for Memory {
         let absent = MemoryError::NotMapped { address, len };
         let (first, last) = (address >> PAGE_SHIFT, end >> PAGE_SHIFT);
         let (Ok(first), Ok(count)) = (u32::try_from(first), u32::try_from(last - first + 1)) else {
-            return Err(absent);
+            return Err(absent.into());
         };
         let map = |access| self.calls.map(self.guest, first, count, access);
         let pages = map(access).map_err(|_| match access.contains(Access::WRITE) && map(Access::READ).is_ok() {

@@ -203,7 +203,7 @@ impl Device<Arc<FlatMemory>> for Toy {
     }
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, Arc<FlatMemory>>) {
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             let mut bytes = vec![0; chain.readable_len() as usize];
             chain.read(0, &mut bytes).unwrap();
             bytes.reverse();

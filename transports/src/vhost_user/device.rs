@@ -72,7 +72,7 @@ pub(super) struct Ring {
     pub(super) due: bool,
     /// Whether kicks do not come: the device looks by itself.
     pub(super) polled: bool,
-    /// Whether it is broken, which was told: latched, if it runs; else it cannot be taken as it is set up.
+    /// Whether it is broken, which was told: the queue itself, if it runs; else it cannot be taken as it is set up.
     pub(super) broken: bool,
     /// What [`Request::GetVringBase`] told.
     pub(super) handed_back: Option<u32>,

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use polyvirt_core::memory::Pages;
 
@@ -27,6 +27,8 @@ struct Parts {
     bits: Option<Pages>,
     /// What is told that there is something new.
     event: Option<Bell>,
+    /// The used rings of running queues: which queue's, where it is for the guest, bytes, and where it is logged besides.
+    used: Vec<(usize, u64, u64, Arc<UsedLog>)>,
 }
 
 impl DirtyLog {
@@ -55,6 +57,17 @@ impl DirtyLog {
         self.change(|parts| parts.event = Some(event));
     }
 
+    /// The used ring of queue `index`, `len` bytes at `address`, is logged in `besides`, too.
+    pub(super) fn add_used(&self, index: usize, address: u64, len: u64, besides: Arc<UsedLog>) {
+        self.forget_used(index);
+        self.lock().used.push((index, address, len, besides));
+    }
+
+    /// Queue `index` has stopped.
+    pub(super) fn forget_used(&self, index: usize) {
+        self.lock().used.retain(|(queue, ..)| *queue != index);
+    }
+
     /// Whether writes are logged.
     #[inline(always)]
     pub(super) fn is_active(&self) -> bool {
@@ -65,14 +78,16 @@ impl DirtyLog {
     /// is the front end's choice.
     #[cold]
     pub(super) fn mark(&self, address: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
         let parts = self.lock();
-        let Some(bits) = parts.bits.as_ref().filter(|_| len > 0) else { return };
-        let last = address.saturating_add(len - 1) / LOGGED;
-        for page in address / LOGGED..=last {
-            let Some(byte) = usize::try_from(page / 8).ok().filter(|byte| *byte < bits.len()) else { break };
-            // SAFETY: the byte is inside the mapping (checked), which `bits` keeps; everybody uses atomics on it.
-            let byte = unsafe { AtomicU8::from_ptr(bits.as_ptr().add(byte)) };
-            byte.fetch_or(1 << (page % 8), Ordering::AcqRel);
+        parts.mark(address, len);
+        for (_, start, size, besides) in &parts.used {
+            let (from, to) = (address.max(*start), address.saturating_add(len).min(start.saturating_add(*size)));
+            if let Some(at) = besides.address().filter(|_| from < to) {
+                parts.mark(at.saturating_add(from - start), to - from);
+            }
         }
         if let Some(event) = &parts.event {
             event.ring();
@@ -90,6 +105,20 @@ impl DirtyLog {
     }
 }
 
+impl Parts {
+    /// Sets the bits of `len` bytes, at least one, from `address` on.
+    fn mark(&self, address: u64, len: u64) {
+        let Some(bits) = &self.bits else { return };
+        let last = address.saturating_add(len - 1) / LOGGED;
+        for page in address / LOGGED..=last {
+            let Some(byte) = usize::try_from(page / 8).ok().filter(|byte| *byte < bits.len()) else { break };
+            // SAFETY: the byte is inside the mapping (checked), which `bits` keeps; everybody uses atomics on it.
+            let byte = unsafe { AtomicU8::from_ptr(bits.as_ptr().add(byte)) };
+            byte.fetch_or(1 << (page % 8), Ordering::AcqRel);
+        }
+    }
+}
+
 /// Where writes to a used ring are logged besides: the front end may have it elsewhere than where it is.
 #[derive(Default)]
 pub(super) struct UsedLog {
@@ -104,12 +133,8 @@ impl UsedLog {
         self.wanted.store(address.is_some(), Ordering::Relaxed);
     }
 
-    /// `len` bytes at `offset` of the used ring were written.
-    #[cold]
-    pub(super) fn mark(&self, log: &DirtyLog, offset: usize, len: usize) {
-        if self.wanted.load(Ordering::Relaxed) {
-            log.mark(self.address.load(Ordering::Relaxed).saturating_add(offset as u64), len as u64);
-        }
+    fn address(&self) -> Option<u64> {
+        self.wanted.load(Ordering::Relaxed).then(|| self.address.load(Ordering::Relaxed))
     }
 }
 
@@ -134,6 +159,44 @@ mod tests {
         log.mark(0x9000, 0);
         log.mark(0x8000, 1);
         assert_eq!(bytes(&bits)[..3], [0b1100, 0b1, 0]);
+    }
+
+    #[test]
+    fn what_is_written_to_a_used_ring_is_logged_where_the_front_end_has_it_besides() {
+        let (log, bits) = (DirtyLog::default(), Pages::allocate(4096));
+        log.set(bits.clone());
+        log.want(true);
+        let take = || {
+            let found = bytes(&bits)[..3].to_vec();
+            bits.fill(0, 4096, 0).unwrap();
+            found
+        };
+        let besides = Arc::new(UsedLog::default());
+        // From the end of page 1 to that of page 2; besides, two pages from 8 on.
+        log.add_used(0, 0x1ff0, 0x1010, besides.clone());
+        log.mark(0x1ff0, 4);
+        assert_eq!(take(), [0b10, 0, 0], "nobody wants it besides");
+        besides.set(Some(0x8ff0));
+        log.mark(0x1ff0, 4);
+        assert_eq!(take(), [0b10, 0b1, 0]);
+        log.mark(0x2000, 4);
+        assert_eq!(take(), [0b100, 0b10, 0]);
+        log.mark(0, 0x4000);
+        assert_eq!(take(), [0b1111, 0b11, 0], "no more than the ring");
+        for outside in [0x1fef, 0x3000] {
+            log.mark(outside, 1);
+            assert_eq!(take()[1], 0, "{outside:#x}");
+        }
+        log.mark(u64::MAX, u64::MAX);
+        // The same queue elsewhere, then nowhere.
+        log.add_used(0, 0x5000, 0x1000, besides);
+        log.mark(0x1ff0, 4);
+        assert_eq!(take(), [0b10, 0, 0]);
+        log.mark(0x5000, 1);
+        assert_eq!(take(), [0b10_0000, 0b1, 0]);
+        log.forget_used(0);
+        log.mark(0x5000, 1);
+        assert_eq!(take(), [0b10_0000, 0, 0]);
     }
 
     #[test]

@@ -6,11 +6,10 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use polyvirt_core::memory::{
-    Access, ByRegion, FlatMemory, GuestMemory, Lease, MemoryError, Pages, Segment, Translated,
+    Access, ByRegion, FlatMemory, GuestMemory, Lease, MemoryError, Pages, Pending, ResolveError, Segment, Translated,
 };
 
-use super::inflight::{packed, split};
-use super::log::{DirtyLog, UsedLog};
+use super::log::DirtyLog;
 use super::messages::{Iotlb, Region};
 use super::misses::Misses;
 use super::regions::{RegionError, Slot, check};
@@ -31,8 +30,6 @@ struct Shared {
     log: Arc<DirtyLog>,
     /// Translations that are missing.
     misses: Mutex<Misses>,
-    /// Areas of a queue that is being started: where, and who wants to see accesses to it.
-    watched: Mutex<Vec<(u64, Watch)>>,
 }
 
 /// The memory of the session at one time.
@@ -43,50 +40,17 @@ struct Table {
     translated: Option<Translated<()>>,
 }
 
-/// Keeps a region of guest memory mapped, and sees what is done to a piece of it.
+/// Keeps a region of guest memory mapped, and logs what is written to a piece of it.
 #[derive(Clone)]
 pub struct Mapped {
     slot: Arc<Slot>,
     /// Where the piece is in our address space.
     start: usize,
-    watch: Option<Watch>,
-}
-
-/// Which area of a ring this is, and who wants to see accesses to it.
-#[derive(Clone)]
-pub(super) enum Watch {
-    /// An available ring.
-    Available(Arc<split::Tracker>),
-    /// A used ring, which is logged at an address of its own.
-    Used(Arc<UsedLog>, Option<Arc<split::Tracker>>),
-    /// A packed ring.
-    Packed(Arc<packed::Tracker>),
 }
 
 impl Lease for Mapped {
     #[inline(always)]
-    fn after_load(&self, offset: usize, len: usize) {
-        match &self.watch {
-            None | Some(Watch::Used(..)) => {}
-            Some(Watch::Available(tracker)) => tracker.read_available(offset, len),
-            Some(Watch::Packed(tracker)) => tracker.read_ring(offset, len),
-        }
-    }
-
-    #[inline(always)]
-    fn before_store(&self, offset: usize, len: usize, word: u64) {
-        if let Some(Watch::Packed(tracker)) = &self.watch {
-            tracker.writes_ring(offset, len, word);
-        }
-    }
-
-    #[inline(always)]
     fn after_store(&self, offset: usize, len: usize) {
-        match &self.watch {
-            None | Some(Watch::Available(_)) => {}
-            Some(Watch::Used(_, tracker)) => tracker.iter().for_each(|tracker| tracker.wrote_used(offset, len)),
-            Some(Watch::Packed(tracker)) => tracker.wrote_ring(),
-        }
         if self.slot.log.is_active() {
             self.log_write(offset, len);
         }
@@ -96,11 +60,12 @@ impl Lease for Mapped {
 impl Mapped {
     #[cold]
     fn log_write(&self, offset: usize, len: usize) {
-        let log = &self.slot.log;
-        log.mark(self.slot.guest_of(self.start + offset), len as u64);
-        if let Some(Watch::Used(used, _)) = &self.watch {
-            used.mark(log, offset, len);
-        }
+        self.slot.log.mark(self.log_address(offset), len as u64);
+    }
+
+    /// Where the byte at `offset` is for the guest.
+    fn log_address(&self, offset: usize) -> u64 {
+        self.slot.guest_of(self.start + offset)
     }
 }
 
@@ -223,14 +188,11 @@ impl Memory {
         found.ok().and(only).filter(|(_, all)| *all == len).map(|(start, _)| start)
     }
 
-    /// The ring areas that are resolved next, at these addresses, are watched.
-    pub(super) fn watch(&self, areas: Vec<(u64, Watch)>) {
-        *lock(&self.shared.watched) = areas;
-    }
-
-    /// Nobody wants to see accesses to what is resolved from now on.
-    pub(super) fn unwatch(&self) {
-        lock(&self.shared.watched).clear();
+    /// The guest-physical address of a range, if it is one piece by what is known.
+    pub(super) fn guest_place(&self, address: u64, len: u64, access: Access) -> Option<u64> {
+        let mut only = None;
+        self.resolve(address, len, access, |piece| only = Some((piece.lease().log_address(0), piece.len()))).ok()?;
+        only.filter(|(_, all)| *all as u64 == len).map(|(guest, _)| guest)
     }
 
     /// As many bytes at a device address as one piece of host memory has, under its owner.
@@ -249,17 +211,10 @@ impl Memory {
     }
 
     /// The translation of a range is missing: it is asked for. One that does not grant what is wanted is there.
-    fn missing(&self, error: MemoryError, access: Access) -> MemoryError {
-        let MemoryError::NotMapped { address, len } = error else { return error };
+    fn missing(&self, error: ResolveError, access: Access) -> ResolveError {
+        let ResolveError::Fault(MemoryError::NotMapped { address, len }) = error else { return error };
         lock(&self.shared.misses).add(address, len, access);
-        MemoryError::NotYet { address, len }
-    }
-
-    /// Who wants to see accesses to the ring area at `address`; asked once.
-    fn watch_of(&self, address: u64) -> Option<Watch> {
-        let mut watched = lock(&self.shared.watched);
-        let at = watched.iter().position(|(area, _)| *area == address)?;
-        Some(watched.remove(at).1)
+        Pending { address, len }.into()
     }
 }
 
@@ -285,7 +240,7 @@ impl Table {
     }
 
     /// The pieces of a range, each of which keeps its region.
-    fn resolve(&self, address: u64, len: u64, access: Access, pieces: impl FnMut(Pages)) -> Result<(), MemoryError> {
+    fn resolve(&self, address: u64, len: u64, access: Access, pieces: impl FnMut(Pages)) -> Result<(), ResolveError> {
         let flat = ByRegion(&self.flat);
         match &self.translated {
             None => flat.resolve(address, len, access, pieces),
@@ -296,10 +251,10 @@ impl Table {
 
 /// The same bytes, kept mapped by their slot.
 #[inline(always)]
-fn keep(piece: Pages, watch: Option<Watch>) -> Option<Segment<Mapped>> {
+fn keep(piece: Pages) -> Option<Segment<Mapped>> {
     let (start, len) = (NonNull::new(piece.as_ptr())?, piece.len());
     let slot = piece.into_lease().downcast::<Slot>().ok()?;
-    let lease = Mapped { slot, start: start.as_ptr().addr(), watch };
+    let lease = Mapped { slot, start: start.as_ptr().addr() };
     // SAFETY: the slot is what kept them; nobody has a reference to the bytes.
     Some(unsafe { Segment::new(start, len, lease) })
 }
@@ -313,10 +268,9 @@ impl GuestMemory for Memory {
         len: u64,
         access: Access,
         mut segments: impl FnMut(Segment<Mapped>),
-    ) -> Result<(), MemoryError> {
-        let watch = self.watch_of(address);
+    ) -> Result<(), ResolveError> {
         let table = self.table();
-        let each = |piece| keep(piece, watch.clone()).into_iter().for_each(&mut segments);
+        let each = |piece| keep(piece).into_iter().for_each(&mut segments);
         let resolved = table.resolve(address, len, access, each);
         match &table.translated {
             None => resolved,
@@ -330,7 +284,7 @@ impl GuestMemory for Memory {
         if table.translated.is_some() {
             return None;
         }
-        keep(ByRegion(&table.flat).resolve_at_once(address, len, access)?, None)
+        keep(ByRegion(&table.flat).resolve_at_once(address, len, access)?)
     }
 }
 

@@ -1,16 +1,15 @@
 //! The queues of a back end: how they start, where they go on, how they stop.
 
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::EventFd;
 use polyvirt_core::hypervisor::{Cause, Interrupt as _};
-use polyvirt_core::memory::{Access, GuestMemory, MemoryError};
+use polyvirt_core::memory::{Access, GuestMemory, ResolveError};
 use polyvirt_core::queue::packed::layout::{DESCRIPTOR_LEN, EVENT_LEN, Position, USED};
 use polyvirt_core::queue::split::layout::{descriptors_len, device_len, driver_len};
-use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, QueueError, QueueState, SavedQueue};
+use polyvirt_core::queue::{Layout, MAX_QUEUE_SIZE, Observer, QueueError, QueueState, SavedQueue};
 use polyvirt_core::state::Area;
 use polyvirt_core::{Features, Status};
 
@@ -19,11 +18,13 @@ use super::device::{Backend, Reply, Ring};
 use super::error::ServeError;
 use super::inflight::{self, packed, split};
 use super::map::{map, memory_file};
-use super::memory::Watch;
 use super::messages::*;
 
 /// The areas of a queue: address, bytes, and what the device does there.
 type Areas = [(u64, u64, Access); 3];
+
+/// Where a queue goes on, whether that is kept, and by whom.
+type Booked = (SavedQueue, Kept, Option<Box<dyn Observer>>);
 
 /// Whether it is known to memory that outlives this process what is in flight of a queue.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -93,7 +94,7 @@ impl Backend {
         // there breaks the queue, not the session.
         if let Err(reason) = self.take_over(index) {
             tracing::warn!(index, reason, "a queue cannot be used");
-            self.memory.unwatch();
+            self.memory.log().forget_used(index);
             self.state.reset_queue(index as u16);
             self.rings[index].broken = true;
             self.calls.broken(index);
@@ -127,7 +128,7 @@ impl Backend {
         let Some(areas) = self.areas(index)? else { return Ok(()) };
         let [(descriptors, ..), _, (used, ..)] = areas;
         let state = self.resumed(self.rings[index].base, descriptors, used);
-        let (saved, kept) = self.book(index, areas, SavedQueue { state, in_flight: vec![] })?;
+        let (saved, kept, observer) = self.book(index, areas, SavedQueue { state, in_flight: vec![] })?;
         let layout = if self.packed() { Layout::Packed } else { Layout::Modern };
         let anew = kept != Kept::Before && saved.state == QueueState::start(layout);
         tracing::info!(index, entries, ?saved, "a queue starts");
@@ -140,8 +141,11 @@ impl Backend {
         if kept == Kept::No && !self.packed() {
             self.state.keep_queue_order(queue);
         }
+        if let Some(observer) = observer {
+            self.state.observe_queue(queue, observer);
+        }
+        self.log_used(index, areas);
         self.state.enable_queue(queue);
-        self.memory.unwatch();
         if self.state.queue_state(queue).is_none() {
             return Err(self.state.needs_reset().map_or_else(String::new, |reason| reason.to_string()));
         }
@@ -156,10 +160,9 @@ impl Backend {
     }
 
     /// Has a book kept of what is in flight of queue `index`, if there is memory for it: where the queue goes on, which is
-    /// `saved` if nothing else is known.
-    fn book(&mut self, index: usize, areas: Areas, mut saved: SavedQueue) -> Result<(SavedQueue, Kept), String> {
-        let [(descriptors, descriptors_len, _), (available, driver_len, _), (used, device_len, _)] = areas;
-        let log = self.rings[index].log.clone();
+    /// `saved` if nothing else is known, and who keeps it.
+    fn book(&mut self, index: usize, areas: Areas, mut saved: SavedQueue) -> Result<Booked, String> {
+        let [(descriptors, descriptors_len, _), _, (used, device_len, _)] = areas;
         let packed = self.packed();
         let (queue, entries) = (index as u16, self.rings[index].entries);
         let book = self.inflight.as_ref().filter(|(_, area)| queue < area.queues);
@@ -169,44 +172,48 @@ impl Backend {
             if knows {
                 return Err("more may be in flight than the memory for that can tell".into());
             }
-            if !packed {
-                self.memory.watch(vec![(used, Watch::Used(log, None))]);
-            }
             if book.is_none() {
-                return Ok((saved, Kept::Unasked));
+                return Ok((saved, Kept::Unasked, None));
             }
             tracing::warn!(index, "the ring is longer than the memory for what is in flight: that is not kept");
             // Used in order, what is in flight is what is available behind the used index, whoever is killed.
             if !packed {
                 saved.state.available = saved.state.used;
             }
-            return Ok((saved, Kept::No));
+            return Ok((saved, Kept::No, None));
         };
         let pages = |address, len| {
             self.memory.pages(address, len).ok_or_else(|| String::from("it is not in memory, or in several pieces"))
         };
         let size = entries.min(u16::MAX.into()) as u16;
-        if packed {
+        let observer: Box<dyn Observer> = if packed {
             let ring = pages(descriptors, descriptors_len)?;
             let tracker = packed::Tracker::new(memory, queue, area.entries, size, ring);
-            let tracker = Arc::new(tracker.map_err(|error| error.to_string())?);
+            let mut tracker = tracker.map_err(|error| error.to_string())?;
             let found = tracker.recover(Position::unpack(saved.state.used)).map_err(|error| error.to_string())?;
             saved.state = self.put_back(descriptors, size, &found).map_err(|error| error.to_string())?;
-            self.memory.watch(vec![(descriptors, Watch::Packed(tracker))]);
+            Box::new(tracker)
         } else {
-            let rings = (pages(available, driver_len)?, pages(used, device_len)?);
-            let tracker = split::Tracker::new(memory, queue, area.entries, size, rings);
-            let tracker = Arc::new(tracker.map_err(|error| error.to_string())?);
+            let tracker = split::Tracker::new(memory, queue, area.entries, size, pages(used, device_len)?);
+            let mut tracker = tracker.map_err(|error| error.to_string())?;
             saved = tracker.recover().unwrap_or(saved);
-            let used_watch = Watch::Used(log, Some(tracker.clone()));
-            self.memory.watch(vec![(available, Watch::Available(tracker)), (used, used_watch)]);
+            Box::new(tracker)
+        };
+        Ok((saved, if knows { Kept::Before } else { Kept::FromNow }, Some(observer)))
+    }
+
+    /// Has writes to the used ring of queue `index` logged where the front end says. A packed ring has none.
+    fn log_used(&self, index: usize, [_, _, (used, len, access)]: Areas) {
+        if !self.packed()
+            && let Some(guest) = self.memory.guest_place(used, len, access)
+        {
+            self.memory.log().add_used(index, guest, len, self.rings[index].log.clone());
         }
-        Ok((saved, if knows { Kept::Before } else { Kept::FromNow }))
     }
 
     /// Writes what is in flight to where the driver had it: behind what is used. There it is taken again like everything
     /// that is available; what stands there now may be overwritten.
-    fn put_back(&self, ring: u64, size: u16, found: &packed::Recovered) -> Result<QueueState, MemoryError> {
+    fn put_back(&self, ring: u64, size: u16, found: &packed::Recovered) -> Result<QueueState, ResolveError> {
         let len = DESCRIPTOR_LEN * u64::from(size);
         let words = self.memory.resolve_words::<u64>(ring, len, Access::READ | Access::WRITE)?;
         let mut at = found.used;
@@ -227,7 +234,7 @@ impl Backend {
         if self.state.driver_features().contains(Features::ACCESS_PLATFORM) {
             let areas = [(descriptors, first.0, first.1), (available, second.0, second.1), (used, third.0, third.1)];
             let missing = |&(address, len, access): &(u64, u64, Access)| {
-                matches!(self.memory.resolve(address, len, access, |_| {}), Err(MemoryError::NotYet { .. }))
+                matches!(self.memory.resolve(address, len, access, |_| {}), Err(ResolveError::Pending(_)))
             };
             // All of them are asked for at once.
             return Ok((areas.iter().filter(|area| missing(area)).count() == 0).then_some(areas));
@@ -266,7 +273,7 @@ impl Backend {
                 for index in 0..self.rings.len() {
                     self.update(index)?;
                     // Served once the message is answered.
-                    self.rings[index].due = true;
+                    self.rings[index].due |= self.state.queue_pending(index as u16).is_some();
                 }
             }
             Iotlb::INVALIDATE => {
@@ -383,6 +390,7 @@ impl Backend {
             tracing::info!(index, base, "a queue stops");
         }
         self.state.reset_queue(queue);
+        self.memory.log().forget_used(index);
         (self.rings[index].running, self.rings[index].broken) = (false, false);
     }
 

@@ -240,7 +240,7 @@ impl<M: GuestMemory> Device<M> for Toy {
     fn activate(&mut self, _: Features, _: std::task::Waker) {}
     fn kick(&mut self, index: u16, queues: &mut Queues<'_, M>) {
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             if chain.writable_len() > 0 {
                 chain.write(0, &[7]).unwrap();
             }

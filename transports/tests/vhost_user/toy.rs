@@ -110,7 +110,7 @@ impl Toy {
 
     fn serve(&mut self, index: u16, queues: &mut Queues<'_, Memory>) {
         let Some(queue) = queues.get(index) else { return };
-        while let Ok(Some(mut chain)) = queue.pop() {
+        while let Ok(mut chain) = queue.pop() {
             let mut bytes = vec![0; chain.readable_len() as usize];
             chain.read(0, &mut bytes).unwrap();
             chain.write(0, &vec![FILL; chain.writable_len() as usize]).unwrap();

@@ -7,11 +7,13 @@ use super::layout::{
     AVAILABLE, DESCRIPTOR_LEN, EVENT_LEN, EVENTS_AT, EVENTS_OFF, EVENTS_ON, Events, INDIRECT, NEXT, Position, Tail,
     USED, WRITE,
 };
-use crate::memory::{Access, GuestMemory, Words};
-use crate::queue::assembly::{Assembly, Chains, Latched};
+use crate::memory::{Access, GuestMemory, Pending, Words};
+use crate::queue::assembly::{Assembly, Chains, Stopped};
 use crate::queue::chain::Parts;
 use crate::queue::table::Table;
-use crate::queue::{Chain, INDIRECT_MAX, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::queue::{
+    Blocked, Chain, INDIRECT_MAX, MAX_QUEUE_SIZE, PopError, QueueConfig, QueueError, QueueState, SavedQueue,
+};
 use crate::sync::fence;
 
 /// [Compared](Position::compared) flags of what is not an available descriptor of a buffer.
@@ -42,10 +44,10 @@ pub(in crate::queue) struct Ring<M: GuestMemory> {
 }
 
 impl<M: GuestMemory> Ring<M> {
-    pub(in crate::queue) fn new(memory: M, config: &QueueConfig) -> Result<Self, QueueError> {
+    pub(in crate::queue) fn new(memory: M, config: &QueueConfig) -> Result<Self, Blocked> {
         let size = config.size;
         if size == 0 || size > MAX_QUEUE_SIZE {
-            return Err(QueueError::Size { size: size.into(), max: MAX_QUEUE_SIZE });
+            return Err(QueueError::Size { size: size.into(), max: MAX_QUEUE_SIZE }.into());
         }
         let both = Access::READ | Access::WRITE;
         config.check_alignment(16, 4, 4)?;
@@ -103,7 +105,7 @@ impl<M: GuestMemory> Ring<M> {
     }
 
     /// What was in flight is taken from the ring again like everything else.
-    pub(in crate::queue) fn take_again(&mut self, id: u16) -> Result<Chain<M::Lease>, Latched> {
+    pub(in crate::queue) fn take_again(&mut self, id: u16) -> Result<Chain<M::Lease>, Stopped> {
         Err(self.chains.fail(QueueError::Stale { head: id }))
     }
 
@@ -144,46 +146,47 @@ impl<M: GuestMemory> Ring<M> {
 
     /// At most how many chains are available, as of now.
     #[inline(always)]
-    pub(in crate::queue) fn available(&mut self) -> Result<u16, Latched> {
+    pub(in crate::queue) fn available(&mut self) -> Result<u16, Stopped> {
         self.next_available = self.next_available.settled(self.size);
         let tail = self.descriptors.load(self.next_available.word() + 1, Ordering::Relaxed);
         let available = self.next_available.is_available(Tail::from_word(tail).flags);
         Ok(if available { self.size } else { 0 })
     }
 
+    /// Takes the next chain, if there is one.
     #[inline(always)]
-    pub(in crate::queue) fn pop(&mut self) -> Option<Chain<M::Lease>> {
+    pub(in crate::queue) fn pop(&mut self) -> Result<Chain<M::Lease>, Stopped> {
         let at = self.next_available;
         // Acquire: the rest of the chain is read after the flags that make it available.
         let Some(first) = self.descriptor(at, Ordering::Acquire) else { return self.pop_over() };
         let flags = at.compared(first.1);
         if flags & UNUSUAL == 0 {
-            return self.walk(at, first, flags).ok();
+            return self.walk(at, first, flags);
         }
         self.take(at, first)
     }
 
     /// As [`Ring::pop`], where this round is over: at the start of the next.
     #[cold]
-    fn pop_over(&mut self) -> Option<Chain<M::Lease>> {
+    fn pop_over(&mut self) -> Result<Chain<M::Lease>, Stopped> {
         self.next_available = self.next_available.settled(self.size);
         let at = self.next_available;
-        self.take(at, self.descriptor(at, Ordering::Acquire)?)
+        self.take(at, self.descriptor(at, Ordering::Acquire).ok_or(Stopped)?)
     }
 
     /// The chain that begins with the descriptor `first` at `at`, if that is available.
     #[inline(always)]
-    fn take(&mut self, at: Position, first: (u64, u64)) -> Option<Chain<M::Lease>> {
+    fn take(&mut self, at: Position, first: (u64, u64)) -> Result<Chain<M::Lease>, Stopped> {
         if !at.is_available(Tail::from_word(first.1).flags) {
-            return None;
+            return Err(Stopped);
         }
         let assembly = self.chains.assemble();
-        self.walk_on(assembly, at, first).ok()
+        self.walk_on(assembly, at, first)
     }
 
-    /// Whether the chain that failed last was only put off; then it is still available.
-    pub(in crate::queue) fn take_put_off(&mut self) -> Option<Option<u16>> {
-        self.chains.take_put_off().then_some(None)
+    /// The chain that could not be taken yet is still available.
+    pub(in crate::queue) const fn left(&self) -> Option<u16> {
+        None
     }
 
     /// Lets go of the newest chain; then it is still available.
@@ -204,7 +207,7 @@ impl<M: GuestMemory> Ring<M> {
         mut at: Position,
         mut descriptor: (u64, u64),
         mut flags: u16,
-    ) -> Result<Chain<M::Lease>, Latched> {
+    ) -> Result<Chain<M::Lease>, Stopped> {
         let Some(mut assembly) = self.chains.assemble_at_once() else {
             let assembly = self.chains.assemble();
             return self.walk_on(assembly, at, descriptor);
@@ -235,7 +238,7 @@ impl<M: GuestMemory> Ring<M> {
     /// The next chain, of which `assembly` has a segment for each descriptor up to the last of this round; it goes on in
     /// the next.
     #[cold]
-    fn walk_over(&mut self, assembly: Assembly<M::Lease>, at: Position) -> Result<Chain<M::Lease>, Latched> {
+    fn walk_over(&mut self, assembly: Assembly<M::Lease>, at: Position) -> Result<Chain<M::Lease>, Stopped> {
         let at = at.settled(self.size);
         // It is inside; nothing at all would not be available.
         let descriptor = self.descriptor(at, Ordering::Relaxed).unwrap_or_default();
@@ -249,7 +252,7 @@ impl<M: GuestMemory> Ring<M> {
         mut assembly: Assembly<M::Lease>,
         mut at: Position,
         descriptor: (u64, u64),
-    ) -> Result<Chain<M::Lease>, Latched> {
+    ) -> Result<Chain<M::Lease>, Stopped> {
         self.chains.may_work()?;
         let mut count = assembly.segments();
         let mut entries = 0;
@@ -273,10 +276,10 @@ impl<M: GuestMemory> Ring<M> {
                 entries = tail.len as usize / DESCRIPTOR_LEN as usize + self.table.segments();
                 // Its leases end here, whatever became of the chain.
                 self.table.clear();
-                added.map_err(|reason| self.chains.fail(reason))?;
+                added.map_err(|blocked| self.chains.block(blocked))?;
                 break;
             }
-            assembly.add(&self.memory, tail.id, piece, writable).map_err(|reason| self.chains.fail(reason))?;
+            assembly.add(&self.memory, tail.id, piece, writable).map_err(|blocked| self.chains.block(blocked))?;
             if tail.flags & NEXT == 0 {
                 break;
             }
@@ -295,7 +298,7 @@ impl<M: GuestMemory> Ring<M> {
         id: u16,
         count: usize,
         next: Position,
-    ) -> Result<Chain<M::Lease>, Latched> {
+    ) -> Result<Chain<M::Lease>, Stopped> {
         let taken = self.taken + count as u64;
         if taken > self.limit {
             return Err(self.overrun(count));
@@ -313,7 +316,7 @@ impl<M: GuestMemory> Ring<M> {
 
     /// A chain of at least `count` descriptors is more than the driver has.
     #[cold]
-    fn overrun(&mut self, count: usize) -> Latched {
+    fn overrun(&mut self, count: usize) -> Stopped {
         let (size, head) = (self.size, self.next_available.index());
         let too_many = count > usize::from(size);
         let limit = size.into();
@@ -325,18 +328,18 @@ impl<M: GuestMemory> Ring<M> {
     }
 
     /// The chain is the table at `address` (2.8.7): every entry of it, in order.
-    fn add_table(&mut self, assembly: &mut Assembly<M::Lease>, address: u64, tail: Tail) -> Result<(), QueueError> {
+    fn add_table(&mut self, assembly: &mut Assembly<M::Lease>, address: u64, tail: Tail) -> Result<(), Blocked> {
         let (head, len) = (tail.id, tail.len);
         if !self.indirect {
-            return Err(QueueError::IndirectNotNegotiated { head });
+            return Err(QueueError::IndirectNotNegotiated { head }.into());
         }
         let entries = u64::from(len) / DESCRIPTOR_LEN;
         if len == 0 || !u64::from(len).is_multiple_of(DESCRIPTOR_LEN) {
-            return Err(QueueError::IndirectLength { head, len });
+            return Err(QueueError::IndirectLength { head, len }.into());
         }
         let limit = self.size.max(INDIRECT_MAX).into();
         if entries > u64::from(limit) {
-            return Err(QueueError::TooManyDescriptors { head, limit });
+            return Err(QueueError::TooManyDescriptors { head, limit }.into());
         }
         self.table.resolve(&self.memory, head, (address, len))?;
         for index in 0..entries as u16 {
@@ -345,7 +348,7 @@ impl<M: GuestMemory> Ring<M> {
             // told apart from a buffer by one of them.
             let entry = Tail::from_word(rest);
             if entry.flags & INDIRECT != 0 {
-                return Err(QueueError::IndirectNested { head });
+                return Err(QueueError::IndirectNested { head }.into());
             }
             assembly.add(&self.memory, head, (u64::from_le(address), entry.len), entry.flags & WRITE != 0)?;
         }
@@ -414,15 +417,32 @@ impl<M: GuestMemory> Ring<M> {
     }
 
     /// Asks for kicks. True if chains are available already, for which no kick will come.
-    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, Latched> {
+    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, Stopped> {
         self.wish(if self.event_idx { EVENTS_AT } else { EVENTS_ON });
         // We write our wish, then look for available descriptors; the driver does the reverse.
         fence(Ordering::SeqCst);
         Ok(self.available()? > 0)
     }
 
-    pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Latched {
-        self.chains.latch(reason)
+    pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Stopped {
+        self.chains.fail(reason)
+    }
+
+    /// Why the ring gave no chain.
+    pub(in crate::queue) fn stopped(&self) -> PopError {
+        self.chains.stopped()
+    }
+
+    pub(in crate::queue) const fn pending(&self) -> Option<Pending> {
+        self.chains.pending()
+    }
+
+    pub(in crate::queue) const fn is_blocked(&self) -> bool {
+        self.chains.is_blocked()
+    }
+
+    pub(in crate::queue) fn look_again(&mut self) {
+        self.chains.look_again();
     }
 
     pub(in crate::queue) const fn broken(&self) -> Option<QueueError> {

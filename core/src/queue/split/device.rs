@@ -4,11 +4,13 @@ use core::marker::PhantomData;
 use core::sync::atomic::Ordering;
 
 use super::layout::{self, Descriptor, INDEX, INDIRECT, NEXT, NO_INTERRUPT, NO_NOTIFY, Order, WRITE};
-use crate::memory::{Access, GuestMemory, Words};
-use crate::queue::assembly::{Assembly, Chains, Latched};
+use crate::memory::{Access, GuestMemory, Pending, Words};
+use crate::queue::assembly::{Assembly, Chains, Stopped};
 use crate::queue::chain::Parts;
 use crate::queue::table::Table;
-use crate::queue::{Chain, INDIRECT_MAX, MAX_QUEUE_SIZE, QueueConfig, QueueError, QueueState, SavedQueue};
+use crate::queue::{
+    Blocked, Chain, INDIRECT_MAX, MAX_QUEUE_SIZE, PopError, QueueConfig, QueueError, QueueState, SavedQueue,
+};
 use crate::sync::fence;
 
 /// The ring, resolved, and where the device is in it.
@@ -30,17 +32,17 @@ pub(in crate::queue) struct Ring<M: GuestMemory, O> {
     /// `completed` when the driver was last considered for an interrupt.
     signalled: u32,
     chains: Chains<M::Lease>,
-    /// The head of the last chain that could not be taken.
+    /// The head of the last chain that [`Ring::walk_on`] went on with.
     walked: u16,
     table: Table<M::Lease>,
     order: PhantomData<O>,
 }
 
 impl<M: GuestMemory, O: Order> Ring<M, O> {
-    pub(in crate::queue) fn new(memory: M, config: &QueueConfig) -> Result<Self, QueueError> {
+    pub(in crate::queue) fn new(memory: M, config: &QueueConfig) -> Result<Self, Blocked> {
         let size = config.size;
         if !size.is_power_of_two() || size > MAX_QUEUE_SIZE {
-            return Err(QueueError::Size { size: size.into(), max: MAX_QUEUE_SIZE });
+            return Err(QueueError::Size { size: size.into(), max: MAX_QUEUE_SIZE }.into());
         }
         let both = Access::READ | Access::WRITE;
         // Without EVENT_IDX the event words are not part of the rings (2.7.6, 2.7.8).
@@ -93,8 +95,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// The chain at `head`, which is marked as in flight.
-    pub(in crate::queue) fn take_again(&mut self, head: u16) -> Result<Chain<M::Lease>, Latched> {
-        self.walked = head;
+    pub(in crate::queue) fn take_again(&mut self, head: u16) -> Result<Chain<M::Lease>, Stopped> {
         self.walk(head)
     }
 
@@ -126,29 +127,22 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         self.size
     }
 
-    /// Takes the next chain: [`Ring::available`] has said that there is one. None if that latched the queue.
+    /// Takes the next chain: [`Ring::available`] has said that there is one.
     #[inline(always)]
-    pub(in crate::queue) fn pop(&mut self) -> Option<Chain<M::Lease>> {
+    pub(in crate::queue) fn pop(&mut self) -> Result<Chain<M::Lease>, Stopped> {
         let slot = usize::from(self.next_available) & self.mask;
         let head = O::u16(self.driver.load(layout::available_entry(slot), Ordering::Relaxed));
         if !self.chains.is_free(head) {
-            self.chains.not_free(head);
-            return None;
+            return Err(self.chains.not_free(head));
         }
         self.chains.mark(head);
         self.next_available = self.next_available.wrapping_add(1);
-        match self.walk(head) {
-            Ok(chain) => Some(chain),
-            Err(Latched) => {
-                self.walked = head;
-                None
-            }
-        }
+        self.walk(head)
     }
 
-    /// Whether the chain that failed last was only put off; then it is in flight, and this is its head.
-    pub(in crate::queue) fn take_put_off(&mut self) -> Option<Option<u16>> {
-        self.chains.take_put_off().then_some(Some(self.walked))
+    /// The head of the chain that could not be taken yet, which stays in flight.
+    pub(in crate::queue) const fn left(&self) -> Option<u16> {
+        Some(self.walked)
     }
 
     /// Lets go of a chain that is to be taken again; it stays in flight, and this is its head.
@@ -161,7 +155,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
 
     /// How many chains are available, as of now.
     #[inline(always)]
-    pub(in crate::queue) fn available(&mut self) -> Result<u16, Latched> {
+    pub(in crate::queue) fn available(&mut self) -> Result<u16, Stopped> {
         // Acquire: entries and descriptors are read after the index that covers them.
         let index = O::u16(self.driver.load(INDEX, Ordering::Acquire));
         let available = index.wrapping_sub(self.next_available);
@@ -180,7 +174,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     /// The chain at `head`. As long as it is what chains mostly are (direct, short, of whole pieces, without fault) it is
     /// walked here, with nothing to call; as soon as it is not, [`Ring::walk_on`] goes on.
     #[inline(always)]
-    fn walk(&mut self, head: u16) -> Result<Chain<M::Lease>, Latched> {
+    fn walk(&mut self, head: u16) -> Result<Chain<M::Lease>, Stopped> {
         let Some(mut descriptor) = self.descriptor(head) else { return Err(self.chains.not_free(head)) };
         let Some(mut assembly) = self.chains.assemble_at_once() else {
             let assembly = self.chains.assemble();
@@ -213,7 +207,8 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         mut assembly: Assembly<M::Lease>,
         head: u16,
         descriptor: Descriptor,
-    ) -> Result<Chain<M::Lease>, Latched> {
+    ) -> Result<Chain<M::Lease>, Stopped> {
+        self.walked = head;
         self.chains.may_work()?;
         let added = self.add_all(&mut assembly, head, descriptor);
         let segments = assembly.segments() + self.table.segments();
@@ -224,7 +219,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
                 self.chains.worked(descriptors, segments);
                 assembly.finish(&mut self.chains, head, 1)
             }
-            Err(reason) => Err(self.chains.fail(reason)),
+            Err(blocked) => Err(self.chains.block(blocked)),
         }
     }
 
@@ -234,7 +229,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         assembly: &mut Assembly<M::Lease>,
         head: u16,
         mut descriptor: Descriptor,
-    ) -> Result<usize, QueueError> {
+    ) -> Result<usize, Blocked> {
         let most = usize::from(self.size).saturating_sub(assembly.segments()) as u16;
         for left in (1..=most).rev() {
             let Descriptor { address, len, flags, next } = descriptor;
@@ -249,7 +244,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             let beyond = QueueError::Index { index: next, size: self.size.into() };
             descriptor = self.descriptor(next).ok_or(beyond)?;
         }
-        Err(QueueError::TooManyDescriptors { head, limit: self.size.into() })
+        Err(QueueError::TooManyDescriptors { head, limit: self.size.into() }.into())
     }
 
     /// The rest of the chain, at most `left` descriptors or [`INDIRECT_MAX`], is in the table that `descriptor` names
@@ -260,17 +255,17 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         head: u16,
         descriptor: Descriptor,
         left: u16,
-    ) -> Result<usize, QueueError> {
+    ) -> Result<usize, Blocked> {
         let len = descriptor.len;
         if !self.indirect {
-            return Err(QueueError::IndirectNotNegotiated { head });
+            return Err(QueueError::IndirectNotNegotiated { head }.into());
         }
         if descriptor.flags & NEXT != 0 {
-            return Err(QueueError::IndirectWithNext { head });
+            return Err(QueueError::IndirectWithNext { head }.into());
         }
         let entries = u64::from(len) / layout::DESCRIPTOR_LEN;
         if len == 0 || !u64::from(len).is_multiple_of(layout::DESCRIPTOR_LEN) || entries > u16::MAX.into() {
-            return Err(QueueError::IndirectLength { head, len });
+            return Err(QueueError::IndirectLength { head, len }.into());
         }
         self.table.resolve(&self.memory, head, (descriptor.address, len))?;
         let mut index = 0;
@@ -278,14 +273,14 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         let limit = entries.min(left.max(INDIRECT_MAX).into());
         for step in 0..=limit {
             if u64::from(index) >= entries {
-                return Err(QueueError::Index { index, size: entries as u32 });
+                return Err(QueueError::Index { index, size: entries as u32 }.into());
             }
             if step == limit {
                 break;
             }
             let entry = O::descriptor(self.table.entry(index)?);
             if entry.flags & INDIRECT != 0 {
-                return Err(QueueError::IndirectNested { head });
+                return Err(QueueError::IndirectNested { head }.into());
             }
             assembly.add(&self.memory, head, (entry.address, entry.len), entry.flags & WRITE != 0)?;
             if entry.flags & NEXT == 0 {
@@ -293,7 +288,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
             }
             index = entry.next;
         }
-        Err(QueueError::TooManyDescriptors { head, limit: limit as u32 })
+        Err(QueueError::TooManyDescriptors { head, limit: limit as u32 }.into())
     }
 
     #[inline(always)]
@@ -333,7 +328,7 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
     }
 
     /// Asks for kicks. True if chains are available already, for which no kick will come.
-    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, Latched> {
+    pub(in crate::queue) fn enable_kicks(&mut self) -> Result<bool, Stopped> {
         if self.event_idx {
             self.device.store(layout::avail_event(self.size), O::u16(self.next_available), Ordering::Relaxed);
         } else {
@@ -344,8 +339,25 @@ impl<M: GuestMemory, O: Order> Ring<M, O> {
         Ok(self.available()? > 0)
     }
 
-    pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Latched {
-        self.chains.latch(reason)
+    pub(in crate::queue) fn fail(&mut self, reason: QueueError) -> Stopped {
+        self.chains.fail(reason)
+    }
+
+    /// Why the ring gave no chain.
+    pub(in crate::queue) fn stopped(&self) -> PopError {
+        self.chains.stopped()
+    }
+
+    pub(in crate::queue) const fn pending(&self) -> Option<Pending> {
+        self.chains.pending()
+    }
+
+    pub(in crate::queue) const fn is_blocked(&self) -> bool {
+        self.chains.is_blocked()
+    }
+
+    pub(in crate::queue) fn look_again(&mut self) {
+        self.chains.look_again();
     }
 
     pub(in crate::queue) const fn broken(&self) -> Option<QueueError> {

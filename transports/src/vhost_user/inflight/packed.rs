@@ -7,10 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use polyvirt_core::memory::{MemoryError, Owner, Pages, Words};
 use polyvirt_core::queue::packed::layout::{AVAILABLE, NEXT, Position, Tail, USED};
+use polyvirt_core::queue::{Observer, Taken};
 
 use super::{AT_ENTRIES, AT_VERSION, VERSION, part};
 
@@ -39,7 +39,7 @@ pub(in super::super) enum Nonsense {
     Chain(u16),
 }
 
-/// What is known of one queue. The ring's lease sees the device take and use chains, and tells.
+/// What is known of one queue, of which it sees the device take and use chains.
 pub(in super::super) struct Tracker {
     /// The queue's part of the memory.
     words: Words<u64, Owner>,
@@ -47,20 +47,10 @@ pub(in super::super) struct Tracker {
     /// The descriptors, as the device sees them.
     ring: Words<u64, Owner>,
     size: u16,
-    state: Mutex<State>,
-}
-
-/// What this process knows besides.
-struct State {
-    /// Where the next chain that the device takes begins, and what was read of it.
-    from: Position,
-    chain: Vec<(u64, Tail)>,
     /// Numbers chains in the order in which they were taken.
     counter: u64,
     /// The first entries of chains, by buffer id.
     heads: BTreeMap<u16, u16>,
-    /// The chain that is just being used.
-    using: Option<u16>,
 }
 
 /// What was found in the memory.
@@ -104,24 +94,23 @@ impl Tracker {
         size: u16,
         ring: Pages,
     ) -> Result<Self, MemoryError> {
-        let state = State { from: Position::START, chain: Vec::new(), counter: 0, heads: BTreeMap::new(), using: None };
         let words = part(memory, index, entries, true)?;
-        Ok(Self { words, entries, ring: Words::new(ring)?, size, state: Mutex::new(state) })
+        Ok(Self { words, entries, ring: Words::new(ring)?, size, counter: 0, heads: BTreeMap::new() })
     }
 
     /// What was in flight, and where the device goes on; at `base` if the memory does not say.
-    pub(in super::super) fn recover(&self, base: Position) -> Result<Recovered, Nonsense> {
+    pub(in super::super) fn recover(&mut self, base: Position) -> Result<Recovered, Nonsense> {
         if self.entries < self.size {
             return Err(Nonsense::Entries(self.entries, self.size));
         }
         if self.half(AT_VERSION) != VERSION {
             self.begin(base);
         }
-        let mut used = self.used(BEFORE);
+        let mut used = self.next_used(BEFORE);
         if used.index() >= self.size {
             return Err(Nonsense::Index(used.index(), self.size));
         }
-        let now = self.used(NOW);
+        let now = self.next_used(NOW);
         let submitted = now != used && {
             let flags = Tail::from_word(self.ring.load(2 * usize::from(used.index()) + 1, Ordering::Acquire)).flags;
             flags & (AVAILABLE | USED) != used.available_flags()
@@ -135,14 +124,13 @@ impl Tracker {
         self.set_free([first_free; 2]);
         self.set_used([used; 2]);
         let chains = self.chains(first_free)?;
-        let mut state = self.lock();
-        state.counter = chains.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
+        self.counter = chains.last().map_or(0, |(counter, _)| counter.wrapping_add(1));
         let mut descriptors = Vec::new();
         let mut at = used;
         for (_, chain) in &chains {
             let (Some(&head), Some(&last)) = (chain.first(), chain.last()) else { continue };
             let id = self.descriptor(last).1.id;
-            if descriptors.len() + chain.len() > self.size.into() || state.heads.insert(id, head).is_some() {
+            if descriptors.len() + chain.len() > self.size.into() || self.heads.insert(id, head).is_some() {
                 return Err(Nonsense::Chain(head));
             }
             for &entry in chain {
@@ -153,7 +141,6 @@ impl Tracker {
                 at = at.advanced(1, self.size);
             }
         }
-        state.from = at;
         Ok(Recovered { used, descriptors })
     }
 
@@ -206,87 +193,6 @@ impl Tracker {
         Ok(chains)
     }
 
-    /// `len` bytes at `offset` of the ring were read: a descriptor that is available is part of a chain that is taken.
-    pub(in super::super) fn read_ring(&self, offset: usize, len: usize) {
-        let mut state = self.lock();
-        let from = state.from;
-        let index = (offset / 16) as u16;
-        if len != 16 || index >= self.size {
-            return;
-        }
-        // The device may begin with a chain anew, after it could not see all of it.
-        let place = from.advanced(state.chain.len() as u16, self.size);
-        if index == from.index() && index != place.index() {
-            state.chain.clear();
-        } else if index != place.index() {
-            return;
-        }
-        let place = from.advanced(state.chain.len() as u16, self.size);
-        // What the device has seen stays as it is. What it has not, because it came only now, it will see the next time.
-        let tail = Tail::from_word(self.ring.load(2 * usize::from(index) + 1, Ordering::Acquire));
-        if !place.is_available(tail.flags) || state.chain.len() >= self.size.into() {
-            return;
-        }
-        let address = u64::from_le(self.ring.load(2 * usize::from(index), Ordering::Relaxed));
-        state.chain.push((address, tail));
-        if tail.flags & NEXT == 0 {
-            self.take(&mut state);
-        }
-    }
-
-    /// The device has taken the chain that was read.
-    fn take(&self, state: &mut State) {
-        let chain = std::mem::take(&mut state.chain);
-        state.from = state.from.advanced(chain.len() as u16, self.size);
-        let head = self.free(BEFORE);
-        let Some(id) = chain.last().map(|(_, tail)| tail.id) else { return };
-        // The device does not take an id twice, nor more than the ring has.
-        if state.heads.contains_key(&id) {
-            return;
-        }
-        let (mut free, mut last) = (head, head);
-        for &(address, tail) in &chain {
-            if free >= self.entries {
-                return;
-            }
-            self.set_descriptor(free, address, tail);
-            last = free;
-            free = self.entry_half(free, 1);
-        }
-        self.set_entry_half(head, 2, last);
-        self.set_entry_half(head, 3, chain.len() as u16);
-        self.words.store(at(head) + 1, state.counter, Ordering::Relaxed);
-        state.counter = state.counter.wrapping_add(1);
-        self.set_in_flight(head, true);
-        self.set_free([free; 2]);
-        state.heads.insert(id, head);
-    }
-
-    /// `word` is about to be stored at `offset` of the ring: a descriptor that is used.
-    pub(in super::super) fn writes_ring(&self, offset: usize, len: usize, word: u64) {
-        let mut state = self.lock();
-        if len != 8 || offset % 16 != 8 {
-            return;
-        }
-        let Some(head) = state.heads.remove(&Tail::from_word(word).id) else { return };
-        let (last, count) = (self.entry_half(head, 2), self.entry_half(head, 3));
-        let (first_free, used) = (self.free(BEFORE), self.used(BEFORE));
-        if last < self.entries {
-            self.set_entry_half(last, 1, first_free);
-        }
-        self.set_free([head, first_free]);
-        self.set_used([used.advanced(count.min(self.size), self.size), used]);
-        state.using = Some(head);
-    }
-
-    /// It was stored.
-    pub(in super::super) fn wrote_ring(&self) {
-        let Some(head) = self.lock().using.take() else { return };
-        self.set_in_flight(head, false);
-        self.set_free([self.free(NOW); 2]);
-        self.set_used([self.used(NOW); 2]);
-    }
-
     fn free(&self, when: usize) -> u16 {
         self.word(AT_FREE).half(FREE[when])
     }
@@ -298,7 +204,7 @@ impl Tracker {
         self.set_word(AT_FREE, word);
     }
 
-    fn used(&self, when: usize) -> Position {
+    fn next_used(&self, when: usize) -> Position {
         let word = self.word(AT_USED);
         Position::new(word.half(INDEX[when]), word.0[WRAP[when]] != 0)
     }
@@ -356,9 +262,52 @@ impl Tracker {
         self.words.store(2 * (at(entry) + 2) + 1, len, Ordering::Relaxed);
         self.words.store(at(entry) + 3, address, Ordering::Relaxed);
     }
+}
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+impl Observer for Tracker {
+    fn taken(&mut self, Taken { head: id, start, entries: count }: Taken) {
+        // One that was in flight before is known already.
+        if self.heads.contains_key(&id) {
+            return;
+        }
+        let head = self.free(BEFORE);
+        let (mut free, mut last) = (head, head);
+        for index in 0..count {
+            if free >= self.entries {
+                return;
+            }
+            // A driver that changes them now is answered for what it wrote last, by whoever goes on.
+            let place = 2 * usize::from(start.advanced(index, self.size).index());
+            let tail = Tail::from_word(self.ring.load(place + 1, Ordering::Relaxed));
+            self.set_descriptor(free, u64::from_le(self.ring.load(place, Ordering::Relaxed)), Tail { id, ..tail });
+            last = free;
+            free = self.entry_half(free, 1);
+        }
+        self.set_entry_half(head, 2, last);
+        self.set_entry_half(head, 3, count);
+        self.words.store(at(head) + 1, self.counter, Ordering::Relaxed);
+        self.counter = self.counter.wrapping_add(1);
+        self.set_in_flight(head, true);
+        self.set_free([free; 2]);
+        self.heads.insert(id, head);
+    }
+
+    fn using(&mut self, id: u16) {
+        let Some(&head) = self.heads.get(&id) else { return };
+        let (last, count) = (self.entry_half(head, 2), self.entry_half(head, 3));
+        let (first_free, used) = (self.free(BEFORE), self.next_used(BEFORE));
+        if last < self.entries {
+            self.set_entry_half(last, 1, first_free);
+        }
+        self.set_free([head, first_free]);
+        self.set_used([used.advanced(count.min(self.size), self.size), used]);
+    }
+
+    fn used(&mut self, id: u16) {
+        let Some(head) = self.heads.remove(&id) else { return };
+        self.set_in_flight(head, false);
+        self.set_free([self.free(NOW); 2]);
+        self.set_used([self.next_used(NOW); 2]);
     }
 }
 

@@ -2,11 +2,11 @@
 //!
 //! Before a chain's completion is visible its head is noted, afterwards the chain is crossed out.
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use polyvirt_core::memory::{MemoryError, Owner, Pages, Words};
-use polyvirt_core::queue::split::layout::{INDEX, available_entry, used_entry};
-use polyvirt_core::queue::{QueueState, SavedQueue};
+use polyvirt_core::queue::split::layout::INDEX;
+use polyvirt_core::queue::{Observer, QueueState, SavedQueue, Taken};
 
 use super::{AT_ENTRIES, AT_VERSION, VERSION, part};
 
@@ -19,40 +19,38 @@ pub(super) const ENTRY: usize = 16;
 const AT_LAST_HEAD: usize = 6;
 const AT_USED_INDEX: usize = 7;
 
-/// What is known of one queue. The driver and device areas' leases see the device take and complete chains, and tell.
+/// What is known of one queue, of which it sees the device take and use chains.
 pub(in super::super) struct Tracker {
     /// The queue's part of the memory.
     words: Words<u64, Owner>,
     entries: u16,
-    /// The available ring and the used ring, as the device sees them.
-    available: Words<u16, Owner>,
+    /// The used ring, as the device sees it.
     used: Words<u32, Owner>,
     /// Numbers chains in the order in which they were taken.
-    counter: AtomicU64,
+    counter: u64,
 }
 
 impl Tracker {
     /// The part of queue `index` in `memory`, which is divided for queues of `entries`; the queue has `size` entries, and
-    /// its rings are there.
+    /// its used ring is there.
     pub(in super::super) fn new(
         memory: &Pages,
         index: u16,
         entries: u16,
         size: u16,
-        (available, used): (Pages, Pages),
+        used: Pages,
     ) -> Result<Self, MemoryError> {
         Ok(Self {
             words: part(memory, index, entries, false)?,
             entries: entries.min(size),
-            available: Words::new(available)?,
             used: Words::new(used)?,
-            counter: AtomicU64::new(0),
+            counter: 0,
         })
     }
 
     /// Where the device goes on: behind what is used, with what was in flight before all others. None if the memory does
     /// not say.
-    pub(in super::super) fn recover(&self) -> Option<SavedQueue> {
+    pub(in super::super) fn recover(&mut self) -> Option<SavedQueue> {
         let used = u16::from_le(self.used.load::<u16>(INDEX, Ordering::Acquire));
         let known = self.half(AT_VERSION) == VERSION;
         if !known {
@@ -75,36 +73,10 @@ impl Tracker {
         }
         taken.sort_unstable();
         let last = taken.last().map_or(0, |&(counter, _)| counter);
-        self.counter.store(last.wrapping_add(1), Ordering::Relaxed);
+        self.counter = last.wrapping_add(1);
         let heads: Vec<_> = taken.into_iter().map(|(_, head)| head).collect();
         let available = used.wrapping_add(heads.len() as u16);
         known.then_some(SavedQueue { state: QueueState { available, used }, in_flight: heads })
-    }
-
-    /// `len` bytes at `offset` of the available ring were read: an entry of it is a chain that is taken.
-    pub(in super::super) fn read_available(&self, offset: usize, len: usize) {
-        let first = 2 * available_entry(0);
-        if len == 2 && offset >= first && offset < first + 2 * usize::from(self.entries) {
-            let head = u16::from_le(self.available.load::<u16>(offset / 2, Ordering::Relaxed));
-            if head < self.entries && !self.is_in_flight(head) {
-                let number = self.counter.fetch_add(1, Ordering::Relaxed);
-                self.words.store(at(head) + 1, number, Ordering::Relaxed);
-                // Release: a chain that is in flight has its number.
-                self.words.store::<u64>(at(head), u64::from_ne_bytes([1, 0, 0, 0, 0, 0, 0, 0]), Ordering::Release);
-            }
-        }
-    }
-
-    /// `len` bytes at `offset` of the used ring were written: an element, or the index that makes it visible.
-    pub(in super::super) fn wrote_used(&self, offset: usize, len: usize) {
-        let first = 4 * used_entry(0);
-        if len == 8 && offset >= first {
-            let head = u32::from_le(self.used.load::<u32>(offset / 4, Ordering::Relaxed));
-            self.set_half(AT_LAST_HEAD, head as u16);
-        } else if len == 2 && offset == 2 * INDEX {
-            self.cross_out(self.half(AT_LAST_HEAD));
-            self.set_half(AT_USED_INDEX, u16::from_le(self.used.load::<u16>(INDEX, Ordering::Relaxed)));
-        }
     }
 
     fn is_in_flight(&self, head: u16) -> bool {
@@ -126,6 +98,27 @@ impl Tracker {
     }
 }
 
+impl Observer for Tracker {
+    fn taken(&mut self, Taken { head, .. }: Taken) {
+        // One that was in flight before keeps its number.
+        if head < self.entries && !self.is_in_flight(head) {
+            self.words.store(at(head) + 1, self.counter, Ordering::Relaxed);
+            self.counter = self.counter.wrapping_add(1);
+            // Release: a chain that is in flight has its number.
+            self.words.store::<u64>(at(head), u64::from_ne_bytes([1, 0, 0, 0, 0, 0, 0, 0]), Ordering::Release);
+        }
+    }
+
+    fn using(&mut self, head: u16) {
+        self.set_half(AT_LAST_HEAD, head);
+    }
+
+    fn used(&mut self, head: u16) {
+        self.cross_out(head);
+        self.set_half(AT_USED_INDEX, u16::from_le(self.used.load::<u16>(INDEX, Ordering::Relaxed)));
+    }
+}
+
 /// The entry of `head`, in units of u64.
 fn at(head: u16) -> usize {
     (HEADER + ENTRY * usize::from(head)) / 8
@@ -135,31 +128,21 @@ fn at(head: u16) -> usize {
 mod tests {
     use super::super::size;
     use super::*;
+    use polyvirt_core::queue::packed::layout::Position;
 
     struct Rig {
         memory: Pages,
-        available: Pages,
         used: Pages,
     }
 
     impl Rig {
         fn new() -> Self {
             let memory = Pages::allocate(size(2, 8, false));
-            Self { memory, available: Pages::allocate(4096), used: Pages::allocate(4096) }
+            Self { memory, used: Pages::allocate(4096) }
         }
 
         fn tracker(&self) -> Tracker {
-            Tracker::new(&self.memory, 1, 8, 8, (self.available.clone(), self.used.clone())).unwrap()
-        }
-
-        fn take(&self, tracker: &Tracker, slot: usize, head: u16) {
-            self.available.write(4 + 2 * slot, &head.to_le_bytes()).unwrap();
-            tracker.read_available(4 + 2 * slot, 2);
-        }
-
-        fn put(&self, tracker: &Tracker, slot: usize, head: u32) {
-            self.used.write(4 + 8 * slot, &head.to_le_bytes()).unwrap();
-            tracker.wrote_used(4 + 8 * slot, 8);
+            Tracker::new(&self.memory, 1, 8, 8, self.used.clone()).unwrap()
         }
 
         fn publish(&self, index: u16) {
@@ -167,17 +150,22 @@ mod tests {
         }
     }
 
+    fn taken(head: u16) -> Taken {
+        Taken { head, start: Position::START, entries: 1 }
+    }
+
     #[test]
     fn what_was_taken_and_not_used_is_in_flight_in_its_order() {
         let rig = Rig::new();
-        let tracker = rig.tracker();
+        let mut tracker = rig.tracker();
         assert_eq!(tracker.recover(), None);
-        for (slot, head) in [5, 2, 7].into_iter().enumerate() {
-            rig.take(&tracker, slot, head);
+        // 5 is put back, and taken again.
+        for head in [5, 2, 7, 5] {
+            tracker.taken(taken(head));
         }
-        rig.put(&tracker, 0, 2);
+        tracker.using(2);
         rig.publish(1);
-        tracker.wrote_used(2, 2);
+        tracker.used(2);
         let saved = rig.tracker().recover().unwrap();
         assert_eq!(saved.in_flight, [5, 7]);
         assert_eq!(saved.state, QueueState { available: 3, used: 1 });
@@ -186,11 +174,11 @@ mod tests {
     #[test]
     fn a_completion_that_was_seen_is_not_in_flight_even_if_it_was_not_crossed_out() {
         let rig = Rig::new();
-        let tracker = rig.tracker();
+        let mut tracker = rig.tracker();
         assert_eq!(tracker.recover(), None);
-        rig.take(&tracker, 0, 3);
-        rig.take(&tracker, 1, 4);
-        rig.put(&tracker, 0, 3);
+        tracker.taken(taken(3));
+        tracker.taken(taken(4));
+        tracker.using(3);
         assert_eq!(rig.tracker().recover().unwrap().in_flight, [3, 4], "not seen yet");
         rig.publish(1);
         assert_eq!(rig.tracker().recover().unwrap().in_flight, [4], "the end came right behind the index");
@@ -200,10 +188,9 @@ mod tests {
     fn counters_that_another_process_rewrites_do_no_harm() {
         const ENTRIES: u16 = 512;
         let memory = Pages::allocate(size(1, ENTRIES, false));
-        let rings = (Pages::allocate(4096), Pages::allocate(8192));
-        let tracker = Tracker::new(&memory, 0, ENTRIES, ENTRIES, rings).unwrap();
+        let mut tracker = Tracker::new(&memory, 0, ENTRIES, ENTRIES, Pages::allocate(8192)).unwrap();
         assert_eq!(tracker.recover(), None);
-        let words = &tracker.words;
+        let words = tracker.words.clone();
         let set = |head: u16, counter: u64| words.store(at(head) + 1, counter, Ordering::Relaxed);
         for head in 0..ENTRIES {
             tracker.words.store::<u64>(at(head), u64::from_ne_bytes([1, 0, 0, 0, 0, 0, 0, 0]), Ordering::Relaxed);
@@ -230,11 +217,11 @@ mod tests {
     #[test]
     fn heads_beyond_the_queue_and_memory_too_small_do_no_harm() {
         let rig = Rig::new();
-        let tracker = rig.tracker();
-        rig.take(&tracker, 0, 8);
-        rig.put(&tracker, 0, u32::MAX);
-        tracker.wrote_used(2, 2);
+        let mut tracker = rig.tracker();
+        tracker.taken(taken(8));
+        tracker.using(u16::MAX);
+        tracker.used(u16::MAX);
         assert_eq!(tracker.recover(), None);
-        assert!(Tracker::new(&rig.memory, 300, 8, 8, (rig.available.clone(), rig.used.clone())).is_err());
+        assert!(Tracker::new(&rig.memory, 300, 8, 8, rig.used.clone()).is_err());
     }
 }

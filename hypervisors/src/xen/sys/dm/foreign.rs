@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 use nix::libc;
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, mmap_anonymous};
 use polyvirt_core::hypervisor::HypervisorError;
-use polyvirt_core::memory::{Access, GuestMemory, Lease, MemoryError, Segment};
+use polyvirt_core::memory::{Access, GuestMemory, Lease, MemoryError, ResolveError, Segment};
 use vmm_sys_util::ioctl::ioctl_with_mut_ref;
 
 use super::super::{open, refused};
@@ -67,12 +67,12 @@ impl GuestMemory for Foreign {
         len: u64,
         _access: Access,
         mut segments: impl FnMut(Segment<Held>),
-    ) -> Result<(), MemoryError> {
+    ) -> Result<(), ResolveError> {
         let Some(last) = len.checked_sub(1) else { return Ok(()) };
         let last = address.checked_add(last).ok_or(MemoryError::Wraps { address, len })?;
         let map = Arc::clone(&lock(&self.shared.current));
         if last >= LIMIT || !map.has(&self.shared, address >> PAGE_SHIFT, last >> PAGE_SHIFT) {
-            return Err(MemoryError::NotMapped { address, len });
+            return Err(MemoryError::NotMapped { address, len }.into());
         }
         // SAFETY: the range is inside the room that the map keeps, and all its pages are mapped, for reading and writing,
         // until the map is dropped.

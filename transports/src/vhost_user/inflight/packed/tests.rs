@@ -38,7 +38,7 @@ impl Rig {
             copy.write(0, &bytes).unwrap();
             copy
         };
-        let tracker = Tracker::new(&copy(&self.memory), 1, SIZE, SIZE, copy(&self.ring)).unwrap();
+        let mut tracker = Tracker::new(&copy(&self.memory), 1, SIZE, SIZE, copy(&self.ring)).unwrap();
         tracker.recover(Position::new(3, false)).unwrap()
     }
 
@@ -70,33 +70,30 @@ impl Rig {
         self.available.push((id, count));
     }
 
-    fn take(&mut self, tracker: &Tracker) {
+    fn take(&mut self, tracker: &mut Tracker) {
         let (id, count) = self.available.remove(0);
-        for piece in 0..count {
-            assert_eq!(self.recovered(), self.expected(), "in the middle of a chain");
-            tracker.read_ring(16 * usize::from(self.from.advanced(piece, SIZE).index()), 16);
-        }
+        tracker.taken(Taken { head: id, start: self.from, entries: count });
         self.from = self.from.advanced(count, SIZE);
         self.taken.push((id, count));
     }
 
     /// Uses the chain at `which`; the driver may be so quick that its slot has the next chain at once.
-    fn put(&mut self, tracker: &Tracker, which: usize, at_once: Option<u16>) {
+    fn put(&mut self, tracker: &mut Tracker, which: usize, at_once: Option<u16>) {
         let (id, count) = self.taken[which];
         let at = self.used;
         let word = Tail { len: 0, id, flags: at.used_flags() }.to_word();
         let offset = 16 * usize::from(at.index()) + 8;
-        tracker.writes_ring(offset, 8, word);
+        tracker.using(id);
         assert_eq!(self.recovered(), self.expected(), "it is not written yet");
         self.ring.write(offset, &word.to_ne_bytes()).unwrap();
         self.taken.remove(which);
         self.used = self.used.advanced(count, SIZE);
         assert_eq!(self.recovered(), self.expected(), "it is written");
-        if let Some(id) = at_once {
-            self.add(id, 1);
+        if let Some(next) = at_once {
+            self.add(next, 1);
             assert_eq!(self.recovered(), self.expected(), "it was overwritten");
         }
-        tracker.wrote_ring();
+        tracker.used(id);
     }
 }
 
@@ -110,7 +107,7 @@ fn descriptor(at: Position, id: u16, piece: u16, count: u16) -> (u64, u64) {
 #[test]
 fn whenever_the_back_end_dies_what_was_taken_and_not_used_is_in_flight_in_its_order() {
     let mut rig = Rig::new();
-    let tracker = rig.tracker();
+    let mut tracker = rig.tracker();
     assert_eq!(tracker.recover(Position::START).unwrap(), rig.expected());
     let mut dice = 1u32;
     let mut roll = |sides: usize| {
@@ -121,14 +118,19 @@ fn whenever_the_back_end_dies_what_was_taken_and_not_used_is_in_flight_in_its_or
         let count = 1 + roll(3) as u16;
         match roll(3) {
             0 if rig.free() >= count => rig.add(id, count),
-            1 if !rig.available.is_empty() => rig.take(&tracker),
+            1 if !rig.available.is_empty() => rig.take(&mut tracker),
             2 if !rig.taken.is_empty() => {
                 let which = roll(rig.taken.len());
                 let at_once = (roll(2) == 0).then_some(id);
-                rig.put(&tracker, which, at_once);
+                rig.put(&mut tracker, which, at_once);
             }
-            // A look at the ring that finds nothing, or only what is to be taken later.
-            _ => tracker.read_ring(16 * usize::from(rig.from.index()), 8),
+            // One that was put back is taken again.
+            _ => {
+                if let Some(&(id, count)) = rig.taken.last() {
+                    let start = rig.from.advanced(SIZE - count, SIZE);
+                    tracker.taken(Taken { head: id, start, entries: count });
+                }
+            }
         }
         assert_eq!(rig.recovered(), rig.expected());
     }
@@ -136,25 +138,29 @@ fn whenever_the_back_end_dies_what_was_taken_and_not_used_is_in_flight_in_its_or
 }
 
 #[test]
-fn a_chain_that_could_not_be_taken_at_first_is_in_flight_once() {
+fn a_chain_that_is_taken_again_is_in_flight_once_and_what_is_not_in_flight_is_not_used() {
     let mut rig = Rig::new();
-    let tracker = rig.tracker();
+    let mut tracker = rig.tracker();
     tracker.recover(Position::START).unwrap();
     rig.add(7, 3);
-    for place in [0, 1, 0, 1, 2] {
-        tracker.read_ring(16 * place, 16);
+    assert_eq!(rig.recovered(), rig.expected(), "it is not taken yet");
+    for _ in 0..3 {
+        tracker.taken(Taken { head: 7, start: Position::START, entries: 3 });
     }
     (rig.taken, rig.available) = (rig.available.clone(), vec![]);
     assert_eq!(rig.recovered(), rig.expected());
-    // It was seen before the device knew: the device reads it again.
-    (0..3).for_each(|place| tracker.read_ring(16 * place, 16));
+    tracker.using(8);
+    tracker.used(8);
+    assert_eq!(rig.recovered(), rig.expected());
+    // More than there are entries is no chain.
+    tracker.taken(Taken { head: 8, start: Position::START, entries: SIZE - 2 });
     assert_eq!(rig.recovered(), rig.expected());
 }
 
 #[test]
 fn nonsense_is_refused() {
     let rig = Rig::new();
-    let tracker = rig.tracker();
+    let mut tracker = rig.tracker();
     tracker.recover(Position::START).unwrap();
     tracker.set_used([Position::new(SIZE, true); 2]);
     assert_eq!(rig.tracker().recover(Position::START), Err(Nonsense::Index(SIZE, SIZE)));
@@ -168,7 +174,7 @@ fn nonsense_is_refused() {
         tracker.set_entry_half(0, 3, count);
         assert_eq!(rig.tracker().recover(Position::START), Err(Nonsense::Chain(0)));
     }
-    let small = Tracker::new(&rig.memory, 1, SIZE, SIZE + 1, rig.ring.clone()).unwrap();
+    let mut small = Tracker::new(&rig.memory, 1, SIZE, SIZE + 1, rig.ring.clone()).unwrap();
     assert_eq!(small.recover(Position::START), Err(Nonsense::Entries(SIZE, SIZE + 1)));
     assert!(Tracker::new(&rig.memory, 300, SIZE, SIZE, rig.ring.clone()).is_err());
 }
@@ -176,7 +182,7 @@ fn nonsense_is_refused() {
 #[test]
 fn whatever_another_process_writes_meanwhile_does_no_harm() {
     let rig = Rig::new();
-    let tracker = rig.tracker();
+    let mut tracker = rig.tracker();
     let (memory, ring) = (rig.memory.clone(), rig.ring.clone());
     // Dropped however the test ends.
     let (going, end) = std::sync::mpsc::channel::<()>();
@@ -195,10 +201,10 @@ fn whatever_another_process_writes_meanwhile_does_no_harm() {
         });
         let _going = going;
         for round in 0..2000 {
-            let at = 16 * (round % usize::from(SIZE));
-            tracker.read_ring(at, 16);
-            tracker.writes_ring(at + 8, 8, (round as u64) << 32);
-            tracker.wrote_ring();
+            let (head, start) = (round as u16, Position::new(round as u16 % SIZE, true));
+            tracker.taken(Taken { head, start, entries: 1 + round as u16 % SIZE });
+            tracker.using(head);
+            tracker.used(head);
             let _ = rig.tracker().recover(Position::START);
         }
     });
