@@ -9,8 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::Builder;
 
-use nix::errno::Errno;
-use nix::sys::signal::{SigSet, Signal, raise};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use signal_hook::low_level::emulate_default_handler;
 use tempfile::{NamedTempFile, TempDir};
 
 /// What there is.
@@ -99,27 +100,20 @@ pub(crate) fn remove_all() -> impl Drop {
     kept
 }
 
-/// Has signals that ask the program to end do so after all that is temporary is gone. Before there are other threads:
-/// they inherit that the signals are taken here.
-pub(crate) fn remove_on_signals() -> Result<(), Errno> {
-    let endings = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP].into_iter();
+/// Has signals that ask the program to end do so after all that is temporary is gone. They are caught, not held up: what the
+/// program starts has them as it would have without this.
+pub(crate) fn remove_on_signals() -> io::Result<()> {
     // What nohup, or a shell for its background, has taken from it does not end it now.
     let ignored = ignored();
-    let endings: SigSet = endings.filter(|&signal| ignored >> (signal as u32 - 1) & 1 == 0).collect();
-    endings.thread_block()?;
+    let endings = [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|signal| ignored >> (signal - 1) & 1 == 0);
+    let mut endings = Signals::new(endings)?;
     let wait = move || {
-        let Ok(signal) = endings.wait() else { return };
+        let Some(signal) = endings.forever().next() else { return };
         let _nothing_new = remove_all();
         // As it would have ended: who waits for it sees by what.
-        _ = endings.thread_unblock();
-        _ = raise(signal);
+        _ = emulate_default_handler(signal);
     };
-    // Without it the signals are held up for good.
-    if let Err(error) = Builder::new().name("signals".into()).spawn(wait) {
-        endings.thread_unblock()?;
-        return Err(Errno::from_raw(error.raw_os_error().unwrap_or_default()));
-    }
-    Ok(())
+    Builder::new().name("signals".into()).spawn(wait).map(drop)
 }
 
 /// The signals that the process was told to ignore, a bit each.

@@ -541,6 +541,10 @@ impl<M: GuestMemory> VirtioDevice<M> {
 
     /// A backend has news, or an earlier call said that there is more to do. True as in [`kick`](Self::kick).
     pub fn poll(&mut self) -> bool {
+        if !self.is_running() {
+            // The news may be of its configuration, which a driver reads before it drives the device.
+            self.refresh();
+        }
         self.work(None)
     }
 

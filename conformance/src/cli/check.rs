@@ -155,6 +155,11 @@ fn run_cells(
     if !asked.is_empty() {
         cases.retain(|case| asked.iter().any(|pattern| matches(pattern, case.name)));
         if cases.is_empty() {
+            let known = cases::of_daemons();
+            if known.iter().any(|case| asked.iter().any(|pattern| matches(pattern, case.name))) {
+                let asked = asked.join(" or ");
+                return Err(CliError::Mistake(format!("{asked} judges a daemon: name one as TARGET, vhost-user:PATH")));
+            }
             return Err(CliError::Mistake(format!("there is no case {}", asked.join(" or "))));
         }
     }

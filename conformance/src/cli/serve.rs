@@ -5,6 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Waker;
+
 use polyvirt_core::Features;
 use polyvirt_core::device::Device;
 use polyvirt_core::memory::GuestMemory;
@@ -131,10 +134,10 @@ fn vhost_user(args: &ServeArgs, socket: &Path, at: &At, output: &mut Output) -> 
     let mut features = if at.ring == "packed" { Features::RING_PACKED } else { Features::empty() };
     features.set(Features::ACCESS_PLATFORM, at.iommu);
     let mut backend = Backend::new(device, features).map_err(|error| mistake(&error))?;
-    ready(&told, &socket.display(), far_side, watch, output)?;
+    ready(&told, &socket.display(), far_side, watch.map(|watch| (watch, backend.waker())), output)?;
     let ended = |how: &Result<Ended, ServeError>| {
         // A block device tells nobody that it became larger: the next front end is to see it.
-        image.iter().for_each(look_again);
+        let _ = image.as_ref().and_then(look_again);
         // Any other end is a warning.
         if let Ok(Ended::Closed) = how {
             tell("the front end left");
@@ -177,6 +180,7 @@ fn xen(args: &ServeArgs, at: &At, id: u16, output: &mut Output) -> Result<u8, Cl
     let memory = host.memory();
     attach(&mut host, memory, device, Generation::Modern).map_err(mistake)?;
     not_confined(at);
+    let watch = watch.map(|watch| (watch, Waker::noop().clone()));
     ready(&told, &format_args!("domain {id}"), far_side, watch, output)?;
     domain.wait_for_its_end();
     Ok(SUCCESS)
@@ -224,15 +228,22 @@ fn ready(
     told: &str,
     place: &dyn std::fmt::Display,
     far_side: FarSide,
-    watch: Option<Watch>,
+    watch: Option<(Watch, Waker)>,
     output: &mut Output,
 ) -> Result<(), CliError> {
     output.text(&format!("{told}: ready at {place}\n"))?;
     output.flush()?;
     match (far_side, watch) {
         (FarSide::Terminal(handle), _) => super::terminal::connect(handle, <[u8]>::to_vec),
-        (FarSide::Image(image), Some(watch)) => {
-            let spawned = watch.spawn(move || look_again(&image));
+        (FarSide::Image(image), Some((watch, waker))) => {
+            let known = AtomicU64::new(0);
+            let spawned = watch.spawn(move || {
+                let size = look_again(&image);
+                // The device wakes its own once its driver is ready: a front end wants to hear of it before that.
+                if size.is_some_and(|size| known.swap(size, Ordering::Relaxed) != size) {
+                    waker.wake_by_ref();
+                }
+            });
             spawned.map_err(|error| CliError::Mistake(format!("no thread to watch the image: {error}")))?;
         }
         (FarSide::Image(_), None) | (FarSide::None, _) => {}
@@ -240,10 +251,10 @@ fn ready(
     Ok(())
 }
 
-fn look_again(image: &blk::FileHandle) {
-    if let Err(error) = image.refresh() {
-        tracing::warn!(%error, "the image's size cannot be told");
-    }
+/// How large the image is by now, in sectors.
+fn look_again(image: &blk::FileHandle) -> Option<u64> {
+    let size = image.refresh();
+    size.inspect_err(|error| tracing::warn!(%error, "the image's size cannot be told")).ok()
 }
 
 /// What a device needs of the host, open.

@@ -15,6 +15,7 @@ use std::time::Duration;
 use polyvirt_core::Features;
 use polyvirt_core::memory::{Access, FlatMemory, GuestMemory, Pages};
 use polyvirt_core::transport::{Transport, TransportError};
+use polyvirt_devices::blk;
 use polyvirt_hypervisors::FlatShare;
 use polyvirt_transports::vhost_user::{Driver, Guest, Options, memory_file};
 
@@ -30,6 +31,8 @@ pub const RAM: u64 = 8 << 20;
 /// Guest-physical address of it.
 pub const RAM_AT: u64 = 0x4000_0000;
 
+/// Sectors that the cases for a disk use, at least.
+const LEAST_SECTORS: u64 = 2048;
 /// How long a case waits for an event that is known not to come.
 const KNOWN_PATIENCE: Duration = Duration::from_millis(500);
 
@@ -107,6 +110,21 @@ impl Daemon {
         let offered = driver.device_features().map_err(|error| error.to_string())?;
         if !offered.contains(Features::VERSION_1) {
             return Err(format!("{}: VIRTIO_F_VERSION_1 is not offered", daemon.socket.display()));
+        }
+        if kind == Kind::Blk {
+            let mut capacity = [0; 8];
+            let sectors = driver.read_config(0, &mut capacity).map_or(LEAST_SECTORS, |()| u64::from_le_bytes(capacity));
+            if offered.contains(blk::wire::RO) || sectors < LEAST_SECTORS {
+                let socket = daemon.socket.display();
+                return Err(format!(
+                    "{socket}: the cases write to the disk, and need {LEAST_SECTORS} sectors of 512 bytes: {}",
+                    if offered.contains(blk::wire::RO) {
+                        "it is read-only".into()
+                    } else {
+                        format!("it has {sectors}")
+                    }
+                ));
+            }
         }
         Ok(RingFormat::of(false).iter().copied().filter(|format| offered.contains(format.feature())).collect())
     }

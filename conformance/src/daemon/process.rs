@@ -3,13 +3,16 @@
 use std::io::{self, ErrorKind, Write as _};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, killpg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
+use nix::unistd::Pid;
 
 use crate::suite::Objection;
 
@@ -46,12 +49,13 @@ impl Process {
             // There is nothing left to kill, and its number may be another's by now.
             over(running);
         }
-        // The shell gives its process to the daemon. Another one kills it when this process is gone, however it ends: nobody
-        // writes to its end of the pipe then.
+        // The shell and what it starts are a group of processes, which is killed as one. Another of them kills it when this
+        // process is gone, however it ends: nobody writes to its end of the pipe then.
         let daemon = self.command.replace(SOCKET, "\"$1\"");
-        let line = format!("exec 3<&0; {{ read -r over <&3 || kill -9 $$; }} & exec {daemon} </dev/null 3<&-");
+        let line = format!("exec 3<&0; {{ read -r over <&3 || kill -9 0; }} & {{ {daemon}\n}} </dev/null 3<&-");
         let mut command = Command::new("/bin/sh");
-        command.arg("-c").arg(line).arg("sh").arg(&self.socket).stdin(Stdio::piped()).stdout(Stdio::null());
+        command.arg("-c").arg(line).arg("sh").arg(&self.socket).process_group(0);
+        command.stdin(Stdio::piped()).stdout(Stdio::null());
         *child = Some(command.spawn()?);
         Ok(true)
     }
@@ -63,13 +67,17 @@ impl Process {
         loop {
             match connect_at_once(&self.socket) {
                 Err(error) if !passing(&error) => return Err(error),
-                Err(error) => {
+                Err(_) => {
                     // One that was about to end, after its last session, is started once more.
                     if self.ensure_running()? && std::mem::replace(&mut started, true) {
                         return Err(io::Error::other(format!("'{}' ends as soon as it starts", self.command)));
                     }
                     if begun.elapsed() >= START_WATCHDOG {
-                        return Err(error);
+                        let socket = self.socket.display();
+                        return Err(io::Error::other(format!(
+                            "'{}' runs, but nothing listens at {socket} after {START_WATCHDOG:?}",
+                            self.command
+                        )));
                     }
                     thread::sleep(PAUSE);
                 }
@@ -81,9 +89,14 @@ impl Process {
     /// Kills the daemon (SIGKILL), and returns when it is gone.
     pub fn kill(&self) -> io::Result<()> {
         if let Some(mut child) = self.child.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            child.kill()?;
-            over(&mut child);
+            let group = Pid::from_raw(child.id().cast_signed());
+            // Not yet waited for, so its number is nobody else's.
+            let _ = killpg(group, Signal::SIGKILL);
             child.wait()?;
+            // What the shell started is somebody else's child, and gone an instant later.
+            while killpg(group, None).is_ok() {
+                thread::yield_now();
+            }
         }
         Ok(())
     }

@@ -1,6 +1,8 @@
 //! The image of a disk: what can be one, who else has it, how it grows.
 
 use std::fs::{self, File};
+use std::os::fd::{AsFd as _, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -9,7 +11,8 @@ use nix::sys::stat::Mode;
 use nix::unistd::{Pid, mkfifo};
 use polyvirt_core::transport::BlockingTransport as _;
 use polyvirt_devices::blk;
-use polyvirt_transports::vhost_user;
+use polyvirt_transports::vhost_user::messages::*;
+use polyvirt_transports::vhost_user::{self, Connection};
 use tempfile::TempDir;
 
 use super::front::{self, WATCHDOG};
@@ -162,6 +165,32 @@ fn a_running_guest_is_told_that_its_image_grew_or_shrank() {
     }
     drop(disk);
     assert_eq!(front::disk(&socket).geometry().capacity, 8192);
+}
+
+#[test]
+fn a_front_end_is_told_of_another_size_before_its_driver_is_ready() {
+    let (_folder, image, socket) = image(1 << 20);
+    let _server = Server::start(&mut serve_disk(&image, &socket, &[]));
+    let mut connection = Connection::new(UnixStream::connect(&socket).unwrap()).unwrap();
+    let send = |connection: &Connection, request: Request, payload: &[u8], fds: &[BorrowedFd<'_>]| {
+        connection.send(request as u32, 0, payload, fds).unwrap();
+    };
+    let capacity = |connection: &mut Connection| {
+        let area = ConfigArea { offset: 0, size: 8, flags: 0 };
+        send(connection, Request::GetConfig, &[area.to_bytes(), vec![0; 8]].concat(), &[]);
+        u64::from_bytes(&connection.wait(WATCHDOG).unwrap().payload[ConfigArea::LEN..])
+    };
+    send(&connection, Request::SetOwner, &[], &[]);
+    let protocol = ProtocolFeatures::CONFIG | ProtocolFeatures::BACKEND_REQ;
+    send(&connection, Request::SetProtocolFeatures, &protocol.bits().to_bytes(), &[]);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    send(&connection, Request::SetBackendReqFd, &[], &[theirs.as_fd()]);
+    assert_eq!(capacity(&mut connection), 2048);
+    // QEMU has read it by now, and its guest is yet to boot.
+    File::options().write(true).open(&image).unwrap().set_len(2 << 20).unwrap();
+    let told = Connection::new(ours).unwrap().wait(WATCHDOG).unwrap();
+    assert_eq!(told.header.request, BackendRequest::ConfigChange as u32);
+    assert_eq!(capacity(&mut connection), 4096);
 }
 
 #[test]

@@ -51,6 +51,8 @@ pub struct Backend {
     pub(super) implied: bool,
     /// Whether the front end has left: nothing is begun for it any more.
     pub(super) gone: bool,
+    /// The generation of the configuration that the front end has, or was told of.
+    pub(super) generation: u32,
 }
 
 /// A queue as the front end set it up.
@@ -121,10 +123,15 @@ impl Backend {
             .with_queue_max_size(MAX_QUEUE_SIZE);
         state.set_waker(Waker::from(Arc::new(News(news.clone()))));
         let (rings, protocol) = (Vec::new(), ProtocolFeatures::empty());
-        let (inflight, implied, gone) = (None, false, false);
-        let mut backend = Self { state, memory, calls, news, rings, protocol, inflight, implied, gone };
+        let (inflight, implied, gone, generation) = (None, false, false, 0);
+        let mut backend = Self { state, memory, calls, news, rings, protocol, inflight, implied, gone, generation };
         backend.begin();
         Ok(backend)
+    }
+
+    /// What to wake when the device has news that it may not know of before its driver is ready: of its medium's size, say.
+    pub fn waker(&self) -> Waker {
+        Waker::from(Arc::new(News(self.news.clone())))
     }
 
     /// As at the beginning of a session.
@@ -134,6 +141,7 @@ impl Backend {
         self.calls.reset(self.rings.len());
         self.protocol = ProtocolFeatures::empty();
         (self.inflight, self.implied, self.gone) = (None, false, false);
+        self.generation = self.state.config_generation();
         self.memory.clear();
     }
 
@@ -310,6 +318,7 @@ impl Backend {
             R::GetConfig => {
                 let (area, mut data) = body.config()?;
                 self.state.read_config(area.offset.into(), &mut data);
+                self.generation = self.state.config_generation();
                 return Ok(Some(Reply { payload: [area.to_bytes(), data].concat(), fds: Vec::new() }));
             }
             R::SetConfig => {
@@ -403,6 +412,7 @@ impl Backend {
         let status = Status::from_bits_retain(status);
         self.implied &= !status.contains(Status::DRIVER_OK);
         self.state.set_status(status);
+        self.tell_config();
         for index in 0..self.rings.len() {
             self.update(index)?;
         }
@@ -441,7 +451,17 @@ impl Backend {
         }
         let more = self.state.poll();
         self.tell_broken();
+        self.tell_config();
         more
+    }
+
+    /// Tells the front end of another configuration before its driver drives the device. Afterwards the device does; but a
+    /// front end keeps what it has read, and its driver reads that.
+    fn tell_config(&mut self) {
+        let now = self.state.config_generation();
+        if std::mem::replace(&mut self.generation, now) != now && !self.state.status().contains(Status::DRIVER_OK) {
+            self.calls.raise(Cause::Config);
+        }
     }
 
     /// What waits for room on the back end's socket; the socket, if something is left.

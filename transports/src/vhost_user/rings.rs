@@ -93,7 +93,7 @@ impl Backend {
         // Where its rings are and what they hold is the driver's, whom the front end does not answer for: what is wrong
         // there breaks the queue, not the session.
         if let Err(reason) = self.take_over(index) {
-            tracing::warn!(index, reason, "a queue cannot be used");
+            tracing::warn!(index, %reason, "a queue cannot be used");
             self.memory.log().forget_used(index);
             self.state.reset_queue(index as u16);
             self.rings[index].broken = true;
