@@ -65,6 +65,12 @@ fn a_write_is_durable_before_it_is_answered_unless_the_driver_can_flush() {
     rig.disk.write_config(32, &[1]);
     assert_eq!((writeback(&mut rig), written(&mut rig).len()), (1, 1));
 
+    // Whoever wanted it durable still gets it so behind a reset, which a front end may make of a stop: nobody says it again.
+    rig.disk.write_config(32, &[0]);
+    rig.disk.set_status(Status::empty());
+    rig.bring_up(1, wire::FLUSH_FEATURE | wire::CONFIG_WCE);
+    assert_eq!((writeback(&mut rig), written(&mut rig).len()), (0, 2));
+
     // 5.2.5.2: with nothing to flush by it begins with a 0.
     let mut rig = Rig::new(1, Layout::Modern, wire::CONFIG_WCE);
     assert_eq!((writeback(&mut rig), written(&mut rig).len()), (0, 2));

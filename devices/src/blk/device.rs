@@ -139,7 +139,7 @@ impl<B: Backend, M: GuestMemory> Device<B, M> {
         self.features.is_some_and(|features| features.contains(feature))
     }
 
-    /// What `writeback` says: what the driver wrote, or at first (5.2.5.2) whether it can flush.
+    /// What `writeback` says: what a driver wrote, or at first (5.2.5.2) whether it can flush.
     fn writeback(&self) -> bool {
         let first = !self.accepted(wire::CONFIG_WCE) || self.accepted(wire::FLUSH_FEATURE);
         self.writeback.unwrap_or(first)
@@ -341,7 +341,10 @@ where
     fn reset(&mut self) {
         self.forget(None);
         self.turns = Turns::new(self.sizes.len());
-        (self.features, self.writeback) = (None, None);
+        self.features = None;
+        // The mode after a reset may be either (5.2.5.2). A driver that asked for durable writes is not to lose them at what
+        // is none of its resets: front ends stop and start a device, and do not say again what they were told.
+        self.writeback = self.writeback.filter(|writeback| !writeback);
         self.fill_config();
         self.backend.set_waker(Waker::noop().clone());
     }

@@ -17,7 +17,7 @@ pub(super) const HANDS_END: u64 = 0xc020_0000;
 /// Devices: the registers of line `n` are at `DEVICES + n * PLACE_SIZE`.
 pub(super) const DEVICES: u64 = 0xd000_0000;
 
-/// Interrupt lines, as many as [`Guest::wait`](polyvirt_core::hypervisor::Guest::wait) has bits.
+/// Interrupt lines: a bit each in what tells which are pending.
 pub(super) const LINES: u32 = 64;
 
 /// Where the device on `line` is.

@@ -10,7 +10,7 @@ use polyvirt_core::hypervisor::{Guest, HypervisorError};
 pub struct Place {
     /// Guest-physical address of the register block.
     pub base: u64,
-    /// The interrupt's bit in [`Guest::wait`].
+    /// The interrupt's line, for [`Guest::take`].
     pub line: u32,
 }
 

@@ -32,7 +32,7 @@ pub struct AddressMap {
 pub struct GuestPlace {
     /// Device number × 8 + function number.
     pub function: u8,
-    /// The interrupt line of its pin: a bit in [`Guest::wait`](polyvirt_core::hypervisor::Guest::wait).
+    /// The interrupt line of its pin, for [`Guest::take`](polyvirt_core::hypervisor::Guest::take).
     pub pin: u32,
     /// The first interrupt line that its messages may use.
     pub line: u32,

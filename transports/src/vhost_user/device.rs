@@ -145,9 +145,13 @@ impl Backend {
         self.memory.clear();
     }
 
-    /// The session is over: what is in flight is finished while its memory is there, and nothing touches it afterwards.
+    /// The session is over, and nothing touches its memory afterwards. What is in flight is finished while that is there;
+    /// but of what nobody will ever hear of (the front end has left, and kept no memory that knows what is in flight), only
+    /// what the backend has begun.
     pub(super) fn end(&mut self) {
-        self.stop_all();
+        if !self.gone || self.inflight.is_some() {
+            self.stop_all();
+        }
         self.state.reset();
         self.begin();
     }

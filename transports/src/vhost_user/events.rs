@@ -10,6 +10,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
 use super::relay::{RELAYS, Relay};
@@ -45,6 +46,7 @@ pub(super) enum Bell {
 impl Bell {
     /// One that rings by `fd`: an eventfd, or a pipe.
     pub(super) fn new(fd: OwnedFd) -> Result<Self, EventError> {
+        check_open(fd.as_fd())?;
         match (Signals::get().map(|signals| signals.knows(fd.as_fd())), kind(fd.as_fd())) {
             (Some(Ok(true)), _) => Ok(Self::Event(fd)),
             (Some(Ok(false)), libc::S_IFIFO) => Relay::spawn(fd).map(Self::Relayed),
@@ -75,11 +77,18 @@ pub(super) fn prepare() {
 
 /// The eventfd `fd`, to be [taken](take).
 pub(super) fn event(fd: OwnedFd) -> Result<OwnedFd, EventError> {
+    check_open(fd.as_fd())?;
     let is_event = match Signals::get().map(|signals| signals.knows(fd.as_fd())) {
         Some(Ok(is_event)) => is_event,
         None | Some(Err(_)) => kind(fd.as_fd()) == ANONYMOUS,
     };
     if is_event { Ok(fd) } else { Err(EventError::NotAnEvent) }
+}
+
+/// Refuses what only names a file (O_PATH): it is good for nothing, and refused by the kernel as eventfds are.
+fn check_open(fd: BorrowedFd<'_>) -> Result<(), EventError> {
+    let flags = fcntl(fd, FcntlArg::F_GETFL).map_err(|reason| EventError::System { call: "fcntl", reason })?;
+    if flags & libc::O_PATH == 0 { Ok(()) } else { Err(EventError::NotAnEvent) }
 }
 
 /// Takes all events of `fd`; whether there were some. Fails if it will never have any.

@@ -44,8 +44,8 @@ impl Backend {
     pub(super) fn update(&mut self, index: usize) -> Result<(), ServeError> {
         let Ring { started, enabled, running, broken, .. } = self.rings[index];
         match (started && enabled, running) {
-            // One that is broken is not tried again by every kick.
-            (true, false) if broken || self.rests(index) => Ok(()),
+            // One that is broken is not tried again by every kick, and none is begun for who has left.
+            (true, false) if broken || self.gone || self.rests(index) => Ok(()),
             (true, false) => self.start(index),
             (false, true) => {
                 self.stop(index);
@@ -395,6 +395,8 @@ impl Backend {
     }
 
     pub(super) fn stop_all(&mut self) {
+        // Nothing is begun in one while another is finished.
+        (0..self.rings.len()).for_each(|index| self.state.hold_queue(index as u16));
         (0..self.rings.len()).for_each(|index| self.stop(index));
     }
 

@@ -104,6 +104,7 @@ impl Backend {
         // that panic goes on: there is nothing left to serve.
         let work = AssertUnwindSafe(|| {
             let done = self.session(socket, stop);
+            self.gone |= matches!(done, Err(ServeError::Connection(ConnectionError::Closed)));
             self.end();
             done
         });

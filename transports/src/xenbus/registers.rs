@@ -134,7 +134,7 @@ pub struct GuestPlace {
 pub struct Channel {
     /// Its port, for the other side to bind, and for [`Guest::notify`] as doorbell.
     pub port: u32,
-    /// Its bit in [`Guest::wait`].
+    /// Its line, for [`Guest::take`].
     pub line: u32,
 }
 
@@ -149,7 +149,7 @@ pub trait Domain: Guest<Place = GuestPlace> {
     /// Closes a channel; its bit may mean another one afterwards.
     fn close_channel(&self, channel: Channel) -> Result<(), HypervisorError>;
 
-    /// Watches `path`: a bit in [`Guest::wait`] that is pending once now and whenever `path` or a node below it changed.
+    /// Watches `path`: a line for [`Guest::take`] that is pending once now and whenever `path` or a node below it changed.
     fn watch(&self, path: &str) -> Result<u32, HypervisorError>;
 }
 

@@ -1,6 +1,8 @@
 //! A front end that makes what it shares wait for ever (the flags of an open file are its own, too): nobody is held up.
 
+use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -163,20 +165,21 @@ fn what_is_no_event_is_refused() {
     let server = Server::start();
     let (pipe, _written) = pipe2(OFlag::O_CLOEXEC).unwrap();
     let file = tempfile::tempfile().unwrap();
+    let name = File::options().read(true).custom_flags(OFlag::O_PATH.bits()).open("/dev/null").unwrap();
     let (socket, _other) = UnixStream::pair().unwrap();
     let datagrams = UnixDatagram::unbound().unwrap();
     // Without an internet, one of this machine again.
     let internet = std::net::TcpListener::bind("127.0.0.1:0")
         .map_or_else(|_| datagrams.try_clone().unwrap().into(), OwnedFd::from);
     let counter: OwnedFd = event().into();
-    let [pipe, file, socket] = [pipe.as_fd(), file.as_fd(), socket.as_fd()];
+    let [pipe, file, socket, name] = [pipe.as_fd(), file.as_fd(), socket.as_fd(), name.as_fd()];
     let [datagrams, internet] = [datagrams.as_fd(), internet.as_fd()];
     use Request as R;
     let refused: [(Request, &[BorrowedFd<'_>], &str); 5] = [
-        (R::SetVringKick, &[pipe, file, socket], "no eventfd"),
-        (R::SetVringCall, &[file, socket], "no eventfd"),
-        (R::SetVringErr, &[file, socket], "no eventfd"),
-        (R::SetLogFd, &[file, socket], "no eventfd"),
+        (R::SetVringKick, &[pipe, file, socket, name], "no eventfd"),
+        (R::SetVringCall, &[file, socket, name], "no eventfd"),
+        (R::SetVringErr, &[file, socket, name], "no eventfd"),
+        (R::SetLogFd, &[file, socket, name], "no eventfd"),
         (R::SetBackendReqFd, &[pipe, file, datagrams, internet, counter.as_fd()], "no stream socket"),
     ];
     for (request, fds, expected) in refused {

@@ -60,3 +60,17 @@ fn kicks_by_message_of_a_front_end_that_has_left_begin_nothing() {
     drop(let_on);
     server.check();
 }
+
+#[test]
+fn what_a_front_end_that_has_left_will_not_hear_of_is_not_waited_for() {
+    let server = Server::start();
+    let (front, mut queues) = begun(&server);
+    server.device.keep(true);
+    for queue in &mut queues {
+        queue.send(&front.ram, 0, b"kept");
+    }
+    drop(front);
+    assert_eq!(server.ended(), Ok(Ended::Closed));
+    server.device.keep(false);
+    server.check();
+}
