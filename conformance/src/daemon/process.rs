@@ -10,8 +10,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+use nix::sys::prctl::set_child_subreaper;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr};
+use nix::sys::wait::waitpid;
 use nix::unistd::Pid;
 
 use crate::suite::Objection;
@@ -53,6 +56,8 @@ impl Process {
         // process is gone, however it ends: nobody writes to its end of the pipe then.
         let daemon = self.command.replace(SOCKET, "\"$1\"");
         let line = format!("exec 3<&0; {{ read -r over <&3 || kill -9 0; }} & {{ {daemon}\n}} </dev/null 3<&-");
+        // Who has lost its parent is given to this process, and not to one that may never ask for its end.
+        set_child_subreaper(true)?;
         let mut command = Command::new("/bin/sh");
         command.arg("-c").arg(line).arg("sh").arg(&self.socket).process_group(0);
         command.stdin(Stdio::piped()).stdout(Stdio::null());
@@ -93,10 +98,9 @@ impl Process {
             // Not yet waited for, so its number is nobody else's.
             let _ = killpg(group, Signal::SIGKILL);
             child.wait()?;
-            // What the shell started is somebody else's child, and gone an instant later.
-            while killpg(group, None).is_ok() {
-                thread::yield_now();
-            }
+            // What the shell started is this process's now, which waits for each: until they are gone they may hold a lock.
+            let all = Pid::from_raw(-group.as_raw());
+            while matches!(waitpid(all, None), Ok(_) | Err(Errno::EINTR)) {}
         }
         Ok(())
     }
